@@ -1,0 +1,15 @@
+# QAT: goes on from config/train_pydoc_char.py with 4-bit power-of-two weights, embeddings included.
+# Half a minute on 2 cores. The float control, trained on the same batches: --pot=None --out_dir=out-pydoc-char-control
+init_from = "out-pydoc-char"
+out_dir = "out-pydoc-char-pot4"
+dataset = "pydoc_char"
+
+pot_bits = 4
+pot_granularity = "group"
+pot_group_size = 64
+
+batch_size = 32
+max_iters = 1000
+learning_rate = 3e-4
+weight_decay = 0.0
+eval_interval = 500

@@ -1,0 +1,172 @@
+"""
+Settings of a script: a dataclass gives the keys, their types and defaults; config files and the command line override.
+
+    python train.py config/x.py --key=value --key value     # in this order, later ones win
+    python train.py --help
+
+A field whose type is a dataclass, such as `pot: PoTConfig | None`, is set by its parts: --pot_bits=4, or --pot=None.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import os
+import platform
+import re
+import runpy
+import subprocess
+import sys
+import types
+import typing
+
+
+def run(main, settings):
+    """Calls main(settings from the command line). Bad input ends in one line on stderr and exit status 2."""
+    try:
+        main(configure(settings, sys.argv[1:]))
+    except (ValueError, OSError) as e:
+        message = f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else str(e)
+        print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def configure(settings, argv):
+    """Instance of the dataclass `settings`, its defaults overridden by config files and --key=value of argv.
+
+    Raises ValueError for an unknown key, naming the nearest known one, and for a value of the wrong type.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(_help(settings))
+        sys.exit(0)
+    keys, values, args = _keys(settings), [], list(argv)
+    while args:
+        arg = args.pop(0)
+        if not arg.startswith("--"):
+            values += _read_config_file(arg, keys)
+            continue
+        key, given, text = arg[2:].partition("=")
+        _known(key, keys, "--")
+        if not given:
+            if not args:
+                raise ValueError(f"--{key} needs a value: --{key}=...")
+            text = args.pop(0)
+        values.append((key, _parse(key, text, keys[key])))
+    return _build(settings, values)
+
+
+def _keys(cls, prefix=""):
+    """Key -> (type, may it be None, default), for every field and every part of a field."""
+    keys = {}
+    for field in dataclasses.fields(cls):
+        kind = typing.get_type_hints(cls)[field.name]
+        options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        optional, (kind,) = type(None) in options, [o for o in options if o is not type(None)]
+        if dataclasses.is_dataclass(kind):
+            keys[prefix + field.name] = (type(None), True, field.default)
+            keys |= _keys(kind, f"{prefix}{field.name}_")
+        else:
+            keys[prefix + field.name] = (kind, optional, field.default)
+    return keys
+
+
+def _build(settings, values):
+    # In the order given: --pot=None undoes the pot_bits before it, and the other way round.
+    kinds = {f.name: [o for o in typing.get_args(f.type) if dataclasses.is_dataclass(o)] for f in dataclasses.fields(settings)}
+    fields = {}
+    for key, value in values:
+        nested = next((n for n, kind in kinds.items() if kind and key.startswith(n + "_")), None)
+        if nested:
+            fields[nested] = (fields.get(nested) or {}) | {key.removeprefix(nested + "_"): value}
+        else:
+            fields[key] = value
+    for name, kind in kinds.items():
+        if kind and fields.get(name) is not None:
+            fields[name] = kind[0](**fields[name])
+    return settings(**fields)
+
+
+def _known(key, keys, shown=""):
+    if key not in keys:
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0)
+        raise ValueError(f"unknown key {shown}{key}: did you mean {shown}{near[0]}? --help lists all")
+
+
+def _parse(key, text, known):
+    kind, optional, _ = known
+    if optional and text in ("None", "none"):
+        return None
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        if kind in (int, float, str):
+            return kind(text)
+    except ValueError:
+        pass
+    raise ValueError(f"--{key}={text}: expected {_type_name(known)}")
+
+
+def _type_name(known):
+    kind, optional, _ = known
+    name = {bool: "True or False", int: "an integer", float: "a number", str: "text"}.get(kind, "None; set its parts")
+    return name + (" or None" if optional and kind is not type(None) else "")
+
+
+def _read_config_file(path, keys):
+    if not os.path.isfile(path):
+        raise ValueError(f"no config file {path}: pass an existing .py file, or settings as --key=value")
+    try:
+        found = runpy.run_path(path)
+    except Exception as e:
+        raise ValueError(f"{path} does not run: {e!r}") from None
+    values = []
+    for key, value in found.items():
+        if key.startswith("_") or isinstance(value, types.ModuleType):
+            continue
+        _known(key, keys, f"in {path}: ")
+        kind, optional, _ = keys[key]
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind and not (optional and value is None):
+            raise ValueError(f"{path}: {key}={value!r}: expected {_type_name(keys[key])}")
+        values.append((key, value))
+    return values
+
+
+def _help(settings):
+    comments = {}
+    for cls, prefix in [(settings, "")] + [
+        (o, f"{f.name}_") for f in dataclasses.fields(settings) for o in typing.get_args(f.type) if dataclasses.is_dataclass(o)
+    ]:
+        for name, comment in re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(cls), re.MULTILINE):
+            comments[prefix + name] = comment
+    lines = [f"usage: python {os.path.basename(sys.argv[0])} [config.py ...] [--key=value ...]", ""]
+    for key, (_, _, default) in _keys(settings).items():
+        lines.append(f"  --{key}={default}".ljust(36) + "  " + comments.get(key, ""))
+    return "\n".join(lines)
+
+
+def provenance():
+    """What a measured figure has to say of its origin: command, commit, versions and machine, as a dict."""
+    import torch
+
+    def output(*command):
+        try:
+            return subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
+        except OSError:
+            return ""
+
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            cpu = next((line.partition(":")[2].strip() for line in f if line.startswith("model name")), cpu)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    commit = output("git", "rev-parse", "--short=12", "HEAD")
+    changed = "+changes" if output("git", "status", "--porcelain", "--untracked-files=no") else ""
+    return {
+        "command": " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "commit": commit + changed if commit else None,
+        "machine": f"{cpu}, {os.cpu_count()} cores" + (f", {gpu}" if gpu else ""),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

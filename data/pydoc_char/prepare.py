@@ -1,0 +1,81 @@
+"""
+Python's own documentation by characters: the help topics and the docstrings of the standard library, some MB of English
+that every CPython carries. No network needed. The text differs a little between Python versions.
+
+    python data/pydoc_char/prepare.py
+"""
+
+import ast
+import hashlib
+import os
+import sys
+import sysconfig
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+here = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(os.path.dirname(here)))
+import dataset  # noqa: E402
+from configurator import run  # noqa: E402
+
+
+@dataclass
+class Settings:
+    pass
+
+
+def main(s: Settings):
+    documents, seen = [], set()
+    for texts in (*topics(), *docstrings()):
+        texts = [t for t in map(clean, texts) if len(t) >= 40 and t not in seen]  # exact duplicates go, wherever they are
+        texts = list(dict.fromkeys(texts))
+        seen.update(texts)
+        if texts:
+            documents.append("\n\n".join(texts) + "\n\n")
+    # In the order of their hashes: random, but the same on every machine.
+    documents.sort(key=lambda d: hashlib.sha256(d.encode()).digest())
+    splits = {"train": [], "val": [], "test": []}
+    total, done = sum(map(len, documents)), 0
+    for document in documents:  # a document is never cut in two
+        splits["train" if done < 0.8 * total else "val" if done < 0.9 * total else "test"].append(document)
+        done += len(document)
+    print(f"Python {sys.version.split()[0]}: {len(documents):,} documents")
+    dataset.write(here, {name: "".join(docs) for name, docs in splits.items()})
+
+
+def parse(path):
+    """Syntax tree of a source file; nothing of it runs. None where this Python cannot parse it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return None
+
+
+def topics():
+    """What help("topic") prints; a document each."""
+    tree = parse(Path(sysconfig.get_path("stdlib"), "pydoc_data", "topics.py"))
+    values = [node.value for node in tree.body if isinstance(node, ast.Assign)]
+    return [[text] for text in ast.literal_eval(values[0]).values()]
+
+
+def docstrings():
+    """All docstrings of a module; a document each."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if not {"site-packages", "dist-packages", "test", "tests", "pydoc_data"} & set(parts) and (tree := parse(path)):
+            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            yield [d for node in ast.walk(tree) if isinstance(node, kinds) and (d := ast.get_docstring(node))]
+
+
+def clean(text):
+    """ASCII alone, so that the vocabulary is small and nearly the same everywhere."""
+    text = "\n".join(line.rstrip() for line in text.expandtabs().splitlines()).strip()
+    return "".join(c for c in text if c == "\n" or " " <= c <= "~")
+
+
+if __name__ == "__main__":
+    run(main, Settings)

@@ -1,0 +1,167 @@
+"""
+A GPT in one file, with GPT-2's architecture and parameter names. It knows nothing of quantization: pot.prepare works on
+it from outside, as on any other model.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024  # context: the most tokens that the model sees at once
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in linear layers and LayerNorms, as GPT-2 has it
+
+    def __post_init__(self):
+        for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for every layer: (batch, n_head, block_size, head) each."""
+
+    def __init__(self):
+        self.length = 0
+        self.layers = {}
+
+    def append(self, layer, k, v, block_size):
+        """Adds (batch, n_head, T, head) keys and values behind the `length` earlier ones; returns all of them."""
+        if layer not in self.layers:
+            batch, heads, _, size = k.shape
+            self.layers[layer] = [x.new_empty(batch, heads, block_size, size) for x in (k, v)]
+        end = self.length + k.shape[2]
+        for kept, new in zip(self.layers[layer], (k, v)):
+            kept[:, :, self.length : end] = new
+        return [kept[:, :, :end] for kept in self.layers[layer]]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head, self.dropout, self.block_size, self.layer = config.n_head, config.dropout, config.block_size, layer
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
+        mask = None
+        if cache is not None:
+            past = cache.length
+            k, v = cache.append(self.layer, k, v, self.block_size)
+            if past > 0 and T > 1:  # the i-th new token sees the past and the new ones up to itself
+                mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        first = k.shape[2] == T  # nothing cached before: plain causal attention; a single later token sees everything
+        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=first)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList([Block(config, i) for i in range(config.n_layer)]),
+                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.tie_weights()
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # GPT-2: keeps the residual stream's variance independent of depth
+                nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5)
+
+    def tie_weights(self):
+        """Makes the head's weight the token table again, as loading with assign=True takes them apart."""
+        self.lm_head.weight = self.transformer.wte.weight
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx (B, T) -> logits (B, T, vocab_size); with targets (B, T) -> (logits, mean loss in nats).
+
+        With a KVCache, idx continues the tokens that the cache has seen. Raises ValueError beyond block_size.
+        """
+        past = 0 if cache is None else cache.length
+        T = idx.shape[1]
+        if past + T > self.config.block_size:
+            raise ValueError(f"{past + T} tokens do not fit into the context of {self.config.block_size}: pass fewer")
+        pos = torch.arange(past, past + T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
+        for block in self.transformer.h:
+            x = block(x, cache)
+        logits = self.lm_head(self.transformer.ln_f(x))
+        if cache is not None:
+            cache.length += T
+        if targets is None:
+            return logits
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, use_cache=True):
+        """Yields max_new_tokens tokens (B, 1), each sampled from the top_k most likely after idx (B, T); greedy at
+        temperature 0. Beyond block_size the context slides: positions shift with it, so that nothing cached stays valid
+        and the window is computed anew for every token."""
+        cache = KVCache() if use_cache else None
+        new = idx
+        for _ in range(max_new_tokens):
+            if cache is not None and idx.shape[1] > self.config.block_size:
+                cache = None
+            context = idx[:, -self.config.block_size :] if cache is None else new
+            logits = self(context, cache=cache)[:, -1, :].float()
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, -torch.inf)
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            yield new
+            idx = torch.cat([idx, new], dim=1)

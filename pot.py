@@ -1,0 +1,698 @@
+"""
+Power-of-two weights for PyTorch, in one file that needs torch alone: copy it into your project.
+
+A weight is stored as sign x level x scale. With single powers the levels are 0, 1, 2, 4, 8, ... so that multiplying by
+a weight is a shift, and at 4 bits one byte holds two weights. The way of a weight:
+
+    float model --prepare--> fake-quantized model --(train: QAT)--> --convert--> packed model
+
+    names = prepare(model, PoTConfig(bits=4))   # nn.Linear -> PoTLinear, nn.Embedding -> PoTEmbedding, in place
+    ...                                         # fine-tune as usual, or not at all: that is PTQ
+    convert(model)                              # -> PackedPoTLinear, PackedPoTEmbedding: codes of `bits` bits
+    tensors, metadata = packed_state(model)     # what a file has to hold; load_packed reads it back
+
+Sections: grid, scale, fake quantization, layers, packing, prepare and convert, state.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# -----------------------------------------------------------------------------
+# Grid: which values a weight may take
+
+
+@dataclass(frozen=True)
+class PoTConfig:
+    """How the weights of a layer are quantized.
+
+    Raises ValueError for a combination that does not exist, and says which ones do.
+    """
+
+    bits: int = 4  # bits of a code, the sign's bit included
+    grid: str = "pot"  # "pot": powers of two; "uniform": evenly spaced, to compare; "paper": arXiv 2601.02298's quantizer
+    terms: int = 1  # 1: single powers; 2: a power, or a power and the half of it: two shifts and an add
+    range: int | None = None  # R narrows single powers to R of them, the papers' [-2^R, 2^R]; None: all that the bits hold
+    granularity: str = "group"  # what shares a scale: "tensor", "channel" (output row) or "group" (of input features)
+    group_size: int = 64  # consecutive input features that share a scale, for granularity "group"
+    scale: str = "mse"  # "mse": least squared error, by search; "absmax": the largest weight is the top level
+    act_bits: int | None = None  # 8: layer inputs are quantized too, uniform affine, per token; None: left as they are
+    eps: float = 2.0**-5  # grid "paper" only: lower bound of its step
+
+    def __post_init__(self):
+        _choose("grid", self.grid, ("pot", "uniform", "paper"))
+        _choose("granularity", self.granularity, ("tensor", "channel", "group"))
+        _choose("scale", self.scale, ("mse", "absmax"))
+        _choose("act_bits", self.act_bits, (None, 8))
+        _choose("terms", self.terms, (1, 2) if self.grid == "pot" else (1,), f" with grid={self.grid!r}")
+        lowest, highest = {"pot": (2, 6), "uniform": (2, 8), "paper": (3, 6)}[self.grid]
+        if self.terms == 2:
+            lowest = 4
+        _choose("bits", self.bits, tuple(range(lowest, highest + 1)), f" with grid={self.grid!r}, terms={self.terms}")
+        if self.range is not None:
+            if self.grid == "uniform" or self.terms == 2:
+                raise ValueError(f"range={self.range} narrows single powers only: use grid='pot' with terms=1, or leave range out")
+            if not 1 <= self.range <= self._full_range():
+                needed = f"; levels of range {self.range} need more bits" if self.range > self._full_range() else ""
+                raise ValueError(
+                    f"range={self.range} does not fit: {self.bits} bits with grid={self.grid!r} hold ranges 1 to {self._full_range()}{needed}"
+                )
+        if self.granularity == "group" and self.group_size < 1:
+            raise ValueError(f"group_size={self.group_size} must be at least 1; 64 and 128 are usual")
+        if self.grid == "paper" and (self.granularity, self.scale) != ("tensor", "absmax"):
+            raise ValueError("grid='paper' is per tensor and by absmax: use granularity='tensor', scale='absmax'")
+        if not self.eps > 0:
+            raise ValueError(f"eps={self.eps} must be positive; the papers use 2**-5 for GPT-2 and 2**-12 for characters")
+
+    def _full_range(self) -> int:
+        # The papers' code makes 2R + 3 levels (0 and +-2^0 ... +-2^R), ours 2R + 1.
+        return (2**self.bits - 3) // 2 if self.grid == "paper" else 2 ** (self.bits - 1) - 1
+
+    def levels(self) -> list[int]:
+        """Non-negative levels in units of the smallest non-zero one, ascending; the last is the top level."""
+        n = self._full_range() if self.range is None else self.range
+        if self.grid == "uniform":
+            return list(range(2 ** (self.bits - 1)))
+        if self.grid == "paper":
+            return [0] + [2**e for e in range(n + 1)]
+        if self.terms == 1:
+            return [0] + [2**e for e in range(n)]
+        return ([0, 1] + [m * 2**e for e in range(n) for m in (2, 3)])[: n + 1]
+
+    @property
+    def top(self) -> float:
+        return float(self.levels()[-1])
+
+    @property
+    def edge(self) -> float:
+        """Outer edge of the top level's cell, relative to the top level: 1.25 for single powers."""
+        *_, below, top = self.levels()
+        return 1 + (1 - below / top) / 2
+
+    def table(self) -> torch.Tensor:
+        """(2**bits,) float32: the level of every code `sign << (bits - 1) | index`, in units of the smallest one.
+
+        Indices beyond the last level (a narrowed range leaves some) read as the top level, so every code is finite.
+        """
+        levels = self.levels()
+        half = [float(levels[min(i, len(levels) - 1)]) for i in range(2 ** (self.bits - 1))]
+        return torch.tensor(half + [-v + 0.0 for v in half])
+
+    def __str__(self):
+        kind = {"pot": "PoT" if self.terms == 1 else "two-term PoT", "uniform": "uniform", "paper": "paper PoT"}[self.grid]
+        share = f"groups of {self.group_size}" if self.granularity == "group" else f"per {self.granularity}"
+        narrow = "" if self.range is None else f", range 2^{self.range}"
+        acts = "" if self.act_bits is None else f", {self.act_bits}-bit activations"
+        return f"{kind} {self.bits} bits, {share}{narrow}{acts}"
+
+
+def _choose(key, value, possible, where=""):
+    if value not in possible or isinstance(value, bool):
+        raise ValueError(f"{key}={value!r} is not possible{where}: choose one of {', '.join(map(repr, possible))}")
+
+
+def _round_(x, config):
+    """Rounds x (float32, in units of the smallest level) to the nearest level; overwrites x. NaN stays NaN.
+
+    The spacing of a floating-point grid follows from the exponent bits of x: [2^e, 2^(e+1)) is cut into `terms` steps.
+    Comparing with every boundary (bucketize) gives the same levels and takes ten times as long.
+    """
+    if config.grid == "paper":  # 2506.00315: integers first, then the nearest power in the log domain
+        a = x.abs().round_()
+        power = torch.exp2(a.log2().round_()).clamp_(max=config.top)
+        return torch.where(a == 0, a, power.copysign_(x))
+    x.clamp_(-config.top, config.top)
+    # Adding 1.5 * 2^23 steps leaves no bits below one step, so the sum is rounded (half to even); taking them off again
+    # gives a whole number of steps, and +0 where x was just below zero.
+    if config.grid == "uniform":
+        return x.add_(_MAGIC).sub_(_MAGIC)
+    step = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^floor(log2 |x|), `terms` steps long
+    step.clamp_(min=config.terms)  # below, the levels are 0, 1, 2 whatever the exponent
+    return x.add_(step, alpha=_MAGIC / config.terms).sub_(step, alpha=_MAGIC / config.terms)
+
+
+_MAGIC = 1.5 * 2**23
+
+
+# -----------------------------------------------------------------------------
+# Scale: the value of the top level, one per tensor, channel or group
+#
+# A weight is a matrix (out, in), its scale (1, 1), (out, 1) or (out, in / group_size). Arithmetic is float32 throughout and a weight's value is level * unit, unit = scale / top: fake quantization
+# and unpacking do the very same operations, so they agree to the bit.
+
+
+def _unit(scale, config):
+    """scale (out or 1, groups) -> value of the smallest level (out or 1, groups, 1), float32."""
+    return (scale.float() / config.top).unsqueeze(-1)
+
+
+def _blocks(unit, *matrices):
+    """Cuts matrices (out, in) and their unit into row blocks that stay in the cache, where ten passes over one cost
+    little more than one pass. Yields (unit (rows or 1, groups, 1), (rows, groups, size) of each matrix), as views."""
+    matrices = [m.unflatten(-1, (unit.shape[1], -1)) for m in matrices]
+    first = matrices[0]
+    if first.device.type != "cpu" or torch.compiler.is_compiling() or first.numel() <= _BLOCK:
+        return [(unit, *matrices)]
+    rows = max(1, _BLOCK // first[0].numel())
+    units = [unit] * -(-len(first) // rows) if len(unit) == 1 else unit.split(rows)
+    return zip(units, *(m.split(rows) for m in matrices))
+
+
+_BLOCK = 2**18  # weights: 1 MiB of float32
+
+
+def compute_scale(w: torch.Tensor, config: PoTConfig) -> torch.Tensor:
+    """Scale of w (out, in): (1, 1), (out, 1) or (out, in / group_size).
+
+    float16; float32 for the whole tensor if one scale lies outside float16's normal range, and for grid "paper".
+    An all-zero group gets the tensor's largest scale, so that training can still move it.
+    """
+    w = w.detach()
+    if config.granularity == "tensor":
+        absmax = w.abs().amax().float().view(1, 1)
+    else:
+        groups = w.shape[-1] // config.group_size if config.granularity == "group" else 1
+        absmax = w.abs().unflatten(-1, (groups, -1)).amax(-1).float()
+    if config.grid == "paper":
+        return absmax.clamp(min=config.eps * config.top)
+    scale = absmax if config.scale == "absmax" else _search_scale(w, absmax, config)
+    fallback = scale.max() if absmax.any() else torch.ones_like(scale.max())
+    scale = torch.where(absmax > 0, scale, fallback)
+    scale = scale.clamp(min=config.top * torch.finfo(torch.float32).tiny)  # the unit must not underflow
+    half = torch.finfo(torch.float16)
+    return scale.half() if scale.min() >= half.tiny and scale.max() <= half.max else scale
+
+
+def _search_scale(w, absmax, config):
+    """Least squared error: a coarse search over 3.5 octaves, then three rounds of alternating least squares."""
+
+    def moments(scale):  # (3, *scale.shape): squared error, <w, level>, <level, level>
+        parts = []
+        for unit, b in _blocks(_unit(scale, config), w):
+            b = b.float()
+            level = _round_(b / unit, config)
+            parts.append(torch.stack([(b - level * unit).square_().sum(-1), (b * level).sum(-1), level.square().sum(-1)]))
+        parts = torch.cat(parts, dim=1)
+        return parts.sum((1, 2)).view(3, 1, 1) if config.granularity == "tensor" else parts
+
+    best, best_moments = absmax, torch.full((3, *absmax.shape), torch.inf, device=w.device)
+    for step in range(18):
+        if step < 15:
+            scale = absmax * 2 ** (0.25 - step / 4)
+        else:  # the best scale for the best levels so far
+            scale = best_moments[1] / best_moments[2] * config.top
+        scale = torch.where(scale > 0, scale, 1.0)  # an all-zero group: anything but a division by zero
+        found = moments(scale)
+        better = found[0] < best_moments[0]
+        best, best_moments = torch.where(better, scale, best), torch.where(better, found, best_moments)
+    return best
+
+
+def sqnr(w: torch.Tensor, quantized: torch.Tensor) -> float:
+    """Signal-to-quantization-noise ratio in dB; inf where nothing was lost."""
+    noise = (w.double() - quantized.double()).square().sum()
+    return (10 * torch.log10(w.double().square().sum() / noise)).item() if noise > 0 else float("inf")
+
+
+# -----------------------------------------------------------------------------
+# Fake quantization
+
+
+class _FakeQuantize(torch.autograd.Function):
+    # w + (q - w).detach() would be shorter and wrong by an ulp now and then.
+
+    @staticmethod
+    def forward(ctx, w, scale, config):
+        ctx.save_for_backward(w, scale)
+        ctx.config = config
+        unit = _unit(scale, config)
+        if torch.compiler.is_compiling():  # torch.export has no gradient for out=
+            w = w.unflatten(1, (unit.shape[1], -1))
+            return (_round_(w.float() / unit, config) * unit).flatten(1).to(w.dtype)
+        out = torch.empty_like(w)
+        for u, b, o in _blocks(unit, w, out):
+            torch.mul(_round_(b.float() / u, config), u, out=o)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        w, scale = ctx.saved_tensors
+        if ctx.config.grid == "paper":  # the papers' gradient passes everywhere
+            return grad, None, None
+        out = torch.empty_like(w)
+        # hardtanh's own gradient kernel, as comparing and masking take ten times as long. It wants |x| below its bound,
+        # and the edge itself still belongs to the cell.
+        edge = ctx.config.edge * ctx.config.top * (1 + 2**-23)
+        for unit, b, g, o in _blocks(_unit(scale, ctx.config), w, grad, out):
+            torch.ops.aten.hardtanh_backward.grad_input(g.float(), b.float() / unit, -edge, edge, grad_input=o)
+        return out, None, None
+
+
+def fake_quantize(w: torch.Tensor, scale: torch.Tensor, config: PoTConfig) -> torch.Tensor:
+    """w (out, in) rounded to the nearest level x scale, in w's dtype; scale as compute_scale gives it.
+
+    Straight-through estimator: the gradient to w is the identity up to the outer edge of the top level's cell (1.25 x
+    scale for single powers) and zero beyond. Grid "paper" has no such mask.
+    """
+    return _FakeQuantize.apply(w, scale, config)
+
+
+def fake_quantize_activations(x: torch.Tensor) -> torch.Tensor:
+    """x (..., features) through uniform affine 8 bits and back, one scale and zero point per token, from its own range.
+
+    The range is widened to contain 0, so that 0 stays 0: q = round(x / scale) + zero_point in 0 ... 255, half to even.
+    The gradient is the identity.
+    """
+    with torch.no_grad():
+        f = x.float()
+        low, high = f.amin(-1, keepdim=True).clamp(max=0), f.amax(-1, keepdim=True).clamp(min=0)
+        scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
+        zero_point = (-low / scale).round()
+        q = ((f / scale).round() + zero_point).clamp(0, 255)
+        out = ((q - zero_point) * scale).to(x.dtype)
+    return _Identity.apply(x, out)
+
+
+class _Identity(torch.autograd.Function):
+    """Value of the second argument, gradient to the first."""
+
+    @staticmethod
+    def forward(ctx, x, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+# -----------------------------------------------------------------------------
+# Layers for training: float weights, fake-quantized in every forward
+
+
+class _Scaled(nn.Module):
+    """Holds a scale that .half() and .bfloat16() leave alone: casting it would change every weight."""
+
+    def _apply(self, fn, recurse=True):
+        before = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != before.dtype:
+            self.scale = before.to(self.scale.device)
+        return self
+
+
+class PoTQuantizer(_Scaled):
+    """Config and scale of one weight. Layers that share a weight share this object."""
+
+    def __init__(self, weight: torch.Tensor, config: PoTConfig):
+        super().__init__()
+        self.config = config
+        self.enabled = True  # False: the layer computes with its float weight and its inputs as they come
+        self.register_buffer("scale", compute_scale(weight, config))
+        if config.grid == "paper":
+            self.register_buffer("minmax", torch.stack(weight.detach().float().aminmax()))
+
+    def forward(self, w):
+        """Fake-quantized w (out, in)."""
+        if not self.enabled:
+            return w
+        if self.config.grid == "paper" and self.training:
+            self._observe(w.detach())
+        return fake_quantize(w, self.scale, self.config)
+
+    def rows(self, rows, index):
+        """Fake-quantized rows (*index.shape, in) of a weight, where they are rows `index` of it."""
+        if not self.enabled:
+            return rows
+        scale = self.scale if len(self.scale) == 1 else self.scale[index.flatten()]
+        return fake_quantize(rows.flatten(0, -2), scale, self.config).view(rows.shape)
+
+    def inputs(self, x):
+        return fake_quantize_activations(x) if self.enabled and self.config.act_bits else x
+
+    def _observe(self, w):
+        # torch's moving-average observer with its default constant, which the papers keep running while they train.
+        self.minmax.lerp_(torch.stack(w.float().aminmax()), 0.01)
+        self.scale.fill_(self.minmax.abs().amax().clamp(min=self.config.eps * self.config.top))
+
+    def extra_repr(self):
+        return str(self.config)
+
+
+class PoTLinear(nn.Linear):
+    """nn.Linear whose forward quantizes the weight to signed exponents (or to another grid of PoTConfig).
+
+    weight (out, in) and bias (out) are nn.Linear's. The scale is computed from the weight once: here, or in `prepare`,
+    which makes this of an nn.Linear that exists.
+    """
+
+    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, config=PoTConfig()):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        _check("PoTLinear", self.weight, config)
+        self.quantizer = PoTQuantizer(self.weight, config)
+
+    def forward(self, x):
+        return F.linear(self.quantizer.inputs(x), self.quantizer(self.weight), self.bias)
+
+
+class PoTConv1D(nn.Module):
+    """What `prepare` makes of transformers' Conv1D, a linear layer that keeps its weight as (in, out)."""
+
+    def forward(self, x):
+        return F.linear(self.quantizer.inputs(x), self.quantizer(self.weight.t()), self.bias)
+
+
+class PoTEmbedding(nn.Embedding):
+    """nn.Embedding with a quantized table (num, dim). A forward quantizes the rows that it reads, not the table."""
+
+    def __init__(self, num_embeddings, embedding_dim, padding_idx=None, device=None, dtype=None, config=PoTConfig()):
+        super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        _check("PoTEmbedding", self.weight, config)
+        self.quantizer = PoTQuantizer(self.weight, config)
+
+    def forward(self, index):
+        return self.quantizer.rows(super().forward(index), index)
+
+
+# -----------------------------------------------------------------------------
+# Packing: codes `sign << (bits - 1) | index` as a little-endian bit stream per row, rows padded to whole bytes
+#
+# At 4 bits each run of 128 features is interleaved first: nibble j of 32-bit word i is feature 16 j + i, so that a
+# vector of 16 words yields 16 neighbouring weights per shift. What is left of a row (in % 128) stays in order.
+
+
+def _layout(bits):
+    return "interleaved-8x16" if bits == 4 else "stream"
+
+
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """codes (rows, n) uint8 below 2**bits -> (rows, ceil(n * bits / 8)) uint8."""
+    rows, n = codes.shape
+    if bits == 4:
+        codes = _interleave(codes, (8, 16))
+    codes = F.pad(codes, (0, -n % 8)).view(rows, -1, 8).long()  # 8 codes fill `bits` bytes
+    words = (codes << (bits * torch.arange(8, device=codes.device))).sum(-1, keepdim=True)
+    packed = words >> (8 * torch.arange(bits, device=codes.device)) & 255
+    return packed.to(torch.uint8).flatten(1)[:, : -(-n * bits // 8)].contiguous()
+
+
+def unpack_codes(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
+    """(rows, ceil(n * bits / 8)) uint8 -> codes (rows, n) uint8."""
+    packed = F.pad(packed, (0, -packed.shape[1] % bits)).view(len(packed), -1, bits).long()
+    words = (packed << (8 * torch.arange(bits, device=packed.device))).sum(-1, keepdim=True)
+    codes = words >> (bits * torch.arange(8, device=packed.device)) & (2**bits - 1)
+    codes = codes.to(torch.uint8).flatten(1)[:, :n]
+    return _interleave(codes, (16, 8)) if bits == 4 else codes
+
+
+def _interleave(codes, shape):
+    whole = codes.shape[1] // 128 * 128
+    blocks = codes[:, :whole].unflatten(1, (whole // 128, *shape)).transpose(-1, -2).flatten(1)
+    return torch.cat([blocks, codes[:, whole:]], dim=1)
+
+
+class PackedWeight(_Scaled):
+    """Codes and scale of one weight: all that is left of it. Layers that shared the weight share this object."""
+
+    def __init__(self, codes, scale, in_features, dtype, config: PoTConfig):
+        super().__init__()
+        self.in_features, self.config = in_features, config
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)  # .half() changes its dtype
+
+    @classmethod
+    @torch.no_grad()
+    def pack(cls, w, scale, config):
+        """w (out, in) float, scale as compute_scale gives it."""
+        levels = torch.tensor(config.levels(), dtype=torch.float32, device=w.device)
+        packed = []
+        for unit, b in _blocks(_unit(scale, config), w):
+            level = _round_(b.float() / unit, config).flatten(1)
+            index = torch.searchsorted(levels, level.abs())
+            codes = torch.where(level < 0, index + 2 ** (config.bits - 1), index)
+            packed.append(pack_codes(codes.to(torch.uint8), config.bits))
+        return cls(torch.cat(packed), scale, w.shape[1], w.dtype, config)
+
+    def forward(self, index=None):
+        """The weight (out, in) in its own dtype, or of its rows `index` (int tensor) alone (*index.shape, in)."""
+        codes, scale = self.codes, self.scale
+        if index is not None:
+            codes, scale = codes[index.flatten()], scale if len(scale) == 1 else scale[index.flatten()]
+        table = self.config.table().to(codes.device)
+        out = self._like.new_empty(len(codes), self.in_features)
+        start = 0
+        for unit, o in _blocks(_unit(scale, self.config), out):
+            level = table[unpack_codes(codes[start : start + len(o)], self.config.bits, self.in_features).int()]
+            torch.mul(level.view(o.shape), unit, out=o)
+            start += len(o)
+        return out if index is None else out.view(*index.shape, self.in_features)
+
+    def extra_repr(self):
+        return f"({len(self.codes)}, {self.in_features}), {self.config}"
+
+
+class PackedPoTLinear(nn.Module):
+    """A linear layer whose weight is held as codes; unpacks it in every forward."""
+
+    def __init__(self, packed: PackedWeight, bias: torch.Tensor | None):
+        super().__init__()
+        self.packed = packed
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @property
+    def weight(self):
+        return self.packed()
+
+    def forward(self, x):
+        x = fake_quantize_activations(x) if self.packed.config.act_bits else x
+        return F.linear(x, self.packed(), self.bias)
+
+
+class PackedPoTEmbedding(nn.Module):
+    """An embedding whose table is held as codes; unpacks the rows that it looks up."""
+
+    def __init__(self, packed: PackedWeight):
+        super().__init__()
+        self.packed = packed
+
+    @property
+    def weight(self):
+        return self.packed()
+
+    def forward(self, index):
+        return self.packed(index)
+
+
+# -----------------------------------------------------------------------------
+# prepare, convert
+
+
+def _is_conv1d(module):
+    # transformers' Conv1D by its interface: weight (in, nf), bias (nf)
+    w, nf = getattr(module, "weight", None), getattr(module, "nf", None)
+    return isinstance(nf, int) and isinstance(w, nn.Parameter) and w.ndim == 2 and w.shape[1] == nf
+
+
+def _prepared_class(module):
+    # Subclasses are left alone: they may read their weight without calling forward (nn.MultiheadAttention's does).
+    if type(module) in (nn.Linear, nn.Embedding):
+        return PoTLinear if type(module) is nn.Linear else PoTEmbedding
+    return PoTConv1D if _is_conv1d(module) and not isinstance(module, _PREPARED) else None
+
+
+_PREPARED = (PoTLinear, PoTConv1D, PoTEmbedding)
+
+
+def _matrix(module):
+    """The weight as (out, in)."""
+    return module.weight.t() if isinstance(module, PoTConv1D) or _is_conv1d(module) else module.weight
+
+
+def _check(name, w, config):
+    if not w.is_floating_point() or w.numel() == 0:
+        raise ValueError(f"{name}: cannot quantize a weight of shape {tuple(w.shape)} and {w.dtype}: leave this layer out by filter_fn")
+    if config.granularity == "group" and w.shape[1] % config.group_size:
+        raise ValueError(
+            f"{name}: group_size {config.group_size} does not divide its {w.shape[1]} input features: choose a divisor, "
+            "or granularity='channel' (for this layer alone: return a PoTConfig from filter_fn)"
+        )
+    if not w.is_meta and not torch.isfinite(w).all():
+        raise ValueError(f"{name}: its weight holds NaN or inf: quantize a checkpoint from before training diverged")
+
+
+def prepare(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn=None) -> list[str]:
+    """Makes every nn.Linear, nn.Embedding and transformers Conv1D of model fake-quantize its weight, in place.
+
+    The layers keep their Parameters, so an optimizer that holds them stays valid. Returns the layers' names.
+    filter_fn(name, module) -> False (leave it), True, or a PoTConfig for this layer. Grid "paper" leaves embeddings
+    in float, as the papers' code does. On a meta model no scale is computed; load_state_dict brings them.
+
+    Raises ValueError, and changes nothing, for a weight that is empty, holds NaN or inf, or that group_size does not
+    divide, and for layers that share a weight but not a config.
+    """
+    quantizers, found = {}, []
+    for name, module in model.named_modules():
+        cls = _prepared_class(module)
+        choice = cls is not None and (True if filter_fn is None else filter_fn(name, module))
+        if not choice:
+            continue
+        own = choice if isinstance(choice, PoTConfig) else config
+        if own.grid == "paper" and cls is PoTEmbedding:
+            continue
+        shown = name or type(module).__name__
+        if getattr(module, "max_norm", None) is not None:
+            raise ValueError(f"{shown}: an embedding with max_norm rescales its table while it runs: leave it out by filter_fn")
+        w = _matrix(module)
+        if id(module.weight) not in quantizers:
+            _check(shown, w, own)
+            quantizers[id(module.weight)] = PoTQuantizer(w, own)
+        quantizer = quantizers[id(module.weight)]
+        if quantizer.config != own:
+            raise ValueError(f"{shown}: shares its weight with another layer, which has another PoTConfig: give both the same")
+        found.append((name, module, cls, quantizer))
+    for _, module, cls, quantizer in found:
+        module.__class__ = cls  # rather than a new module: bias, hooks, training mode and all else stay as they are
+        module.quantizer = quantizer
+    return [name for name, *_ in found]
+
+
+@torch.no_grad()
+def convert(model: nn.Module) -> nn.Module:
+    """Replaces prepared layers by packed ones, in place, and returns model (a new one if it is itself such a layer).
+
+    Raises ValueError, and changes nothing, if a weight holds NaN or inf.
+    """
+    packed, layers = {}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, _PREPARED):
+            w, q = _matrix(module), module.quantizer
+            if id(q) not in packed:
+                _check(name or type(module).__name__, w, q.config)
+                packed[id(q)] = PackedWeight.pack(w, q.scale, q.config)
+            weight = packed[id(q)]
+            is_embedding = isinstance(module, PoTEmbedding)
+            layer = PackedPoTEmbedding(weight) if is_embedding else PackedPoTLinear(weight, module.bias)
+            layers[module] = layer.train(module.training)
+    return _replace(model, layers)
+
+
+def _replace(model, layers):
+    if model in layers:
+        return layers[model]
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if child in layers:
+                setattr(parent, name, layers[child])
+    return model
+
+
+def quantize_(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn=None) -> nn.Module:
+    """Post-training quantization by rounding to the nearest level: prepare, then convert."""
+    prepare(model, config, filter_fn)
+    return convert(model)
+
+
+# -----------------------------------------------------------------------------
+# State: what a file of a packed model holds
+
+
+def packed_state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
+    """Converted model -> (tensors by name, metadata for json). What layers share is listed once; `aliases` tells the rest."""
+    tensors, aliases, seen = {}, {}, {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first = seen.setdefault(id(tensor), name)
+        if first == name:
+            tensors[name] = tensor.detach()
+        else:
+            aliases[name] = first
+    configs, layers = [], {}
+    for name, module in model.named_modules():
+        if isinstance(module, _PREPARED):
+            raise ValueError(f"{name or 'the model'} is prepared, not packed: call convert first")
+        if isinstance(module, (PackedPoTLinear, PackedPoTEmbedding)):
+            p = module.packed
+            if p.config not in configs:
+                configs.append(p.config)
+            layers[name] = {
+                "shape": [len(p.codes), p.in_features],
+                "dtype": str(p._like.dtype).removeprefix("torch."),
+                "config": configs.index(p.config),
+            }
+    metadata = {
+        "configs": [asdict(c) | {"layout": _layout(c.bits)} for c in configs],
+        "layers": layers,
+        "aliases": aliases,
+    }
+    return tensors, metadata
+
+
+def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: dict) -> nn.Module:
+    """Turns model, the float model's structure, into the packed model of packed_state; returns it as convert does.
+
+    On a meta model (built under `torch.device("meta")`) no float copy of a quantized weight ever exists. Raises
+    ValueError if tensors, metadata and model do not fit together.
+    """
+    tensors = dict(tensors)
+    try:
+        configs = []
+        for c in metadata["configs"]:
+            config = PoTConfig(**{k: v for k, v in c.items() if k != "layout"})
+            if c["layout"] != _layout(config.bits):
+                raise ValueError(f"unknown layout {c['layout']!r}: this file was written by another version of pot.py")
+            configs.append(config)
+        layers = [(n, *i["shape"], getattr(torch, i["dtype"]), configs[i["config"]]) for n, i in metadata["layers"].items()]
+        aliases = dict(metadata["aliases"])
+    except (KeyError, TypeError, AttributeError, IndexError) as e:
+        raise ValueError(f"metadata of a packed model is incomplete or damaged: {e!r}") from None
+    modules, packed, replaced = dict(model.named_modules()), {}, {}
+    for name, rows, columns, dtype, config in layers:
+        module = modules.get(name)
+        cls = _prepared_class(module)
+        if cls is None or tuple(_matrix(module).shape) != (rows, columns):
+            raise ValueError(f"{name}: the file holds a packed layer of shape ({rows}, {columns}), the model does not: build the model with the file's settings")
+        key = aliases.pop(f"{name}.packed.codes", f"{name}.packed.codes")
+        aliases.pop(f"{name}.packed.scale", None)
+        if key not in packed:
+            codes, scale = tensors.pop(key, None), tensors.pop(key.removesuffix("codes") + "scale", None)
+            _check_packed(key, codes, scale, rows, columns, config)
+            packed[key] = PackedWeight(codes, scale, columns, dtype, config)
+        bias = None
+        if cls is not PoTEmbedding and module.bias is not None:
+            bias = tensors.pop(f"{name}.bias", None)
+            if bias is None or bias.shape != (rows,):
+                raise ValueError(f"{name}.bias: missing, or not of shape ({rows},): the file is incomplete or of another model")
+        layer = PackedPoTEmbedding(packed[key]) if cls is PoTEmbedding else PackedPoTLinear(packed[key], bias)
+        replaced[module] = layer.train(module.training)
+    model = _replace(model, replaced)
+
+    # What is left are float tensors: biases were taken above, so LayerNorms and layers that were not quantized.
+    tensors |= {alias: tensors[target] for alias, target in aliases.items() if target in tensors}
+    done = {id(t) for layer in replaced.values() for t in layer.state_dict(keep_vars=True).values()}
+    wanted = {name: t for name, t in model.state_dict(keep_vars=True).items() if id(t) not in done}
+    for name in wanted.keys() | tensors.keys():
+        if name not in tensors or name not in wanted or tensors[name].shape != wanted[name].shape:
+            what = "missing" if name not in tensors else "not in the model" if name not in wanted else "of another shape"
+            raise ValueError(f"{name} is {what}: the file is incomplete or of another model")
+    model.load_state_dict(tensors, strict=False, assign=True)
+    for alias, target in aliases.items():
+        (a, leaf), (t, target_leaf) = (n.rpartition(".")[::2] for n in (alias, target))
+        setattr(model.get_submodule(a), leaf, getattr(model.get_submodule(t), target_leaf))
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise ValueError(f"{name} is no part of a state_dict, so a meta model cannot get it from a file: build the model without meta")
+    return model
+
+
+def _check_packed(key, codes, scale, rows, columns, config):
+    width = {"tensor": 1, "channel": 1, "group": columns // config.group_size}[config.granularity]
+    shapes = {"codes": (rows, -(-columns * config.bits // 8)), "scale": (1 if config.granularity == "tensor" else rows, width)}
+    for part, tensor, dtypes in (("codes", codes, (torch.uint8,)), ("scale", scale, (torch.float16, torch.float32))):
+        name = key.removesuffix("codes") + part
+        if tensor is None:
+            raise ValueError(f"{name} is missing: the file is incomplete")
+        if tensor.shape != shapes[part] or tensor.dtype not in dtypes:
+            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shapes[part]} {dtypes[0]}: the file is damaged")
+    if not (torch.isfinite(scale) & (scale > 0)).all():
+        raise ValueError(f"{key.removesuffix('codes')}scale holds a value that is no positive number: the file is damaged")

@@ -1,0 +1,59 @@
+"""
+Text from any checkpoint, as it is generated.
+
+    python sample.py --ckpt out/ --prompt "The "
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+import checkpoint
+import dataset
+from configurator import run
+from eval import pick_device
+
+
+@dataclass
+class Settings:
+    ckpt: str = "out"  # folder of a checkpoint: float, QAT or packed
+    prompt: str = "\n"  # the text to go on with
+    prompt_file: str | None = None  # or a file that holds it
+    num_samples: int = 1  # texts
+    max_new_tokens: int = 500  # tokens a text
+    temperature: float = 0.8  # 0: always the likeliest token; higher: more surprising
+    top_k: int | None = 200  # draw from so many likeliest tokens; None: from all
+    seed: int = 1337  # same seed, same text
+    device: str = "auto"  # "auto": cuda, mps or cpu; or one of them
+
+
+def main(s: Settings):
+    if s.temperature < 0 or s.num_samples < 1 or s.max_new_tokens < 1 or (s.top_k is not None and s.top_k < 1):
+        raise ValueError("temperature must be at least 0, num_samples, max_new_tokens and top_k at least 1")
+    device = pick_device(s.device)
+    model, info = checkpoint.load_model(s.ckpt)
+    tokenizer = dataset.tokenizer_of(info["tokenizer"])
+    prompt = s.prompt
+    if s.prompt_file:
+        with open(s.prompt_file, encoding="utf-8") as f:
+            prompt = f.read()
+    if not prompt:
+        raise ValueError("the prompt is empty: pass at least one character")
+    ids = torch.tensor([tokenizer.encode(prompt)], device=device)
+    model.to(device)
+    generator = torch.Generator(device).manual_seed(s.seed)
+    for i in range(s.num_samples):
+        print(prompt, end="", flush=True)
+        start = time.time()
+        for new in model.generate(ids, s.max_new_tokens, s.temperature, s.top_k, generator):
+            print(tokenizer.decode(new[0].tolist()), end="", flush=True)
+        speed = s.max_new_tokens / (time.time() - start)
+        print(flush=True)
+        # On stderr, so that standard output is the text alone.
+        print(f"--- {s.max_new_tokens} tokens, {speed:,.0f} tokens/s, {s.ckpt} on {device}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main, Settings)

@@ -1,0 +1,271 @@
+"""
+Trains a GPT: from scratch, or on from a checkpoint; in float, or with power-of-two weights (QAT) when a pot_ setting asks.
+
+    python train.py config/train_pydoc_char.py
+    python train.py config/finetune_pydoc_char_pot4.py
+    python train.py config/train_pydoc_char.py --init_from=resume
+"""
+
+import json
+import math
+import os
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+import checkpoint
+import dataset
+from configurator import provenance, run
+from eval import evaluate, pick_device
+from model import GPT, GPTConfig
+from pot import PoTConfig, convert, prepare
+
+
+@dataclass
+class Settings:
+    # where from, where to
+    dataset: str = "pydoc_char"  # folder under data/
+    init_from: str = "scratch"  # "scratch"; "resume": go on with out_dir; or a checkpoint's folder, to fine-tune it
+    out_dir: str = "out"  # written: ckpt.pt, log.jsonl, loss.png, and model.safetensors at the end
+    # model; None: the checkpoint's, or GPT-2's when from scratch
+    block_size: int | None = None  # context, in tokens
+    n_layer: int | None = None  # transformer blocks
+    n_head: int | None = None  # attention heads
+    n_embd: int | None = None  # width
+    bias: bool | None = None  # in linear layers and LayerNorms
+    dropout: float | None = None  # 0 is good for pretraining
+    # power-of-two weights
+    pot: PoTConfig | None = None  # any pot_ key turns QAT on; --pot=None turns it off: the float control
+    # steps
+    max_iters: int = 5000  # optimizer steps; 0 only quantizes (PTQ)
+    batch_size: int = 12  # sequences a micro-batch
+    gradient_accumulation_steps: int = 1  # micro-batches a step
+    learning_rate: float = 1e-3  # highest
+    min_lr: float = 0.0  # reached at max_iters, along a cosine
+    warmup_iters: int = 0  # steps of linear warm-up
+    weight_decay: float = 0.1  # of matrices; biases and LayerNorms have none
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    grad_clip: float = 1.0  # norm; 0: no clipping
+    seed: int = 1337  # of the initial weights, the batches and dropout
+    # progress
+    eval_interval: int = 500  # steps between validations; each one saves a checkpoint, too
+    eval_tokens: int | None = None  # validate on the first so many tokens of the split; None: on all
+    log_interval: int = 100  # steps between lines
+    wandb_log: bool = False  # log to wandb as well
+    wandb_project: str = "nanopot"  # wandb project
+    wandb_run_name: str | None = None  # wandb run; None: out_dir
+    # machine
+    device: str = "auto"  # "auto": cuda, mps or cpu; or one of them
+    compile: bool = True  # torch.compile, on CUDA only
+
+
+def main(s: Settings):
+    for key in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"):
+        if getattr(s, key) < 1:
+            raise ValueError(f"{key}={getattr(s, key)} must be at least 1")
+    device = pick_device(s.device)
+    data, meta = dataset.load(os.path.join("data", s.dataset), "train")
+    val, _ = dataset.load(os.path.join("data", s.dataset), "val")
+
+    # --- model ---
+    torch.manual_seed(s.seed)
+    model, info, state = build(s, meta)
+    model.to(device).train()
+    block_size = model.config.block_size
+    for split, ids in (("train", data), ("val", val)):
+        if len(ids) <= block_size:
+            raise ValueError(f"data/{s.dataset}/{split}.bin holds {len(ids)} tokens, a context of {block_size} needs more: lower block_size")
+    optimizer = make_optimizer(model, s, device)
+    step = 0
+    if state is not None:
+        step = state["step"]
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if device == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        del state
+    kind = f"QAT, {PoTConfig(**info['pot'])}" if info["pot"] else "float"
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{kind}: {millions:.2f} M parameters on {device}, step {step} to {s.max_iters}, {s.dataset}, to {s.out_dir}/")
+    log = Log(s, step, resumed=s.init_from == "resume")
+
+    autocast, scaler = nullcontext(), torch.amp.GradScaler(enabled=False)
+    if device == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        autocast = torch.autocast("cuda", dtype)
+        scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    compiled = torch.compile(model) if s.compile and device == "cuda" else model
+    tokens_a_step = s.batch_size * s.gradient_accumulation_steps * block_size
+    resumed_at, start, losses = step, time.time(), []
+
+    # --- steps ---
+    while True:
+        if step == s.max_iters or step % s.eval_interval == 0 and step > resumed_at:
+            val_loss = evaluate(model, val[: s.eval_tokens], device=device)["loss"]
+            log(f"step {step}/{s.max_iters}  validation loss {val_loss:.4f}", step=step, val_loss=val_loss)
+            rng = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if device == "cuda" else None}
+            checkpoint.save_training(s.out_dir, model, info, optimizer=optimizer.state_dict(), step=step, **rng)
+        if step >= s.max_iters:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, s)
+        x, y = batch(data, block_size, s, step)
+        loss = 0.0
+        for xi, yi in zip(x.split(s.batch_size), y.split(s.batch_size)):
+            with autocast:
+                micro_loss = compiled(xi.to(device), yi.to(device))[1] / s.gradient_accumulation_steps
+            scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
+        scaler.unscale_(optimizer)
+        if s.grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss)
+        step += 1
+        if step % s.log_interval == 0 or step == s.max_iters:
+            mean = torch.stack(losses).mean().item()
+            if not math.isfinite(mean):
+                raise ValueError(f"the loss is {mean} at step {step}: try a lower learning_rate or more warmup_iters; {s.out_dir}/ keeps the last checkpoint")
+            losses.clear()
+            speed = (step - resumed_at) / (time.time() - start)
+            left = f"{(s.max_iters - step) / speed:.0f} s left"
+            log(
+                f"step {step}/{s.max_iters}  loss {mean:.4f}  {speed * tokens_a_step:,.0f} tokens/s  {left}",
+                step=step, loss=mean, lr=learning_rate(step - 1, s), tokens_per_s=round(speed * tokens_a_step),
+            )  # fmt: skip
+
+    # --- what is left behind ---
+    seconds = time.time() - start
+    if info["pot"]:
+        convert(model)
+    info |= {"step": step, "val_loss": val_loss, "provenance": provenance()}
+    size = checkpoint.save_model(s.out_dir, model, info)
+    log.finish(val_loss)
+    rows = {
+        "validation loss": f"{val_loss:.4f}",
+        "perplexity": f"{math.exp(val_loss):.2f}",
+        "steps, tokens": f"{step}, {step * tokens_a_step:,}",
+        "time": f"{seconds:.0f} s",
+        f"{s.out_dir}/model.safetensors": f"{size:,} bytes, {'packed' if info['pot'] else 'float'}",
+        f"{s.out_dir}/ckpt.pt": "the state to resume or fine-tune from",
+    }
+    for name, value in rows.items():
+        print(f"{name:<{max(map(len, rows))}}  {value}")
+
+
+def build(s: Settings, meta):
+    """(model, info to store with it, training state or None) for init_from scratch, resume or a folder."""
+    shape = {k: getattr(s, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "bias", "dropout")}
+    given = {k: v for k, v in shape.items() if v is not None}
+    info = {"tokenizer": meta, "method": "float", "pot": None, "settings": asdict(s)}
+    if s.init_from != "resume" and checkpoint.exists(s.out_dir):
+        raise ValueError(f"{s.out_dir} holds a checkpoint already: --init_from=resume goes on with it; else choose another --out_dir")
+    if s.init_from == "scratch":
+        vocab_size = dataset.tokenizer_of(meta).vocab_size
+        model, state = GPT(GPTConfig(vocab_size=vocab_size, **given)), None
+        pot = s.pot
+    else:
+        folder = s.out_dir if s.init_from == "resume" else s.init_from
+        state = checkpoint.load_training(checkpoint.existing(folder))
+        found = state["info"]
+        if found["tokenizer"] != meta:
+            raise ValueError(f"{folder} was trained with another vocabulary than data/{s.dataset} has: use the data set it was trained on")
+        for key, value in given.items():
+            if key != "dropout" and found["model_args"][key] != value:
+                raise ValueError(f"{key}={value}, but {folder} was trained with {key}={found['model_args'][key]}: leave {key} out")
+        found["model_args"] |= {"dropout": s.dropout} if s.dropout is not None else {}
+        if s.init_from == "resume":
+            pot = PoTConfig(**found["pot"]) if found["pot"] else None
+            if pot != s.pot:
+                raise ValueError(f"{folder} was trained with {pot or 'float weights'}, the settings ask for {s.pot or 'float weights'}: resume with the same")
+            model = checkpoint.model_of(state)
+            return model, info | {"pot": found["pot"], "method": found["method"]}, state
+        model, state, pot = checkpoint.model_of(state, quantized=False), None, s.pot
+    if pot:
+        prepare(model, pot)
+        info |= {"pot": asdict(pot), "method": "QAT" if s.max_iters else "PTQ"}
+    return model, info, state
+
+
+def make_optimizer(model, s, device):
+    """AdamW; weight decay for matrices alone."""
+    params = list(model.parameters())
+    groups = [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": s.weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=device != "mps")
+
+
+def learning_rate(step, s):
+    """Linear warm-up, then a cosine to min_lr at max_iters."""
+    if step < s.warmup_iters:
+        return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
+    progress = (step - s.warmup_iters) / max(1, s.max_iters - s.warmup_iters)
+    return s.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (s.learning_rate - s.min_lr)
+
+
+def batch(data, block_size, s, step):
+    """(x, y) of one step, (batch_size * gradient_accumulation_steps, block_size) int64, from random places.
+
+    Drawn from (seed, step) alone: a resumed run goes on with the batches of one that was not cut, and QAT and its float
+    control see the same.
+    """
+    places = np.random.default_rng([s.seed, step]).integers(len(data) - block_size, size=s.batch_size * s.gradient_accumulation_steps)
+    rows = torch.from_numpy(np.stack([data[i : i + block_size + 1] for i in places]).astype(np.int64))
+    return rows[:, :-1], rows[:, 1:]
+
+
+class Log:
+    """Prints progress and keeps it in out_dir/log.jsonl, loss.png and wandb."""
+
+    def __init__(self, s, step, resumed):
+        os.makedirs(s.out_dir, exist_ok=True)
+        self.folder, self.path, self.entries = s.out_dir, os.path.join(s.out_dir, "log.jsonl"), []
+        if resumed and os.path.exists(self.path):  # what came after the checkpoint happens again
+            with open(self.path) as f:
+                self.entries = [e for e in map(json.loads, f) if e["step"] <= step]
+        with open(self.path, "w") as f:
+            f.writelines(json.dumps(e) + "\n" for e in self.entries)
+        self.wandb = None
+        if s.wandb_log:
+            import wandb
+
+            self.wandb = wandb.init(project=s.wandb_project, name=s.wandb_run_name or s.out_dir, config=asdict(s))
+
+    def __call__(self, line, **entry):
+        print(line, flush=True)
+        self.entries.append(entry)
+        with open(self.path, "a") as f:
+            f.write(json.dumps(entry) + "\n")
+        if self.wandb:
+            self.wandb.log(entry, step=entry["step"])
+
+    def finish(self, val_loss):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        _, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+        for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o--")):
+            points = [(e["step"], e[key]) for e in self.entries if key in e]
+            if points:
+                ax.plot(*zip(*points), style, label=label, markersize=4)
+        ax.set(xlabel="step", ylabel="loss (nats)", title=self.folder)
+        ax.legend()
+        plt.savefig(os.path.join(self.folder, "loss.png"), dpi=120)
+        plt.close()
+        if self.wandb:
+            self.wandb.summary["final_val_loss"] = val_loss
+            self.wandb.finish()
+
+
+if __name__ == "__main__":
+    run(main, Settings)
