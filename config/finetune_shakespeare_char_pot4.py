@@ -9,7 +9,7 @@ pot_granularity = "group"
 pot_group_size = 64
 
 batch_size = 12
-max_iters = 3000
+max_iters = 2000
 learning_rate = 3e-4
 weight_decay = 0.0
 eval_interval = 1000
