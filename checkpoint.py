@@ -4,8 +4,8 @@ The only place that writes and opens a run's folder:
     out/ckpt.pt             training state: model, optimizer, step, random state, settings
     out/model.safetensors   the finished model alone, float or packed, to evaluate, sample and hand on
 
-What a checkpoint is stands in it. Both are written to a temporary file and renamed, so an old one is replaced whole or not
-at all.
+What a checkpoint is stands in it. Both are written to a temporary file and renamed, so that an old one is replaced whole
+or not at all.
 """
 
 import json
@@ -55,7 +55,9 @@ def load_training(folder: str) -> dict:
         return state
     except OSError:
         raise
-    except Exception as e:  # a zip error, an EOFError, an UnpicklingError, a KeyError: torch.load raises whatever it meets
+    except (
+        Exception
+    ) as e:  # a zip error, an EOFError, an UnpicklingError, a KeyError: torch.load raises whatever it meets
         raise ValueError(f"{path} is truncated, damaged or no nanoPoT checkpoint ({type(e).__name__})") from None
 
 
@@ -77,7 +79,7 @@ def file_size(folder: str, model: GPT, info: dict) -> int:
 
 
 def load_model(folder: str) -> tuple[GPT, dict]:
-    """The model in a folder, on the CPU, in eval mode, and its info: model_args, tokenizer, method, pot, settings, step.
+    """The model in a folder, on the CPU, in eval mode, and its info (tokenizer, method, pot, settings, step, ...).
 
     The finished model if there is one, else the one in training (fake-quantized if it is QAT).
     """

@@ -71,7 +71,10 @@ def _keys(cls, prefix=""):
 
 def _build(settings, values):
     # In the order given: --pot=None undoes the pot_bits before it, and the other way round.
-    kinds = {f.name: [o for o in typing.get_args(f.type) if dataclasses.is_dataclass(o)] for f in dataclasses.fields(settings)}
+    kinds = {
+        f.name: [o for o in typing.get_args(f.type) if dataclasses.is_dataclass(o)]
+        for f in dataclasses.fields(settings)
+    }
     fields = {}
     for key, value in values:
         nested = next((n for n, kind in kinds.items() if kind and key.startswith(n + "_")), None)
@@ -135,7 +138,10 @@ def _read_config_file(path, keys):
 def _help(settings):
     comments = {}
     for cls, prefix in [(settings, "")] + [
-        (o, f"{f.name}_") for f in dataclasses.fields(settings) for o in typing.get_args(f.type) if dataclasses.is_dataclass(o)
+        (o, f"{f.name}_")
+        for f in dataclasses.fields(settings)
+        for o in typing.get_args(f.type)
+        if dataclasses.is_dataclass(o)
     ]:
         for name, comment in re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(cls), re.MULTILINE):
             comments[prefix + name] = comment
@@ -151,7 +157,9 @@ def provenance():
 
     def output(*command):
         try:
-            return subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
+            return subprocess.run(
+                command, capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__))
+            ).stdout.strip()
         except OSError:
             return ""
 

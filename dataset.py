@@ -27,7 +27,9 @@ class CharTokenizer:
         try:
             return [self.ids[c] for c in text]
         except KeyError as e:
-            raise ValueError(f"the character {e.args[0]!r} is not in this model's vocabulary of {len(self.chars)} characters") from None
+            raise ValueError(
+                f"the character {e.args[0]!r} is not in this model's vocabulary of {len(self.chars)} characters"
+            ) from None
 
     def decode(self, ids) -> str:
         return "".join(self.chars[i] for i in ids)
@@ -64,19 +66,27 @@ def load(folder, split) -> tuple[np.ndarray, dict]:
     if not os.path.exists(path) or not os.path.exists(meta_path):
         if os.path.exists(script):
             raise ValueError(f"the data set {folder} is not there yet: make it with `python {script}`")
-        here = sorted(d for d in os.listdir("data") if os.path.exists(f"data/{d}/prepare.py")) if os.path.isdir("data") else []
+        here = (
+            sorted(d for d in os.listdir("data") if os.path.exists(f"data/{d}/prepare.py"))
+            if os.path.isdir("data")
+            else []
+        )
         raise ValueError(f"no data set {folder}: choose one of {', '.join(here)}" if here else f"no data set {folder}")
     with open(meta_path) as f:
         try:
             meta = json.load(f)
         except ValueError:
             raise ValueError(f"{meta_path} is damaged: make the data set anew with `python {script}`") from None
-    ids = np.fromfile(path, dtype=np.uint16) if os.path.getsize(path) < 2**20 else np.memmap(path, dtype=np.uint16, mode="r")
+    ids = (
+        np.fromfile(path, dtype=np.uint16)
+        if os.path.getsize(path) < 2**20
+        else np.memmap(path, dtype=np.uint16, mode="r")
+    )
     return ids, meta
 
 
 def windows(ids, block_size, batch_size):
-    """Cuts ids into fixed windows and yields (x, y) int64 (batch, length): every position but the first is a target once."""
+    """Cuts ids into fixed windows, yields (x, y) int64 (batch, length): each position but the first is a target once."""
     n = (len(ids) - 1) // block_size * block_size
     x = torch.from_numpy(ids[:n].astype(np.int64)).view(-1, block_size)
     y = torch.from_numpy(ids[1 : n + 1].astype(np.int64)).view(-1, block_size)

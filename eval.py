@@ -10,6 +10,7 @@ Measures checkpoints: loss and perplexity over a whole split, distance to the fl
 import json
 import math
 import os
+import statistics
 from dataclasses import asdict, dataclass
 
 import torch
@@ -30,7 +31,9 @@ class Settings:
     dataset: str | None = None  # folder under data/; None: the one trained on
     split: str = "test"  # train, val or test
     tokens: int | None = None  # the first so many tokens of the split; None: all
-    reference: str | None = None  # folder of the float model to compare with; None: the one that was fine-tuned or quantized
+    reference: str | None = (
+        None  # folder of the float model to compare with; None: the one that was fine-tuned or quantized
+    )
     sqnr: bool = False  # also print each layer's signal-to-quantization-noise ratio
     batch_size: int = 64  # windows at a time
     json: str | None = None  # where to write the results; None: eval.json in the last folder
@@ -43,7 +46,9 @@ def main(s: Settings):
     if s.pot and len(folders) != 1:
         raise ValueError("pot_ settings quantize one float checkpoint: pass one folder to --ckpt")
     if s.out_dir and not s.pot:
-        raise ValueError("--out_dir is where the packed model of pot_ settings goes: pass --pot_bits=4, say, or leave it out")
+        raise ValueError(
+            "--out_dir is where the packed model of pot_ settings goes: pass --pot_bits=4, say, or leave it out"
+        )
     if s.out_dir and checkpoint.exists(s.out_dir):
         raise ValueError(f"{s.out_dir} holds a checkpoint already: choose another --out_dir")
     rows = []
@@ -64,9 +69,12 @@ def main(s: Settings):
             if s.out_dir:
                 checkpoint.save_model(s.out_dir, model, info | {"provenance": provenance()})
             rows.append(measure(s, model, info, s.out_dir or "(not kept)", folder, device))
-    results = {"rows": rows, **provenance()}
+    results = {"rows": rows, "seeds": over_seeds(rows), **provenance()}
     path = s.json or os.path.join(s.out_dir or folders[-1], "eval.json")
     print_table(rows)
+    for r in results["seeds"]:
+        what = f"{r['method']}, {r['weights']}, {r['steps']} steps"
+        print(f"mean of seeds {r['seeds']}: {what}: loss {r['loss_mean']:.4f} +- {r['loss_std']:.4f}")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "w") as f:
         json.dump(results, f, indent=1)
@@ -79,7 +87,9 @@ def measure(s, model, info, folder, reference, device):
     name = s.dataset or info["settings"]["dataset"]
     ids, meta = dataset.load(os.path.join("data", name), s.split)
     if meta != info["tokenizer"]:
-        raise ValueError(f"{folder} was trained with another vocabulary than data/{name} has: use the data set it was trained on")
+        raise ValueError(
+            f"{folder} was trained with another vocabulary than data/{name} has: use the data set it was trained on"
+        )
     other = None
     if reference and os.path.normpath(reference) != os.path.normpath(folder) and checkpoint.exists(reference):
         other, other_info = checkpoint.load_model(reference)
@@ -133,7 +143,9 @@ def evaluate(model, ids, batch_size=64, device="cpu", reference=None) -> dict:
 def print_sqnr(model, folder):
     found = [(name, m) for name, m in model.named_modules() if isinstance(getattr(m, "quantizer", None), PoTQuantizer)]
     if not found:
-        print(f"{folder}: no float weights beside quantized ones, so no SQNR: it takes a QAT run in training, or PTQ by pot_ settings")
+        print(
+            f"{folder}: no float weights beside quantized ones, so no SQNR: it takes a QAT run in training, or PTQ by pot_ settings"
+        )
     for name, m in found:
         print(f"{name:<40} {sqnr(m.weight, m.quantizer(m.weight)):6.2f} dB")
 
@@ -143,6 +155,7 @@ def print_table(rows):
         "checkpoint": lambda r: r["ckpt"],
         "method": lambda r: r["method"],
         "weights": lambda r: r["weights"],
+        "steps": lambda r: str(r["steps"]),
         "loss": lambda r: f"{r['loss']:.4f}",
         "perplexity": lambda r: f"{r['perplexity']:.3f}",
         "KL": lambda r: f"{r['kl']:.4f}" if "kl" in r else "",
@@ -152,10 +165,26 @@ def print_table(rows):
     }
     table = [list(columns)] + [[cell(r) for cell in columns.values()] for r in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
-    print(f"{rows[0]['dataset']}, {rows[0]['split']} split, {rows[0]['tokens']:,} tokens in windows of {rows[0]['block_size']}")
+    print(
+        f"{rows[0]['dataset']}, {rows[0]['split']} split, {rows[0]['tokens']:,} tokens in windows of {rows[0]['block_size']}"
+    )
     for row in table:
         left = [cell.ljust(w) for cell, w in zip(row[:3], widths)]
         print("  ".join(left + [cell.rjust(w) for cell, w in zip(row[3:], widths[3:])]))
+
+
+def over_seeds(rows):
+    """Mean and standard deviation of the loss of rows that differ in their seed alone."""
+    groups = {}
+    for r in rows:
+        groups.setdefault(tuple(r[k] for k in ("method", "weights", "steps", "dataset", "split")), []).append(r)
+    summary = []
+    for (method, weights, steps, *_), found in groups.items():
+        if len({r["seed"] for r in found}) > 1:
+            losses = [r["loss"] for r in found]
+            row = {"method": method, "weights": weights, "steps": steps, "seeds": [r["seed"] for r in found]}
+            summary.append(row | {"loss_mean": statistics.mean(losses), "loss_std": statistics.stdev(losses)})
+    return summary
 
 
 def _origin(info):

@@ -32,9 +32,13 @@ class PoTConfig:
     """
 
     bits: int = 4  # bits of a code, the sign's bit included
-    grid: str = "pot"  # "pot": powers of two; "uniform": evenly spaced, to compare; "paper": arXiv 2601.02298's quantizer
+    grid: str = (
+        "pot"  # "pot": powers of two; "uniform": evenly spaced, to compare; "paper": arXiv 2601.02298's quantizer
+    )
     terms: int = 1  # 1: single powers; 2: a power, or a power and the half of it: two shifts and an add
-    range: int | None = None  # R narrows single powers to R of them, the papers' [-2^R, 2^R]; None: all that the bits hold
+    range: int | None = (
+        None  # R narrows single powers to R of them, the papers' [-2^R, 2^R]; None: all that the bits hold
+    )
     granularity: str = "group"  # what shares a scale: "tensor", "channel" (output row) or "group" (of input features)
     group_size: int = 64  # consecutive input features that share a scale, for granularity "group"
     scale: str = "mse"  # "mse": least squared error, by search; "absmax": the largest weight is the top level
@@ -53,7 +57,9 @@ class PoTConfig:
         _choose("bits", self.bits, tuple(range(lowest, highest + 1)), f" with grid={self.grid!r}, terms={self.terms}")
         if self.range is not None:
             if self.grid == "uniform" or self.terms == 2:
-                raise ValueError(f"range={self.range} narrows single powers only: use grid='pot' with terms=1, or leave range out")
+                raise ValueError(
+                    f"range={self.range} narrows single powers only: use grid='pot' with terms=1, or leave range out"
+                )
             if not 1 <= self.range <= self._full_range():
                 needed = f"; levels of range {self.range} need more bits" if self.range > self._full_range() else ""
                 raise ValueError(
@@ -64,7 +70,9 @@ class PoTConfig:
         if self.grid == "paper" and (self.granularity, self.scale) != ("tensor", "absmax"):
             raise ValueError("grid='paper' is per tensor and by absmax: use granularity='tensor', scale='absmax'")
         if not self.eps > 0:
-            raise ValueError(f"eps={self.eps} must be positive; the papers use 2**-5 for GPT-2 and 2**-12 for characters")
+            raise ValueError(
+                f"eps={self.eps} must be positive; the papers use 2**-5 for GPT-2 and 2**-12 for characters"
+            )
 
     def _full_range(self) -> int:
         # The papers' code makes 2R + 3 levels (0 and +-2^0 ... +-2^R), ours 2R + 1.
@@ -101,7 +109,9 @@ class PoTConfig:
         return torch.tensor(half + [-v + 0.0 for v in half])
 
     def __str__(self):
-        kind = {"pot": "PoT" if self.terms == 1 else "two-term PoT", "uniform": "uniform", "paper": "paper PoT"}[self.grid]
+        kind = {"pot": "PoT" if self.terms == 1 else "two-term PoT", "uniform": "uniform", "paper": "paper PoT"}[
+            self.grid
+        ]
         share = f"groups of {self.group_size}" if self.granularity == "group" else f"per {self.granularity}"
         narrow = "" if self.range is None else f", range 2^{self.range}"
         acts = "" if self.act_bits is None else f", {self.act_bits}-bit activations"
@@ -139,8 +149,9 @@ _MAGIC = 1.5 * 2**23
 # -----------------------------------------------------------------------------
 # Scale: the value of the top level, one per tensor, channel or group
 #
-# A weight is a matrix (out, in), its scale (1, 1), (out, 1) or (out, in / group_size). Arithmetic is float32 throughout and a weight's value is level * unit, unit = scale / top: fake quantization
-# and unpacking do the very same operations, so they agree to the bit.
+# A weight is a matrix (out, in), its scale (1, 1), (out, 1) or (out, in / group_size). Arithmetic is float32 throughout
+# and a weight's value is level * unit, unit = scale / top: fake quantization and unpacking do the very same operations,
+# so they agree to the bit.
 
 
 def _unit(scale, config):
@@ -170,10 +181,12 @@ def compute_scale(w: torch.Tensor, config: PoTConfig) -> torch.Tensor:
     An all-zero group gets the tensor's largest scale, so that training can still move it.
     """
     w = w.detach()
+    groups = w.shape[-1] // config.group_size if config.granularity == "group" else 1
+    if w.is_meta:
+        return w.new_empty(1 if config.granularity == "tensor" else len(w), groups, dtype=torch.float16)
     if config.granularity == "tensor":
         absmax = w.abs().amax().float().view(1, 1)
     else:
-        groups = w.shape[-1] // config.group_size if config.granularity == "group" else 1
         absmax = w.abs().unflatten(-1, (groups, -1)).amax(-1).float()
     if config.grid == "paper":
         return absmax.clamp(min=config.eps * config.top)
@@ -186,21 +199,25 @@ def compute_scale(w: torch.Tensor, config: PoTConfig) -> torch.Tensor:
 
 
 def _search_scale(w, absmax, config):
-    """Least squared error: a coarse search over 3.5 octaves, then three rounds of alternating least squares."""
+    """Least squared error: a coarse search below absmax, then three rounds of alternating least squares."""
 
     def moments(scale):  # (3, *scale.shape): squared error, <w, level>, <level, level>
         parts = []
         for unit, b in _blocks(_unit(scale, config), w):
             b = b.float()
             level = _round_(b / unit, config)
-            parts.append(torch.stack([(b - level * unit).square_().sum(-1), (b * level).sum(-1), level.square().sum(-1)]))
+            parts.append(
+                torch.stack([(b - level * unit).square_().sum(-1), (b * level).sum(-1), level.square().sum(-1)])
+            )
         parts = torch.cat(parts, dim=1)
         return parts.sum((1, 2)).view(3, 1, 1) if config.granularity == "tensor" else parts
 
+    # The more weights share a scale, the further below the largest it may lie; the fewer, the bumpier their error is.
+    octave = 8 if config.granularity == "group" else 4  # steps an octave
     best, best_moments = absmax, torch.full((3, *absmax.shape), torch.inf, device=w.device)
     for step in range(18):
         if step < 15:
-            scale = absmax * 2 ** (0.25 - step / 4)
+            scale = absmax * 2 ** ((2 - step) / octave)
         else:  # the best scale for the best levels so far
             scale = best_moments[1] / best_moments[2] * config.top
         scale = torch.where(scale > 0, scale, 1.0)  # an all-zero group: anything but a division by zero
@@ -430,7 +447,7 @@ class PackedWeight(_Scaled):
         packed = []
         for unit, b in _blocks(_unit(scale, config), w):
             level = _round_(b.float() / unit, config).flatten(1)
-            index = torch.searchsorted(levels, level.abs())
+            index = torch.searchsorted(levels, level.abs().contiguous())
             codes = torch.where(level < 0, index + 2 ** (config.bits - 1), index)
             packed.append(pack_codes(codes.to(torch.uint8), config.bits))
         return cls(torch.cat(packed), scale, w.shape[1], w.dtype, config)
@@ -512,13 +529,15 @@ def _matrix(module):
 
 def _check(name, w, config):
     if not w.is_floating_point() or w.numel() == 0:
-        raise ValueError(f"{name}: cannot quantize a weight of shape {tuple(w.shape)} and {w.dtype}: leave this layer out by filter_fn")
+        raise ValueError(
+            f"{name}: cannot quantize a weight of shape {tuple(w.shape)} and {w.dtype}: leave this layer out by filter_fn"
+        )
     if config.granularity == "group" and w.shape[1] % config.group_size:
         raise ValueError(
             f"{name}: group_size {config.group_size} does not divide its {w.shape[1]} input features: choose a divisor, "
             "or granularity='channel' (for this layer alone: return a PoTConfig from filter_fn)"
         )
-    if not w.is_meta and not torch.isfinite(w).all():
+    if not w.is_meta and not torch.isfinite(w.float()).all():
         raise ValueError(f"{name}: its weight holds NaN or inf: quantize a checkpoint from before training diverged")
 
 
@@ -543,14 +562,18 @@ def prepare(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn=None) -
             continue
         shown = name or type(module).__name__
         if getattr(module, "max_norm", None) is not None:
-            raise ValueError(f"{shown}: an embedding with max_norm rescales its table while it runs: leave it out by filter_fn")
+            raise ValueError(
+                f"{shown}: an embedding with max_norm rescales its table while it runs: leave it out by filter_fn"
+            )
         w = _matrix(module)
         if id(module.weight) not in quantizers:
             _check(shown, w, own)
             quantizers[id(module.weight)] = PoTQuantizer(w, own)
         quantizer = quantizers[id(module.weight)]
         if quantizer.config != own:
-            raise ValueError(f"{shown}: shares its weight with another layer, which has another PoTConfig: give both the same")
+            raise ValueError(
+                f"{shown}: shares its weight with another layer, which has another PoTConfig: give both the same"
+            )
         found.append((name, module, cls, quantizer))
     for _, module, cls, quantizer in found:
         module.__class__ = cls  # rather than a new module: bias, hooks, training mode and all else stay as they are
@@ -582,7 +605,7 @@ def _replace(model, layers):
     if model in layers:
         return layers[model]
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):  # named_children would list a shared module once
             if child in layers:
                 setattr(parent, name, layers[child])
     return model
@@ -599,7 +622,7 @@ def quantize_(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn=None)
 
 
 def packed_state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
-    """Converted model -> (tensors by name, metadata for json). What layers share is listed once; `aliases` tells the rest."""
+    """Converted model -> (tensors by name, metadata for json). What layers share is listed once, then in `aliases`."""
     tensors, aliases, seen = {}, {}, {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         first = seen.setdefault(id(tensor), name)
@@ -642,7 +665,9 @@ def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: di
             if c["layout"] != _layout(config.bits):
                 raise ValueError(f"unknown layout {c['layout']!r}: this file was written by another version of pot.py")
             configs.append(config)
-        layers = [(n, *i["shape"], getattr(torch, i["dtype"]), configs[i["config"]]) for n, i in metadata["layers"].items()]
+        layers = [
+            (n, *i["shape"], getattr(torch, i["dtype"]), configs[i["config"]]) for n, i in metadata["layers"].items()
+        ]
         aliases = dict(metadata["aliases"])
     except (KeyError, TypeError, AttributeError, IndexError) as e:
         raise ValueError(f"metadata of a packed model is incomplete or damaged: {e!r}") from None
@@ -651,7 +676,9 @@ def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: di
         module = modules.get(name)
         cls = _prepared_class(module)
         if cls is None or tuple(_matrix(module).shape) != (rows, columns):
-            raise ValueError(f"{name}: the file holds a packed layer of shape ({rows}, {columns}), the model does not: build the model with the file's settings")
+            raise ValueError(
+                f"{name}: the file holds a packed layer of shape ({rows}, {columns}), the model does not: build the model with the file's settings"
+            )
         key = aliases.pop(f"{name}.packed.codes", f"{name}.packed.codes")
         aliases.pop(f"{name}.packed.scale", None)
         if key not in packed:
@@ -662,7 +689,9 @@ def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: di
         if cls is not PoTEmbedding and module.bias is not None:
             bias = tensors.pop(f"{name}.bias", None)
             if bias is None or bias.shape != (rows,):
-                raise ValueError(f"{name}.bias: missing, or not of shape ({rows},): the file is incomplete or of another model")
+                raise ValueError(
+                    f"{name}.bias: missing, or not of shape ({rows},): the file is incomplete or of another model"
+                )
         layer = PackedPoTEmbedding(packed[key]) if cls is PoTEmbedding else PackedPoTLinear(packed[key], bias)
         replaced[module] = layer.train(module.training)
     model = _replace(model, replaced)
@@ -673,7 +702,9 @@ def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: di
     wanted = {name: t for name, t in model.state_dict(keep_vars=True).items() if id(t) not in done}
     for name in wanted.keys() | tensors.keys():
         if name not in tensors or name not in wanted or tensors[name].shape != wanted[name].shape:
-            what = "missing" if name not in tensors else "not in the model" if name not in wanted else "of another shape"
+            what = (
+                "missing" if name not in tensors else "not in the model" if name not in wanted else "of another shape"
+            )
             raise ValueError(f"{name} is {what}: the file is incomplete or of another model")
     model.load_state_dict(tensors, strict=False, assign=True)
     for alias, target in aliases.items():
@@ -681,18 +712,27 @@ def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: di
         setattr(model.get_submodule(a), leaf, getattr(model.get_submodule(t), target_leaf))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
-            raise ValueError(f"{name} is no part of a state_dict, so a meta model cannot get it from a file: build the model without meta")
+            raise ValueError(
+                f"{name} is no part of a state_dict, so a meta model cannot get it from a file: build the model without meta"
+            )
     return model
 
 
 def _check_packed(key, codes, scale, rows, columns, config):
     width = {"tensor": 1, "channel": 1, "group": columns // config.group_size}[config.granularity]
-    shapes = {"codes": (rows, -(-columns * config.bits // 8)), "scale": (1 if config.granularity == "tensor" else rows, width)}
+    shapes = {
+        "codes": (rows, -(-columns * config.bits // 8)),
+        "scale": (1 if config.granularity == "tensor" else rows, width),
+    }
     for part, tensor, dtypes in (("codes", codes, (torch.uint8,)), ("scale", scale, (torch.float16, torch.float32))):
         name = key.removesuffix("codes") + part
         if tensor is None:
             raise ValueError(f"{name} is missing: the file is incomplete")
         if tensor.shape != shapes[part] or tensor.dtype not in dtypes:
-            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shapes[part]} {dtypes[0]}: the file is damaged")
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shapes[part]} {dtypes[0]}: the file is damaged"
+            )
     if not (torch.isfinite(scale) & (scale > 0)).all():
-        raise ValueError(f"{key.removesuffix('codes')}scale holds a value that is no positive number: the file is damaged")
+        raise ValueError(
+            f"{key.removesuffix('codes')}scale holds a value that is no positive number: the file is damaged"
+        )

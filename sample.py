@@ -44,7 +44,7 @@ def main(s: Settings):
     ids = torch.tensor([tokenizer.encode(prompt)], device=device)
     model.to(device)
     generator = torch.Generator(device).manual_seed(s.seed)
-    for i in range(s.num_samples):
+    for _ in range(s.num_samples):
         print(prompt, end="", flush=True)
         start = time.time()
         for new in model.generate(ids, s.max_new_tokens, s.temperature, s.top_k, generator):

@@ -1,5 +1,5 @@
 """
-Trains a GPT: from scratch, or on from a checkpoint; in float, or with power-of-two weights (QAT) when a pot_ setting asks.
+Trains a GPT: from scratch or on from a checkpoint, in float or, if a pot_ setting asks, with power-of-two weights (QAT).
 
     python train.py config/train_pydoc_char.py
     python train.py config/finetune_pydoc_char_pot4.py
@@ -78,7 +78,9 @@ def main(s: Settings):
     block_size = model.config.block_size
     for split, ids in (("train", data), ("val", val)):
         if len(ids) <= block_size:
-            raise ValueError(f"data/{s.dataset}/{split}.bin holds {len(ids)} tokens, a context of {block_size} needs more: lower block_size")
+            raise ValueError(
+                f"data/{s.dataset}/{split}.bin holds {len(ids)} tokens, a context of {block_size} needs more: lower block_size"
+            )
     optimizer = make_optimizer(model, s, device)
     step = 0
     if state is not None:
@@ -90,7 +92,9 @@ def main(s: Settings):
         del state
     kind = f"QAT, {PoTConfig(**info['pot'])}" if info["pot"] else "float"
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{kind}: {millions:.2f} M parameters on {device}, step {step} to {s.max_iters}, {s.dataset}, to {s.out_dir}/")
+    print(
+        f"{kind}: {millions:.2f} M parameters on {device}, step {step} to {s.max_iters}, {s.dataset}, to {s.out_dir}/"
+    )
     log = Log(s, step, resumed=s.init_from == "resume")
 
     autocast, scaler = nullcontext(), torch.amp.GradScaler(enabled=False)
@@ -131,7 +135,9 @@ def main(s: Settings):
         if step % s.log_interval == 0 or step == s.max_iters:
             mean = torch.stack(losses).mean().item()
             if not math.isfinite(mean):
-                raise ValueError(f"the loss is {mean} at step {step}: try a lower learning_rate or more warmup_iters; {s.out_dir}/ keeps the last checkpoint")
+                raise ValueError(
+                    f"the loss is {mean} at step {step}: try a lower learning_rate or more warmup_iters; {s.out_dir}/ keeps the last checkpoint"
+                )
             losses.clear()
             speed = (step - resumed_at) / (time.time() - start)
             left = f"{(s.max_iters - step) / speed:.0f} s left"
@@ -165,7 +171,9 @@ def build(s: Settings, meta):
     given = {k: v for k, v in shape.items() if v is not None}
     info = {"tokenizer": meta, "method": "float", "pot": None, "settings": asdict(s)}
     if s.init_from != "resume" and checkpoint.exists(s.out_dir):
-        raise ValueError(f"{s.out_dir} holds a checkpoint already: --init_from=resume goes on with it; else choose another --out_dir")
+        raise ValueError(
+            f"{s.out_dir} holds a checkpoint already: --init_from=resume goes on with it; else choose another --out_dir"
+        )
     if s.init_from == "scratch":
         vocab_size = dataset.tokenizer_of(meta).vocab_size
         model, state = GPT(GPTConfig(vocab_size=vocab_size, **given)), None
@@ -175,15 +183,21 @@ def build(s: Settings, meta):
         state = checkpoint.load_training(checkpoint.existing(folder))
         found = state["info"]
         if found["tokenizer"] != meta:
-            raise ValueError(f"{folder} was trained with another vocabulary than data/{s.dataset} has: use the data set it was trained on")
+            raise ValueError(
+                f"{folder} was trained with another vocabulary than data/{s.dataset} has: use the data set it was trained on"
+            )
         for key, value in given.items():
             if key != "dropout" and found["model_args"][key] != value:
-                raise ValueError(f"{key}={value}, but {folder} was trained with {key}={found['model_args'][key]}: leave {key} out")
+                raise ValueError(
+                    f"{key}={value}, but {folder} was trained with {key}={found['model_args'][key]}: leave {key} out"
+                )
         found["model_args"] |= {"dropout": s.dropout} if s.dropout is not None else {}
         if s.init_from == "resume":
             pot = PoTConfig(**found["pot"]) if found["pot"] else None
             if pot != s.pot:
-                raise ValueError(f"{folder} was trained with {pot or 'float weights'}, the settings ask for {s.pot or 'float weights'}: resume with the same")
+                raise ValueError(
+                    f"{folder} was trained with {pot or 'float weights'}, the settings ask for {s.pot or 'float weights'}: resume with the same"
+                )
             model = checkpoint.model_of(state)
             return model, info | {"pot": found["pot"], "method": found["method"]}, state
         model, state, pot = checkpoint.model_of(state, quantized=False), None, s.pot
@@ -217,7 +231,9 @@ def batch(data, block_size, s, step):
     Drawn from (seed, step) alone: a resumed run goes on with the batches of one that was not cut, and QAT and its float
     control see the same.
     """
-    places = np.random.default_rng([s.seed, step]).integers(len(data) - block_size, size=s.batch_size * s.gradient_accumulation_steps)
+    places = np.random.default_rng([s.seed, step]).integers(
+        len(data) - block_size, size=s.batch_size * s.gradient_accumulation_steps
+    )
     rows = torch.from_numpy(np.stack([data[i : i + block_size + 1] for i in places]).astype(np.int64))
     return rows[:, :-1], rows[:, 1:]
 

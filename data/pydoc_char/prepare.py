@@ -26,13 +26,15 @@ class Settings:
 
 
 def main(s: Settings):
-    documents, seen = [], set()
+    documents, seen = [], set()  # a document: a help topic, or the docstrings of a module
     for texts in (*topics(), *docstrings()):
-        texts = [t for t in map(clean, texts) if len(t) >= 40 and t not in seen]  # exact duplicates go, wherever they are
-        texts = list(dict.fromkeys(texts))
-        seen.update(texts)
-        if texts:
-            documents.append("\n\n".join(texts) + "\n\n")
+        kept = []
+        for paragraph in (p for text in texts for p in clean(text).split("\n\n")):
+            # Help topics quote each other and modules copy docstrings: no paragraph may be in two splits.
+            if len(paragraph) < 100 or paragraph not in seen:
+                kept.append(paragraph)
+                seen.add(paragraph)
+        documents.append("\n\n".join(kept) + "\n\n")
     # In the order of their hashes: random, but the same on every machine.
     documents.sort(key=lambda d: hashlib.sha256(d.encode()).digest())
     splits = {"train": [], "val": [], "test": []}

@@ -29,14 +29,18 @@ def main(s: Settings):
             with urllib.request.urlopen(URL, timeout=60) as response:
                 text = response.read().decode("utf-8")
         except OSError as e:
-            raise ValueError(f"cannot download {URL} ({e}): get the text another way and pass it with --input FILE") from None
+            raise ValueError(
+                f"cannot download {URL} ({e}): get the text another way and pass it with --input FILE"
+            ) from None
     else:
         with open(s.input, encoding="utf-8") as f:
             text = f.read()
     n = len(text)
     if n < 1000:
         raise ValueError(f"{s.input or URL} holds {n} characters: too few to split into train, val and test")
-    dataset.write(here, {"train": text[: n * 8 // 10], "val": text[n * 8 // 10 : n * 9 // 10], "test": text[n * 9 // 10 :]})
+    dataset.write(
+        here, {"train": text[: n * 8 // 10], "val": text[n * 8 // 10 : n * 9 // 10], "test": text[n * 9 // 10 :]}
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,87 @@
+import dataclasses
+
+import pytest
+
+from configurator import configure
+from pot import PoTConfig
+
+
+@dataclasses.dataclass
+class Settings:
+    learning_rate: float = 1e-3  # highest
+    max_iters: int = 10  # steps
+    block_size: int | None = None  # context
+    out_dir: str = "out"  # folder
+    compile: bool = False  # compile
+    pot: PoTConfig | None = None  # quantize
+
+
+def configured(text):
+    return configure(Settings, text.split())
+
+
+def test_order_types_and_both_spellings(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text("import math\nmax_iters = 5\nlearning_rate = 1\nblock_size = None\n_hidden = 3\n")
+    s = configured(f"--max_iters=3 {path} --out_dir a=b --compile=True --block_size 7")
+    assert s == Settings(1.0, 5, 7, "a=b", True)
+    assert type(s.learning_rate) is float
+    assert configured(f"{path} --max_iters=6").max_iters == 6
+    assert configured("--block_size=None --learning_rate 1e-4") == Settings(1e-4)
+
+
+def test_parts_of_a_dataclass(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text("pot_bits = 3\npot_granularity = 'channel'\n")
+    assert configured("").pot is None
+    assert configured(str(path)).pot == PoTConfig(bits=3, granularity="channel")
+    assert configured(f"{path} --pot_bits=4 --pot_act_bits=8").pot == PoTConfig(granularity="channel", act_bits=8)
+    assert configured(f"{path} --pot=None").pot is None
+    assert configured(f"{path} --pot=None --pot_bits=5").pot == PoTConfig(bits=5)
+    assert configured("--pot_range=5").pot == PoTConfig(range=5)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("--learning_rat=1", "unknown key --learning_rat: did you mean --learning_rate"),
+        ("--pot_bit=4", "did you mean --pot_bits"),
+        ("--max_iters=1.5", "--max_iters=1.5: expected an integer"),
+        ("--max_iters=None", "expected an integer"),
+        ("--block_size=x", "expected an integer or None"),
+        ("--compile=1", "expected True or False"),
+        ("--learning_rate=fast", "expected a number"),
+        ("--pot=4", "expected None; set its parts"),
+        ("--pot_bits=9", "bits=9 is not possible"),
+        ("--out_dir", "--out_dir needs a value"),
+        ("config/nowhere.py", "no config file config/nowhere.py"),
+    ],
+)
+def test_errors_say_what_to_do(text, message):
+    with pytest.raises(ValueError, match=message):
+        configured(text)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("max_iter = 3", "c.py: max_iter: did you mean .*max_iters"),
+        ("max_iters = 3.0", "max_iters=3.0: expected an integer"),
+        ("compile = 1", "expected True or False"),
+        ("max_iters = ", "does not run: SyntaxError"),
+        ("max_iters = 1 / 0", "does not run: ZeroDivisionError"),
+    ],
+)
+def test_errors_in_config_files(tmp_path, content, message):
+    (tmp_path / "c.py").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        configured(str(tmp_path / "c.py"))
+
+
+def test_help_lists_every_key(capsys):
+    with pytest.raises(SystemExit) as e:
+        configured("--help")
+    text = capsys.readouterr().out
+    assert e.value.code == 0
+    for part in ("--learning_rate=0.001", "highest", "--pot_bits=4", "bits of a code", "--pot=None"):
+        assert part in text

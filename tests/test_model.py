@@ -1,0 +1,78 @@
+"""model.py against transformers' GPT-2 and against itself without the cache."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import GPT, GPTConfig, KVCache
+
+
+def gpt(**kw):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**dict(block_size=16, vocab_size=65, n_layer=3, n_head=2, n_embd=32) | kw)).eval()
+
+
+def test_logits_equal_transformers():
+    transformers = pytest.importorskip("transformers")
+    ours = gpt()
+    config = transformers.GPT2Config(
+        n_layer=3, n_head=2, n_embd=32, n_positions=16, vocab_size=65, bos_token_id=0, eos_token_id=0
+    )
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    state = {k: v.t() if "c_" in k and k.endswith("weight") else v for k, v in ours.state_dict().items()}
+    theirs.load_state_dict(state)
+    x = torch.randint(0, 65, (2, 16))
+    a, b = ours(x), theirs(x).logits
+    assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    assert torch.allclose(ours(x, x)[1], F.cross_entropy(b.flatten(0, 1), x.flatten()))
+
+
+def test_causal():
+    model, x = gpt(), torch.randint(0, 65, (1, 16))
+    y = x.clone()
+    y[0, 9:] = 0
+    assert torch.allclose(model(x)[0, :9], model(y)[0, :9], atol=1e-6)
+
+
+@pytest.mark.parametrize("pieces", [[1] * 16, [16], [5, 1, 1, 9], [7, 9]])
+def test_cached_logits_equal_uncached(pieces):
+    model, x = gpt(), torch.randint(0, 65, (2, 16))
+    cache = KVCache()
+    parts = [model(part, cache=cache) for part in x.split(pieces, dim=1)]
+    assert torch.allclose(torch.cat(parts, 1), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt", [1, 10, 16, 30])
+@pytest.mark.parametrize("how", [dict(temperature=0), dict(temperature=0.8, top_k=20), dict(temperature=1.3)])
+def test_cached_tokens_equal_uncached(prompt, how):
+    model, x = gpt(), torch.randint(0, 65, (2, prompt))
+    runs = []
+    for use_cache in (True, False):
+        generator = torch.Generator().manual_seed(1)
+        runs.append(torch.cat(list(model.generate(x, 25, generator=generator, use_cache=use_cache, **how)), 1))
+    assert torch.equal(*runs) and runs[0].shape == (2, 25)
+
+
+def test_top_k_one_is_greedy():
+    model, x = gpt(), torch.randint(0, 65, (1, 4))
+    assert torch.equal(
+        *(torch.cat(list(model.generate(x, 8, **how)), 1) for how in (dict(top_k=1), dict(temperature=0)))
+    )
+
+
+def test_tied_head_and_parameter_count():
+    model = gpt()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    with torch.device("meta"):
+        assert sum(p.numel() for p in GPT(GPTConfig()).parameters()) == 124_439_808
+
+
+@pytest.mark.parametrize("bad", [dict(n_embd=33), dict(n_layer=0), dict(dropout=1.0)])
+def test_impossible_config(bad):
+    with pytest.raises(ValueError, match="must be"):
+        GPTConfig(**bad)
+
+
+def test_beyond_the_context():
+    with pytest.raises(ValueError, match="17 tokens do not fit into the context of 16"):
+        gpt()(torch.zeros(1, 17, dtype=torch.long))

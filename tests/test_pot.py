@@ -1,0 +1,655 @@
+"""pot.py against references that share no code with it: float64, brute force, torch's own modules."""
+
+import copy
+import itertools
+import json
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import pot
+from model import GPT, GPTConfig
+from pot import PackedWeight, PoTConfig, PoTEmbedding, PoTLinear, PoTQuantizer, convert, fake_quantize, prepare
+
+PAPER = dict(grid="paper", granularity="tensor", scale="absmax")
+# Non-negative levels written out by hand, in units of the smallest one.
+LEVELS = [
+    (dict(bits=2), [0, 1]),
+    (dict(bits=3), [0, 1, 2, 4]),
+    (dict(bits=4), [0, 1, 2, 4, 8, 16, 32, 64]),
+    (dict(bits=4, range=5), [0, 1, 2, 4, 8, 16]),
+    (dict(bits=5), [0, *(2**e for e in range(15))]),
+    (dict(bits=6), [0, *(2**e for e in range(31))]),
+    (dict(bits=6, range=20), [0, *(2**e for e in range(20))]),
+    (dict(bits=4, terms=2), [0, 1, 2, 3, 4, 6, 8, 12]),
+    (dict(bits=5, terms=2), [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192]),
+    (dict(bits=6, terms=2), [0, 1, *(m * 2**e for e in range(15) for m in (2, 3))]),
+    *((dict(bits=b, grid="uniform"), list(range(2 ** (b - 1)))) for b in range(2, 9)),
+]
+OURS = [PoTConfig(**c) for c, _ in LEVELS]
+PAPERS = [PoTConfig(bits=b, range=r, **PAPER) for r, b in ((3, 4), (5, 4), (7, 5), (15, 6), (20, 6), (30, 6))]
+ids = str
+
+
+def tiny_gpt(**kw):
+    return GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=64) if not kw else GPTConfig(**kw))
+
+
+# --- grid ---
+
+
+@pytest.mark.parametrize("config, levels", LEVELS, ids=str)
+def test_levels(config, levels):
+    config = PoTConfig(**config)
+    assert config.levels() == levels
+    assert config.edge == pytest.approx((levels[-1] + (levels[-1] - levels[-2]) / 2) / levels[-1], rel=0)
+    table = config.table()
+    assert table.shape == (2**config.bits,) and table.isfinite().all() and table[0] == table[len(table) // 2] == 0
+    assert {abs(v) for v in table.tolist()} == set(levels)
+
+
+@pytest.mark.parametrize("config", PAPERS, ids=ids)
+def test_papers_grid_holds_2r_plus_3_levels(config):
+    signed = set(config.table().tolist())
+    assert len(signed) == 2 * config.range + 3 and max(signed) == 2**config.range
+
+
+@pytest.mark.parametrize("config", OURS, ids=ids)
+def test_nearest_level_at_every_boundary(config):
+    # With a scale that makes the unit 1 all of this is exact: the levels, the midpoints, and one ulp to either side.
+    levels = torch.tensor(config.levels(), dtype=torch.float64)
+    middle = (levels[1:] + levels[:-1]) / 2
+    x = torch.cat([levels, middle, levels[-1:] * 1.3, levels[-1:] * 100]).float()
+    x = torch.cat([x, x.nextafter(torch.tensor(torch.inf)), x.nextafter(torch.tensor(-torch.inf))])
+    x = torch.cat([x, -x])[None]
+    q = fake_quantize(x, torch.full((1, 1), config.top), config)
+    signed = torch.cat([levels, -levels])
+    distance = (x.double().unsqueeze(-1) - signed).abs()
+    assert torch.isin(q.double(), signed).all()
+    assert torch.equal((q.double() - x.double()).abs(), distance.amin(-1))
+    assert not torch.signbit(q[q == 0]).any()
+
+
+@pytest.mark.parametrize("config", OURS, ids=ids)
+def test_nearest_level_on_random_weights(config):
+    torch.manual_seed(0)
+    w, scale = torch.randn(64, 96), torch.rand(64, 1) + 0.01
+    q = fake_quantize(w, scale, config)
+    values = torch.tensor(config.levels(), dtype=torch.float64) / config.top * scale.double()  # (64, levels)
+    best = (w.double().abs().unsqueeze(-1) - values.unsqueeze(1)).abs().amin(-1)
+    assert ((q.double() - w.double()).abs() <= best + 1e-6 * scale).all()
+    assert (q * w >= 0).all()
+
+
+@pytest.mark.parametrize("config", PAPERS, ids=ids)
+def test_papers_quantizer_to_the_letter(config):
+    torch.manual_seed(0)
+    for w in (torch.randn(64, 64), torch.randn(64, 64) * 0.01, torch.randn(64, 64) * 30):
+        s = max(w.abs().max().item() / 2**config.range, 2**-5)
+        expected = []
+        for v in w.flatten().tolist():
+            a = round(float(torch.tensor(abs(v)) / torch.tensor(s)))
+            y = (
+                0.0
+                if a == 0
+                else min(2.0 ** round(torch.tensor(a, dtype=torch.float64).log2().item()), 2.0**config.range)
+            )
+            expected.append(y * s if v > 0 else -y * s)
+        q = fake_quantize(w, pot.compute_scale(w, config), config)
+        assert torch.allclose(q, torch.tensor(expected).view_as(w), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(bits=1),
+        dict(bits=7),
+        dict(bits=9, grid="uniform"),
+        dict(bits=3, terms=2),
+        dict(terms=3),
+        dict(terms=2, grid="uniform"),
+        dict(range=8),
+        dict(range=0),
+        dict(range=3, grid="uniform"),
+        dict(range=3, terms=2),
+        dict(granularity="block"),
+        dict(group_size=0),
+        dict(scale="max"),
+        dict(act_bits=4),
+        dict(grid="apot"),
+        dict(grid="paper"),
+        dict(bits=4, range=7, **PAPER),
+        dict(bits=True),
+        dict(eps=0.0),
+    ],
+    ids=str,
+)
+def test_impossible_config(bad):
+    with pytest.raises(
+        ValueError, match="choose one of|hold ranges|narrows single|at least 1|use granularity|positive"
+    ):
+        PoTConfig(**bad)
+
+
+# --- scale ---
+
+
+@pytest.mark.parametrize("granularity, shape", [("tensor", (1, 1)), ("channel", (48, 1)), ("group", (48, 4))])
+@pytest.mark.parametrize("grid", [dict(), dict(terms=2), dict(bits=3), dict(grid="uniform"), dict(bits=2)], ids=str)
+def test_scale_is_close_to_brute_force(granularity, shape, grid):
+    torch.manual_seed(0)
+    w = torch.randn(48, 128) * torch.rand(48, 1)
+    config = PoTConfig(granularity=granularity, group_size=32, **grid)
+    scale = pot.compute_scale(w, config)
+    assert scale.shape == shape and scale.dtype == torch.float16
+
+    def error(s):  # (out or 1, groups)
+        e = (fake_quantize(w, s.expand(shape), config) - w).double().square().unflatten(1, (shape[1], -1)).sum(-1)
+        return e.sum().view(1, 1) if granularity == "tensor" else e
+
+    start = w.abs().max() if granularity == "tensor" else w.abs().unflatten(1, (shape[1], -1)).amax(-1)
+    brute = torch.stack([error(start * f) for f in torch.linspace(0.05, 1.3, 400)]).amin(0)
+    assert error(scale).sum() <= 1.03 * brute.sum()
+    assert (
+        error(scale).sum()
+        <= error(pot.compute_scale(w, PoTConfig(granularity=granularity, group_size=32, scale="absmax", **grid))).sum()
+    )
+
+
+def test_absmax_scale():
+    w = torch.randn(8, 64).half().float()
+    scale = pot.compute_scale(w, PoTConfig(scale="absmax", group_size=16))
+    assert torch.equal(scale.float(), w.abs().view(8, 4, 16).amax(-1))
+
+
+def test_scale_outside_float16_stays_float32():
+    w = torch.randn(4, 64)
+    for factor, dtype in ((1, torch.float16), (1e-6, torch.float32), (1e6, torch.float32)):
+        config = PoTConfig()
+        scale = pot.compute_scale(w * factor, config)
+        assert scale.dtype == dtype
+        assert pot.sqnr(w * factor, fake_quantize(w * factor, scale, config)) > 13
+
+
+def test_sqnr_on_gaussian_weights():
+    torch.manual_seed(0)
+    w = torch.randn(512, 512)
+    found = {c: pot.sqnr(w, fake_quantize(w, pot.compute_scale(w, c), c)) for c in (PoTConfig(), PoTConfig(terms=2))}
+    assert [round(v) for v in found.values()] == [15, 20]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [PoTConfig(group_size=16), PoTConfig(granularity="channel", terms=2), PoTConfig(granularity="tensor")],
+    ids=ids,
+)
+def test_zero_rows_and_groups(config):
+    w = torch.randn(6, 32)
+    w[2] = 0
+    w[3, :16] = 0
+    for weight in (w, torch.zeros(6, 32)):
+        layer = PoTLinear(32, 6, config=config)
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+        layer.quantizer = PoTQuantizer(layer.weight, config)
+        q = layer.quantizer(layer.weight)
+        assert q.isfinite().all() and (q[weight == 0] == 0).all()
+        assert torch.equal(convert(layer).weight, q)
+
+
+# --- fake quantization ---
+
+
+def test_gradient_is_identity_up_to_the_edge():
+    for config, edge in ((PoTConfig(), 1.25), (PoTConfig(terms=2), 14 / 12), (PoTConfig(grid="uniform"), 7.5 / 7)):
+        scale = torch.full((1, 1), config.top)  # unit 1: the edge is exact
+        e = torch.tensor(edge * config.top)
+        w = torch.tensor([[0.0, 0.3, -config.top, e, -e, e * 1.001, -e * 1.001, 1e9]], requires_grad=True)
+        g = torch.randn_like(w)
+        fake_quantize(w, scale, config).backward(g)
+        assert torch.equal(w.grad, g * torch.tensor([1, 1, 1, 1, 1, 0, 0, 0.0]))
+    w = torch.tensor([[1.0, 1e9]], requires_grad=True)
+    fake_quantize(w, torch.ones(1, 1), PAPERS[0]).sum().backward()
+    assert torch.equal(w.grad, torch.ones(1, 2))
+
+
+def test_large_weights_are_quantized_in_blocks_like_small_ones():
+    torch.manual_seed(0)
+    w = torch.randn(1000, 768, requires_grad=True)  # several blocks, the last one shorter
+    g = torch.randn_like(w)
+    for granularity in ("tensor", "channel", "group"):
+        config = PoTConfig(granularity=granularity)
+        scale = pot.compute_scale(w, config)
+        fake_quantize(w, scale, config).backward(g)
+        rows = [scale if len(scale) == 1 else scale[i : i + 1] for i in range(1000)]
+        whole = torch.cat([fake_quantize(w[i : i + 1], rows[i], config) for i in range(1000)])
+        assert torch.equal(fake_quantize(w, scale, config), whole)
+        assert torch.equal(PackedWeight.pack(w, scale, config)(), whole)
+        inside = w.detach().view(1000, scale.shape[1], -1).abs() <= 1.25 * scale.float().unsqueeze(-1)
+        assert (w.grad == g * inside.view_as(g)).float().mean() > 0.999999
+        w.grad = None
+
+
+def test_activations_are_uniform_affine_per_token():
+    torch.manual_seed(0)
+    x = torch.cat(
+        [
+            torch.randn(5, 33),
+            torch.rand(2, 33) + 3,
+            -torch.rand(2, 33) - 3,
+            torch.zeros(1, 33),
+            torch.full((1, 33), 2.0),
+        ]
+    )
+    y = pot.fake_quantize_activations(x)
+    for row, got in zip(x.double(), y):
+        low, high = min(row.min().item(), 0), max(row.max().item(), 0)
+        scale = (high - low) / 255 or 1.0
+        zero = round(-low / scale)
+        expected = [(min(max(round(v / scale) + zero, 0), 255) - zero) * scale for v in row.tolist()]
+        assert (got.double() - torch.tensor(expected, dtype=torch.float64)).abs().max() <= 1.001 * scale
+        assert (got.double() - torch.tensor(expected, dtype=torch.float64)).abs().median() < 1e-6 * max(high, -low, 1)
+        assert len(got.unique()) <= 256
+    x.requires_grad_()
+    pot.fake_quantize_activations(x).backward(g := torch.randn_like(x))
+    assert torch.equal(x.grad, g)
+    assert pot.fake_quantize_activations(torch.tensor([[1.0, torch.nan], [1.0, 2.0]])).isnan().any(1).tolist() == [
+        True,
+        False,
+    ]
+
+
+def test_nan_weights_are_not_hidden():
+    for config in (*OURS, PAPERS[0]):
+        assert fake_quantize(torch.tensor([[torch.nan, 1.0]]), torch.ones(1, 1), config)[0, 0].isnan()
+
+
+# --- layers ---
+
+
+def test_disabled_quantization_is_nn_linear_to_the_bit():
+    torch.manual_seed(0)
+    layer, table = PoTLinear(64, 48, config=PoTConfig(act_bits=8)), PoTEmbedding(10, 64)
+    layer.quantizer.enabled = table.quantizer.enabled = False
+    x, i = torch.randn(5, 64), torch.tensor([[1, 2], [9, 0]])
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert torch.equal(table(i), F.embedding(i, table.weight))
+    layer.quantizer.enabled = table.quantizer.enabled = True
+    assert not torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert not torch.equal(table(i), F.embedding(i, table.weight))
+
+
+def test_embedding_quantizes_the_rows_it_reads():
+    for config in (PoTConfig(group_size=16), PoTConfig(granularity="channel"), PoTConfig(granularity="tensor")):
+        table = PoTEmbedding(20, 64, padding_idx=3, config=config)
+        i = torch.randint(0, 20, (4, 7))
+        whole = fake_quantize(table.weight, table.quantizer.scale, config)
+        assert torch.equal(table(i), whole[i])
+        g = torch.randn(4, 7, 64)
+        table(i).backward(g)
+        expected = nn.Embedding(20, 64, padding_idx=3)
+        expected(i).backward(g)
+        inside = table.weight.detach().view(
+            20, table.quantizer.scale.shape[1], -1
+        ).abs() <= 1.25 * table.quantizer.scale.float().unsqueeze(-1)
+        assert torch.allclose(table.weight.grad, expected.weight.grad * inside.view(20, 64), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes_are_kept(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 64)).to(dtype)
+    prepare(model)
+    i = torch.arange(10)
+    y = model(i)
+    y.sum().backward()
+    assert y.dtype == model[1].weight.grad.dtype == model[0].weight.grad.dtype == dtype
+    assert model[1].quantizer.scale.dtype == torch.float16
+    y = y.detach()
+    assert torch.equal(convert(model)(i), y)
+    assert y.dtype == model(i).dtype
+
+
+def test_casting_a_model_keeps_its_scales():
+    model = nn.Sequential(nn.Linear(64, 64))
+    with torch.no_grad():
+        model[0].weight.mul_(1e-6)  # float32 scales
+    prepare(model)
+    scale = model[0].quantizer.scale.clone()
+    assert scale.dtype == torch.float32
+    model.bfloat16()
+    assert torch.equal(model[0].quantizer.scale, scale) and model[0].weight.dtype == torch.bfloat16
+    convert(model).half()
+    assert torch.equal(model[0].packed.scale, scale) and model[0].weight.dtype == torch.float16
+    assert model(torch.randn(2, 64, dtype=torch.float16)).dtype == torch.float16
+
+
+# --- packing ---
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("shape", [(768, 768), (3, 129), (7, 1), (1, 13), (5, 255), (2, 640), (11, 77)])
+def test_pack_unpack(bits, shape):
+    codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8)
+    packed = pot.pack_codes(codes, bits)
+    assert packed.dtype == torch.uint8 and packed.shape == (shape[0], -(-shape[1] * bits // 8))
+    assert torch.equal(pot.unpack_codes(packed, bits, shape[1]), codes)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5])
+def test_packed_bytes_are_the_documented_bit_stream(bits):
+    n = 150
+    codes = torch.randint(0, 2**bits, (1, n), dtype=torch.uint8)
+    order = list(range(n))
+    if bits == 4:  # nibble j of 32-bit word i is feature 16 j + i
+        order = [16 * j + i for i in range(16) for j in range(8)] + order[128:]
+    stream = sum(int(codes[0, f]) << (bits * i) for i, f in enumerate(order))
+    assert bytes(pot.pack_codes(codes, bits)[0].tolist()) == stream.to_bytes(-(-n * bits // 8), "little")
+
+
+@pytest.mark.parametrize("config", [*OURS, *PAPERS], ids=ids)
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+def test_prepared_equals_converted_to_the_bit(config, granularity):
+    if config.grid == "paper" and granularity != "tensor":
+        pytest.skip("per tensor only")
+    torch.manual_seed(0)
+    fields = {f: getattr(config, f) for f in config.__dataclass_fields__}
+    config = PoTConfig(**fields | dict(granularity=granularity, group_size=11 if granularity == "group" else 64))
+    layer = PoTLinear(77, 53, config=config)
+    q = layer.quantizer(layer.weight).detach()
+    x = torch.randn(5, 77)
+    y = layer(x)
+    packed = convert(layer)
+    assert torch.equal(packed.weight.view(torch.int32), q.view(torch.int32))
+    assert torch.equal(packed(x), y)
+    assert packed.packed.codes.shape == (53, -(-77 * config.bits // 8))
+
+
+def test_code_of_a_power_is_its_shift():
+    config = PoTConfig(granularity="tensor")
+    w = torch.tensor([[0.0, 1, 2, 64, -1, -2, -64, 100]])
+    packed = PackedWeight.pack(w, torch.full((1, 1), 64.0), config)
+    assert pot.unpack_codes(packed.codes, 4, 8).tolist() == [[0, 1, 2, 7, 9, 10, 15, 7]]
+
+
+# --- prepare, convert, state ---
+
+
+@pytest.mark.parametrize(
+    "config",
+    [PoTConfig(), PoTConfig(bits=3, granularity="channel"), PoTConfig(act_bits=8, terms=2), PAPERS[2]],
+    ids=ids,
+)
+def test_the_way_of_a_model(config):
+    torch.manual_seed(0)
+    model, x = tiny_gpt().eval(), torch.randint(0, 65, (3, 16))
+    before = dict(model.named_parameters())
+    names = prepare(model, config)
+    assert all(p is before[n] for n, p in model.named_parameters())  # the very same Parameters, tie included
+    embeddings = 0 if config.grid == "paper" else 2
+    assert len(names) == 9 + embeddings and prepare(model, config) == []
+    y = model(x)
+    clone = copy.deepcopy(model)
+    assert torch.equal(clone(x), y)
+    if embeddings:
+        assert (
+            clone.lm_head.quantizer is clone.transformer.wte.quantizer
+            and clone.lm_head.weight is clone.transformer.wte.weight
+        )
+    other = tiny_gpt().eval()
+    prepare(other, config)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), y)
+    assert convert(model) is model and torch.equal(model(x), y)
+    assert torch.equal(copy.deepcopy(model)(x), y)
+    tensors, metadata = pot.packed_state(model)
+    metadata = json.loads(json.dumps(metadata))
+    with torch.device("meta"):
+        empty = tiny_gpt()
+    for target in (empty, tiny_gpt()):
+        loaded = pot.load_packed(target, tensors, metadata).eval()
+        assert torch.equal(loaded(x), y)
+        if embeddings:
+            assert loaded.lm_head.packed is loaded.transformer.wte.packed
+        loaded.load_state_dict(model.state_dict())
+
+
+def test_tied_weights_are_counted_once():
+    model = tiny_gpt()
+    parameters = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    pot.quantize_(model, PoTConfig())
+    tensors, metadata = pot.packed_state(model)
+    codes = sum(t.numel() for n, t in tensors.items() if n.endswith("codes"))
+    scales = sum(t.numel() for n, t in tensors.items() if n.endswith("scale"))
+    assert codes == parameters / 2 and scales == parameters / 64
+    assert metadata["aliases"]["lm_head.packed.codes"] == "transformer.wte.packed.codes"
+
+
+def test_tied_gradient_is_the_sum_of_both_uses():
+    torch.manual_seed(0)
+    model, x = tiny_gpt(), torch.randint(0, 65, (2, 8))
+    prepare(model, PoTConfig())
+    model(x, x)[1].backward()
+    both = model.transformer.wte.weight.grad.clone()
+    untied = copy.deepcopy(model)
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
+    untied.zero_grad()
+    untied(x, x)[1].backward()
+    assert torch.allclose(both, untied.lm_head.weight.grad + untied.transformer.wte.weight.grad, atol=1e-6)
+
+
+def test_filter_fn_chooses_layers_and_configs():
+    model = tiny_gpt()
+
+    def choose(name, module):
+        if isinstance(module, nn.Embedding) or name == "lm_head":
+            return False
+        return PoTConfig(bits=3) if "mlp" in name else True
+
+    names = prepare(model, PoTConfig(), choose)
+    assert len(names) == 8 and "lm_head" not in names
+    assert model.transformer.h[0].mlp.c_fc.quantizer.config.bits == 3
+    assert model.transformer.h[0].attn.c_attn.quantizer.config.bits == 4
+    x = torch.randint(0, 65, (1, 4))
+    y = model.eval()(x)
+    assert torch.equal(convert(model)(x), y)
+    tensors, metadata = pot.packed_state(model)
+    assert metadata["aliases"] == {"lm_head.weight": "transformer.wte.weight"}
+    loaded = pot.load_packed(tiny_gpt().eval(), tensors, metadata)
+    assert torch.equal(loaded(x), y) and loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_bad_weights_are_refused_by_name_and_nothing_changes():
+    def model(**kw):
+        return nn.ModuleDict({"good": nn.Linear(64, 8), "bad": nn.Linear(kw.get("width", 64), kw.get("out", 8))})
+
+    for value in (torch.nan, torch.inf):
+        m = model()
+        with torch.no_grad():
+            m["bad"].weight[1, 2] = value
+        with pytest.raises(ValueError, match="^bad: .*NaN or inf"):
+            prepare(m)
+        assert type(m["good"]) is nn.Linear
+    with pytest.raises(ValueError, match="^bad: .*shape"):
+        prepare(model(out=0))
+    with pytest.raises(ValueError, match="^bad: group_size 64 does not divide its 65"):
+        prepare(m := model(width=65))
+    assert type(m["good"]) is nn.Linear
+    prepare(m := model())
+    with torch.no_grad():
+        m["bad"].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="^bad: .*NaN"):
+        convert(m)
+    assert type(m["good"]) is PoTLinear
+    m = tiny_gpt()
+    with pytest.raises(ValueError, match="^lm_head: shares its weight"):
+        prepare(m, filter_fn=lambda n, _: PoTConfig(bits=3) if n == "lm_head" else True)
+    with pytest.raises(ValueError, match="max_norm"):
+        prepare(nn.Embedding(5, 64, max_norm=1.0))
+
+
+def test_hooks_training_mode_and_shared_modules_survive():
+    layer = nn.Linear(64, 64)
+    model = nn.ModuleDict({"a": layer, "b": layer, "c": nn.Linear(64, 64)}).eval()
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    assert prepare(model) == ["a", "c"]
+    model["b"](torch.randn(1, 64))
+    assert calls == [1] and not model["a"].training
+    convert(model)
+    assert model["a"] is model["b"] and isinstance(model["a"], pot.PackedPoTLinear) and not model["a"].training
+
+
+def test_subclasses_are_left_alone():
+    model = nn.MultiheadAttention(64, 2)  # reads out_proj.weight without calling out_proj
+    assert prepare(model) == []
+
+
+def test_load_packed_refuses_what_does_not_fit():
+    model = tiny_gpt()
+    pot.quantize_(model)
+    tensors, metadata = pot.packed_state(model)
+    key = "transformer.h.0.attn.c_attn"
+
+    def load(t=tensors, m=metadata, into=tiny_gpt):
+        return pot.load_packed(into(), t, m)
+
+    load()
+    for name in tensors:
+        with pytest.raises(ValueError, match="missing|incomplete"):
+            load({n: t for n, t in tensors.items() if n != name})
+        with pytest.raises(ValueError):
+            load(tensors | {name: tensors[name][:-1]})
+    with pytest.raises(ValueError, match="c_attn.packed.codes is .*uint8"):
+        load(tensors | {f"{key}.packed.codes": tensors[f"{key}.packed.codes"].float()})
+    with pytest.raises(ValueError, match="no positive number"):
+        load(tensors | {f"{key}.packed.scale": tensors[f"{key}.packed.scale"] * torch.nan})
+    with pytest.raises(ValueError, match="stranger is not in the model"):
+        load(tensors | {"stranger": torch.zeros(1)})
+    with pytest.raises(ValueError, match="of shape"):
+        load(into=lambda: tiny_gpt(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=128))
+    for broken in (
+        {},
+        metadata | {"configs": []},
+        metadata | {"layers": {key: {}}},
+        metadata | {"configs": [{"bits": 99}]},
+    ):
+        with pytest.raises(ValueError):
+            load(m=broken)
+    with pytest.raises(ValueError, match="unknown layout"):
+        load(m=metadata | {"configs": [metadata["configs"][0] | {"layout": "else"}]})
+    with pytest.raises(ValueError, match="call convert first"):
+        prepare(m := tiny_gpt())
+        pot.packed_state(m)
+
+
+def test_learns():
+    torch.manual_seed(0)
+    model, x = tiny_gpt(), torch.randint(0, 65, (4, 16))
+    prepare(model, PoTConfig())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss = model(x, x)[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+def test_papers_observer_follows_the_weights_in_training_only():
+    layer = PoTLinear(64, 64, config=PAPERS[2])
+    before = layer.weight.detach().aminmax()
+    with torch.no_grad():
+        layer.weight.mul_(100)
+    layer.eval()(torch.randn(1, 64))
+    assert layer.quantizer.scale.item() == pytest.approx(max(max(before).item(), 2**-5 * 128, -before.min.item()))
+    layer.train()(torch.randn(1, 64))
+    low, high = (0.99 * b.item() + 0.01 * n.item() for b, n in zip(before, layer.weight.aminmax()))
+    assert layer.quantizer.minmax.tolist() == pytest.approx([low, high])
+    assert layer.quantizer.scale.item() == pytest.approx(max(-low, high, 2**-5 * 128))
+
+
+# --- compile, export, other people's models ---
+
+
+def each_stage():
+    torch.manual_seed(0)
+    model = tiny_gpt().eval()
+    prepare(model, PoTConfig(act_bits=8))
+    return [model, convert(copy.deepcopy(model))]
+
+
+def test_compile():
+    x = torch.randint(0, 65, (2, 16))
+    for model in each_stage():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert torch.allclose(compiled(x), model(x), atol=1e-6)
+    model = each_stage()[0].train()
+    model(x, x)[1].backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    torch.compile(model, backend="aot_eager", fullgraph=True)(x, x)[1].backward()
+    assert all(torch.allclose(p.grad, expected[n], atol=1e-6) for n, p in model.named_parameters())
+
+
+def test_export():
+    x = torch.randint(0, 65, (2, 16))
+    for model in each_stage():
+        exported = torch.export.export(model, (x,)).module()
+        assert torch.allclose(exported(x), model(x), atol=1e-6)
+
+
+def hugging_face(name):
+    transformers = pytest.importorskip("transformers")
+    small = dict(vocab_size=99, bos_token_id=0, eos_token_id=0)
+    if name == "gpt2":
+        config = transformers.GPT2Config(n_layer=2, n_embd=64, n_head=2, n_positions=32, **small)
+        return transformers.GPT2LMHeadModel(config).eval()
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **small)).eval()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_hugging_face_models(name):
+    torch.manual_seed(0)
+    model, x = hugging_face(name), torch.randint(0, 99, (2, 8))
+    float_weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    names = prepare(model, PoTConfig())
+    assert len(names) == (2 + 2 * 4 + 1 if name == "gpt2" else 1 + 2 * 7 + 1)
+    # The same numbers as the float model with every matrix rounded by hand.
+    y = model(x).logits
+    by_hand = hugging_face(name)
+    with torch.no_grad():
+        for n, p in by_hand.named_parameters():
+            w = float_weights[n]
+            if w.dim() == 2:
+                conv1d = name == "gpt2" and "h." in n
+                w = w.t() if conv1d else w
+                w = fake_quantize(w, pot.compute_scale(w, PoTConfig()), PoTConfig())
+                w = w.t() if conv1d else w
+            p.copy_(w)
+    assert torch.allclose(by_hand(x).logits, y, atol=1e-5)
+    model.train()
+    model(input_ids=x, labels=x).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    convert(model)
+    assert torch.equal(model(x).logits, y)
+    tensors, metadata = pot.packed_state(model)
+    loaded = pot.load_packed(hugging_face(name), tensors, json.loads(json.dumps(metadata)))
+    assert torch.equal(loaded(x).logits, y)
+    exported = torch.export.export(model, (), {"input_ids": x, "use_cache": False}, strict=False).module()
+    assert torch.allclose(exported(input_ids=x, use_cache=False).logits, y, atol=1e-5)
+
+
+def test_every_combination_of_the_grid_and_the_granularity_runs():
+    x = torch.randn(2, 64)
+    for c, g, a in itertools.product(OURS, ("tensor", "channel", "group"), (None, 8)):
+        fields = {f: getattr(c, f) for f in c.__dataclass_fields__}
+        layer = PoTLinear(64, 3, config=PoTConfig(**fields | dict(granularity=g, act_bits=a)))
+        y = layer(x)
+        assert torch.equal(convert(layer)(x), y)
