@@ -49,15 +49,23 @@ def save_training(folder: str, model: GPT, info: dict, **state):
 def load_training(folder: str) -> dict:
     """Training state as it was saved, on the CPU."""
     path = os.path.join(folder, TRAINING)
+    if not os.path.isdir(folder):
+        raise ValueError(f"no folder {folder}: pass the out_dir of a training run")
+    if not os.path.exists(path):
+        what = (
+            f"{MODEL} alone, which cannot be trained on"
+            if os.path.exists(os.path.join(folder, MODEL))
+            else "no checkpoint"
+        )
+        raise ValueError(f"{folder} holds {what}: pass the out_dir of a training run, with its {TRAINING}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["info"]["model_args"], state["model"], state["step"]
+        _require(state["info"])
+        state["model"], state["optimizer"]
         return state
     except OSError:
         raise
-    except (
-        Exception
-    ) as e:  # a zip error, an EOFError, an UnpicklingError, a KeyError: torch.load raises whatever it meets
+    except Exception as e:  # a zip error, EOFError, UnpicklingError, KeyError: torch.load raises whatever it meets
         raise ValueError(f"{path} is truncated, damaged or no nanoPoT checkpoint ({type(e).__name__})") from None
 
 
@@ -70,26 +78,27 @@ def save_model(folder: str, model: GPT, info: dict) -> int:
     return os.path.getsize(path)
 
 
-def file_size(folder: str, model: GPT, info: dict) -> int:
-    """Bytes of the finished model's file in folder, or of the one that save_model would write there."""
-    if os.path.exists(os.path.join(folder, MODEL)):
+def file_size(folder: str | None, model: GPT, info: dict) -> int:
+    """Bytes of the finished model's file in folder, or of the one that save_model would write."""
+    if folder and os.path.exists(os.path.join(folder, MODEL)):
         return os.path.getsize(os.path.join(folder, MODEL))
     with tempfile.TemporaryDirectory() as elsewhere:
         return save_model(elsewhere, model, info)
 
 
 def load_model(folder: str) -> tuple[GPT, dict]:
-    """The model in a folder, on the CPU, in eval mode, and its info (tokenizer, method, pot, settings, step, ...).
+    """The model in a folder, on the CPU, in eval mode, and its info (tokenizer, method, pot, origin, step, settings).
 
     The finished model if there is one, else the one in training (fake-quantized if it is QAT).
     """
     path = os.path.join(folder, MODEL)
     if not os.path.exists(path):
-        state = load_training(existing(folder))
-        return model_of(state), state["info"] | {"step": state["step"]}
+        state = load_training(folder)
+        return model_of(state), state["info"]
     try:
         with safe_open(path, "pt") as f:
             info = json.loads(f.metadata()["nanopot"])
+            _require(info)
             tensors = {name: f.get_tensor(name) for name in f.keys()}
             return load_packed(_meta_gpt(info), tensors, info["packed"]).eval(), info
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
@@ -112,19 +121,19 @@ def model_of(state: dict, quantized=True) -> GPT:
     return model.eval()
 
 
+def _require(info):
+    """Raises KeyError if info, which came from a file, lacks what every reader relies on."""
+    for key in ("model_args", "tokenizer", "method", "pot", "origin", "step", "settings"):
+        info[key]
+    info["settings"]["dataset"], info["settings"]["seed"]
+
+
 def _meta_gpt(info):
     # On the meta device nothing is allocated or initialized that loading would overwrite.
     with torch.device("meta"):
         return GPT(GPTConfig(**info["model_args"]))
 
 
-def existing(folder):
-    if not os.path.isdir(folder):
-        raise ValueError(f"no folder {folder}: pass the out_dir of a training run")
-    if not os.path.exists(os.path.join(folder, TRAINING)):
-        raise ValueError(f"{folder} holds no checkpoint ({TRAINING} or {MODEL}): pass the out_dir of a training run")
-    return folder
-
-
 def exists(folder: str) -> bool:
+    """Does the folder hold a checkpoint of either kind?"""
     return any(os.path.exists(os.path.join(folder, name)) for name in (TRAINING, MODEL))

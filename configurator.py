@@ -91,7 +91,8 @@ def _build(settings, values):
 def _known(key, keys, shown=""):
     if key not in keys:
         near = difflib.get_close_matches(key, keys, n=1, cutoff=0)
-        raise ValueError(f"unknown key {shown}{key}: did you mean {shown}{near[0]}? --help lists all")
+        hint = f"did you mean {shown}{near[0]}? --help lists all" if near else "this script takes none"
+        raise ValueError(f"unknown key {shown}{key}: {hint}")
 
 
 def _parse(key, text, known):

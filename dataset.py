@@ -42,6 +42,14 @@ def tokenizer_of(meta: dict) -> CharTokenizer:
     return CharTokenizer(meta["chars"])
 
 
+def read_text(path) -> str:
+    try:
+        with open(path, encoding="utf-8") as f:
+            return f.read()
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text: {e.reason} at byte {e.start}") from None
+
+
 def write(folder, texts: dict[str, str]):
     """Writes the texts of the three splits as a character data set; prints what it holds."""
     tokenizer = CharTokenizer("".join(sorted(set().union(*texts.values()))))
@@ -77,12 +85,23 @@ def load(folder, split) -> tuple[np.ndarray, dict]:
             meta = json.load(f)
         except ValueError:
             raise ValueError(f"{meta_path} is damaged: make the data set anew with `python {script}`") from None
-    ids = (
-        np.fromfile(path, dtype=np.uint16)
-        if os.path.getsize(path) < 2**20
-        else np.memmap(path, dtype=np.uint16, mode="r")
-    )
+    if os.path.getsize(path) % 2:
+        raise ValueError(f"{path} is cut short: make the data set anew with `python {script}`")
+    small = os.path.getsize(path) < 2**20
+    ids = np.fromfile(path, dtype=np.uint16) if small else np.memmap(path, dtype=np.uint16, mode="r")
+    if len(ids) and ids.max() >= tokenizer_of(meta).vocab_size:
+        raise ValueError(
+            f"{path} holds the token {ids.max()}, unknown to {meta_path}: make the data set anew with `python {script}`"
+        )
     return ids, meta
+
+
+def check_vocabulary(folder, theirs, name, meta):
+    """Raises ValueError if a checkpoint's tokenizer is not that of the data set."""
+    if theirs != meta:
+        raise ValueError(
+            f"{folder} was trained with another vocabulary than data/{name} has: use the data set it was trained on"
+        )
 
 
 def windows(ids, block_size, batch_size):

@@ -31,9 +31,7 @@ class Settings:
     dataset: str | None = None  # folder under data/; None: the one trained on
     split: str = "test"  # train, val or test
     tokens: int | None = None  # the first so many tokens of the split; None: all
-    reference: str | None = (
-        None  # folder of the float model to compare with; None: the one that was fine-tuned or quantized
-    )
+    reference: str | None = None  # folder of the float model to compare with; None: the one that a row comes from
     sqnr: bool = False  # also print each layer's signal-to-quantization-noise ratio
     batch_size: int = 64  # windows at a time
     json: str | None = None  # where to write the results; None: eval.json in the last folder
@@ -43,6 +41,8 @@ class Settings:
 def main(s: Settings):
     device = pick_device(s.device)
     folders = [f for f in s.ckpt.split(",") if f]
+    if not folders or s.batch_size < 1:
+        raise ValueError("pass at least one folder to --ckpt, and a batch_size of at least 1")
     if s.pot and len(folders) != 1:
         raise ValueError("pot_ settings quantize one float checkpoint: pass one folder to --ckpt")
     if s.out_dir and not s.pot:
@@ -54,21 +54,21 @@ def main(s: Settings):
     rows = []
     for folder in folders:
         model, info = checkpoint.load_model(folder)
-        if s.pot and info["method"] != "float":
+        if s.pot and info["pot"]:
             raise ValueError(f"{folder} is quantized already ({info['method']}): pass the float checkpoint")
         if s.sqnr and not s.pot:
             print_sqnr(model, folder)
-        rows.append(measure(s, convert(model), info, folder, s.reference or _origin(info), device))
-        if s.pot:
-            model, info = checkpoint.load_model(folder)  # measure has moved the other to the device
-            prepare(model, s.pot)
-            info = info | {"method": "PTQ", "pot": asdict(s.pot), "settings": info["settings"] | {"init_from": folder}}
-            if s.sqnr:
-                print_sqnr(model, folder)
-            convert(model)
-            if s.out_dir:
-                checkpoint.save_model(s.out_dir, model, info | {"provenance": provenance()})
-            rows.append(measure(s, model, info, s.out_dir or "(not kept)", folder, device))
+        rows.append(measure(s, convert(model), info, folder, device))
+    if s.pot:
+        model, info = checkpoint.load_model(folders[0])  # anew, as measure has moved the other to the device
+        prepare(model, s.pot)
+        if s.sqnr:
+            print_sqnr(model, folders[0])
+        convert(model)
+        info |= {"method": "PTQ", "pot": asdict(s.pot), "origin": folders[0], "step": 0}
+        if s.out_dir:
+            checkpoint.save_model(s.out_dir, model, info | {"provenance": provenance()})
+        rows.append(measure(s, model, info, s.out_dir, device))
     results = {"rows": rows, "seeds": over_seeds(rows), **provenance()}
     path = s.json or os.path.join(s.out_dir or folders[-1], "eval.json")
     print_table(rows)
@@ -82,24 +82,24 @@ def main(s: Settings):
     print(json.dumps(results))
 
 
-def measure(s, model, info, folder, reference, device):
-    """One row of the table."""
+def measure(s, model, info, folder, device):
+    """One row of the table; folder is None for a model that was not written."""
     name = s.dataset or info["settings"]["dataset"]
     ids, meta = dataset.load(os.path.join("data", name), s.split)
-    if meta != info["tokenizer"]:
-        raise ValueError(
-            f"{folder} was trained with another vocabulary than data/{name} has: use the data set it was trained on"
-        )
-    other = None
-    if reference and os.path.normpath(reference) != os.path.normpath(folder) and checkpoint.exists(reference):
+    dataset.check_vocabulary(folder, info["tokenizer"], name, meta)
+    reference, other = s.reference, None
+    if reference is None and info["origin"] and checkpoint.exists(info["origin"]):
+        reference = info["origin"]
+    if reference and reference != folder:
         other, other_info = checkpoint.load_model(reference)
-        other = other.to(device) if other_info["tokenizer"] == meta else None
+        dataset.check_vocabulary(reference, other_info["tokenizer"], name, meta)
+        other.to(device)
     result = evaluate(model.to(device), ids[: s.tokens], s.batch_size, device, other)
     size = checkpoint.file_size(folder, model.to("cpu"), info)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(model.config).parameters())
     return {
-        "ckpt": folder,
+        "ckpt": folder or "(not kept)",
         "method": info["method"],
         "weights": str(PoTConfig(**info["pot"])) if info["pot"] else "float32",
         "dataset": name,
@@ -109,7 +109,7 @@ def measure(s, model, info, folder, reference, device):
         **result,
         "bits_per_weight": round(8 * size / parameters, 3),
         "bytes": size,
-        "steps": info.get("step"),
+        "steps": info["step"],
         "seed": info["settings"]["seed"],
     }
 
@@ -136,8 +136,12 @@ def evaluate(model, ids, batch_size=64, device="cpu", reference=None) -> dict:
             same += (logits.argmax(-1) == theirs.argmax(-1)).sum().item()
     model.train(training)
     n = len(ids) - 1
-    result = {"loss": loss / n, "perplexity": math.exp(loss / n)}
+    result = {"loss": loss / n, "perplexity": perplexity(loss / n)}
     return result if reference is None else result | {"kl": kl / n, "top1_agreement": same / n}
+
+
+def perplexity(loss):
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def print_sqnr(model, folder):
@@ -174,7 +178,7 @@ def print_table(rows):
 
 
 def over_seeds(rows):
-    """Mean and standard deviation of the loss of rows that differ in their seed alone."""
+    """Mean and standard deviation of the loss over the seeds of rows that are alike in method, weights, steps and data."""
     groups = {}
     for r in rows:
         groups.setdefault(tuple(r[k] for k in ("method", "weights", "steps", "dataset", "split")), []).append(r)
@@ -187,19 +191,18 @@ def over_seeds(rows):
     return summary
 
 
-def _origin(info):
-    folder = info["settings"]["init_from"]
-    return None if folder in ("scratch", "resume") else folder
-
-
 def pick_device(device):
-    if device != "auto":
-        try:
+    """The device's name, "auto" resolved. Raises ValueError if it cannot be used."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        if torch.device(device).type in ("cpu", "cuda", "mps"):
             torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as e:
-            raise ValueError(f"device={device} cannot be used: {str(e).splitlines()[0]}; try --device=cpu") from None
-        return device
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+            return device
+        why = "not one of cpu, cuda and mps"
+    except (RuntimeError, AssertionError) as e:
+        why = str(e).splitlines()[0]
+    raise ValueError(f"device={device} cannot be used: {why}; try --device=cpu")
 
 
 if __name__ == "__main__":

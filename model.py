@@ -162,6 +162,7 @@ class GPT(nn.Module):
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)
             else:
-                new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+                logits = (logits - logits.amax()) / temperature  # below 0, so that no temperature overflows
+                new = torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)
             yield new
             idx = torch.cat([idx, new], dim=1)

@@ -32,18 +32,14 @@ class PoTConfig:
     """
 
     bits: int = 4  # bits of a code, the sign's bit included
-    grid: str = (
-        "pot"  # "pot": powers of two; "uniform": evenly spaced, to compare; "paper": arXiv 2601.02298's quantizer
-    )
+    grid: str = "pot"  # "pot": powers of two; "uniform": to compare with; "paper": the quantizer of arXiv 2601.02298
     terms: int = 1  # 1: single powers; 2: a power, or a power and the half of it: two shifts and an add
-    range: int | None = (
-        None  # R narrows single powers to R of them, the papers' [-2^R, 2^R]; None: all that the bits hold
-    )
+    range: int | None = None  # R: single powers narrowed to R of them, the papers' [-2^R, 2^R]; None: all that fit
     granularity: str = "group"  # what shares a scale: "tensor", "channel" (output row) or "group" (of input features)
     group_size: int = 64  # consecutive input features that share a scale, for granularity "group"
     scale: str = "mse"  # "mse": least squared error, by search; "absmax": the largest weight is the top level
-    act_bits: int | None = None  # 8: layer inputs are quantized too, uniform affine, per token; None: left as they are
-    eps: float = 2.0**-5  # grid "paper" only: lower bound of its step
+    act_bits: int | None = None  # 8: layer inputs are quantized too, uniform affine, per token; None: not at all
+    eps: float = 2.0**-5  # grid "paper" only: lower bound of the smallest level
 
     def __post_init__(self):
         _choose("grid", self.grid, ("pot", "uniform", "paper"))
@@ -55,6 +51,9 @@ class PoTConfig:
         if self.terms == 2:
             lowest = 4
         _choose("bits", self.bits, tuple(range(lowest, highest + 1)), f" with grid={self.grid!r}, terms={self.terms}")
+        for key in ("range", "group_size"):
+            if type(getattr(self, key)) is not int and (key, self.range) != ("range", None):
+                raise ValueError(f"{key}={getattr(self, key)!r} must be an integer")
         if self.range is not None:
             if self.grid == "uniform" or self.terms == 2:
                 raise ValueError(
@@ -106,7 +105,7 @@ class PoTConfig:
         """
         levels = self.levels()
         half = [float(levels[min(i, len(levels) - 1)]) for i in range(2 ** (self.bits - 1))]
-        return torch.tensor(half + [-v + 0.0 for v in half])
+        return torch.tensor(half + [-v + 0.0 for v in half], dtype=torch.float32)
 
     def __str__(self):
         kind = {"pot": "PoT" if self.terms == 1 else "two-term PoT", "uniform": "uniform", "paper": "paper PoT"}[
@@ -114,12 +113,13 @@ class PoTConfig:
         ]
         share = f"groups of {self.group_size}" if self.granularity == "group" else f"per {self.granularity}"
         narrow = "" if self.range is None else f", range 2^{self.range}"
+        by = ", absmax" if self.scale == "absmax" and self.grid != "paper" else ""
         acts = "" if self.act_bits is None else f", {self.act_bits}-bit activations"
-        return f"{kind} {self.bits} bits, {share}{narrow}{acts}"
+        return f"{kind} {self.bits} bits, {share}{by}{narrow}{acts}"
 
 
 def _choose(key, value, possible, where=""):
-    if value not in possible or isinstance(value, bool):
+    if (type(value), value) not in [(type(p), p) for p in possible]:
         raise ValueError(f"{key}={value!r} is not possible{where}: choose one of {', '.join(map(repr, possible))}")
 
 
@@ -193,7 +193,9 @@ def compute_scale(w: torch.Tensor, config: PoTConfig) -> torch.Tensor:
     scale = absmax if config.scale == "absmax" else _search_scale(w, absmax, config)
     fallback = scale.max() if absmax.any() else torch.ones_like(scale.max())
     scale = torch.where(absmax > 0, scale, fallback)
-    scale = scale.clamp(min=config.top * torch.finfo(torch.float32).tiny)  # the unit must not underflow
+    # The unit must not underflow, nor the top level overflow the weight's dtype.
+    single = torch.finfo(torch.float32)
+    scale = scale.clamp(config.top * single.tiny, min(torch.finfo(w.dtype).max, single.max))
     half = torch.finfo(torch.float16)
     return scale.half() if scale.min() >= half.tiny and scale.max() <= half.max else scale
 
@@ -213,10 +215,10 @@ def _search_scale(w, absmax, config):
         return parts.sum((1, 2)).view(3, 1, 1) if config.granularity == "tensor" else parts
 
     # The more weights share a scale, the further below the largest it may lie; the fewer, the bumpier their error is.
-    octave = 8 if config.granularity == "group" else 4  # steps an octave
+    steps, octave = (15, 8) if config.granularity == "group" else (25, 4)
     best, best_moments = absmax, torch.full((3, *absmax.shape), torch.inf, device=w.device)
-    for step in range(18):
-        if step < 15:
+    for step in range(steps + 3):
+        if step < steps:
             scale = absmax * 2 ** ((2 - step) / octave)
         else:  # the best scale for the best levels so far
             scale = best_moments[1] / best_moments[2] * config.top
@@ -247,8 +249,9 @@ class _FakeQuantize(torch.autograd.Function):
         unit = _unit(scale, config)
         if torch.compiler.is_compiling():  # torch.export has no gradient for out=
             w = w.unflatten(1, (unit.shape[1], -1))
-            return (_round_(w.float() / unit, config) * unit).flatten(1).to(w.dtype)
-        out = torch.empty_like(w)
+            return (_round_(w.float() / unit, config) * unit).flatten(1).to(w.dtype).contiguous()
+        # Contiguous also where w is a transposed view, so that products are summed in the order of the packed layer's.
+        out = torch.empty_like(w, memory_format=torch.contiguous_format)
         for u, b, o in _blocks(unit, w, out):
             torch.mul(_round_(b.float() / u, config), u, out=o)
         return out
@@ -282,26 +285,22 @@ def fake_quantize_activations(x: torch.Tensor) -> torch.Tensor:
     The range is widened to contain 0, so that 0 stays 0: q = round(x / scale) + zero_point in 0 ... 255, half to even.
     The gradient is the identity.
     """
-    with torch.no_grad():
+    return _FakeQuantizeActivations.apply(x)
+
+
+class _FakeQuantizeActivations(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
         f = x.float()
         low, high = f.amin(-1, keepdim=True).clamp(max=0), f.amax(-1, keepdim=True).clamp(min=0)
         scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
         zero_point = (-low / scale).round()
         q = ((f / scale).round() + zero_point).clamp(0, 255)
-        out = ((q - zero_point) * scale).to(x.dtype)
-    return _Identity.apply(x, out)
-
-
-class _Identity(torch.autograd.Function):
-    """Value of the second argument, gradient to the first."""
-
-    @staticmethod
-    def forward(ctx, x, value):
-        return value.clone()
+        return ((q - zero_point) * scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None
+        return grad
 
 
 # -----------------------------------------------------------------------------
@@ -309,14 +308,21 @@ class _Identity(torch.autograd.Function):
 
 
 class _Scaled(nn.Module):
-    """Holds a scale that .half() and .bfloat16() leave alone: casting it would change every weight."""
+    """Keeps the dtype of its scale in .half() and .bfloat16(), and takes that of a state_dict's: casting a scale would
+    change every weight."""
 
     def _apply(self, fn, recurse=True):
-        before = self.scale
+        before = {name: b for name, b in self._buffers.items() if name != "_like"}
         super()._apply(fn, recurse)
-        if self.scale.dtype != before.dtype:
-            self.scale = before.to(self.scale.device)
+        for name, b in before.items():
+            if self._buffers[name].dtype != b.dtype:
+                self._buffers[name] = b.to(self._buffers[name].device)
         return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if prefix + "scale" in state_dict:
+            self.scale = self.scale.to(state_dict[prefix + "scale"].dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class PoTQuantizer(_Scaled):
@@ -325,7 +331,7 @@ class PoTQuantizer(_Scaled):
     def __init__(self, weight: torch.Tensor, config: PoTConfig):
         super().__init__()
         self.config = config
-        self.enabled = True  # False: the layer computes with its float weight and its inputs as they come
+        self.enabled = True  # False: the layer computes with its float weight and inputs; convert packs it all the same
         self.register_buffer("scale", compute_scale(weight, config))
         if config.grid == "paper":
             self.register_buffer("minmax", torch.stack(weight.detach().float().aminmax()))
@@ -343,15 +349,16 @@ class PoTQuantizer(_Scaled):
         if not self.enabled:
             return rows
         scale = self.scale if len(self.scale) == 1 else self.scale[index.flatten()]
-        return fake_quantize(rows.flatten(0, -2), scale, self.config).view(rows.shape)
+        return fake_quantize(rows.reshape(-1, rows.shape[-1]), scale, self.config).view(rows.shape)
 
     def inputs(self, x):
         return fake_quantize_activations(x) if self.enabled and self.config.act_bits else x
 
     def _observe(self, w):
         # torch's moving-average observer with its default constant, which the papers keep running while they train.
-        self.minmax.lerp_(torch.stack(w.float().aminmax()), 0.01)
-        self.scale.fill_(self.minmax.abs().amax().clamp(min=self.config.eps * self.config.top))
+        # New tensors, as the old ones may be saved for a backward still to come.
+        self.minmax = self.minmax.lerp(torch.stack(w.float().aminmax()), 0.01)
+        self.scale = self.minmax.abs().amax().clamp(min=self.config.eps * self.config.top).view(1, 1)
 
     def extra_repr(self):
         return str(self.config)
@@ -360,8 +367,8 @@ class PoTQuantizer(_Scaled):
 class PoTLinear(nn.Linear):
     """nn.Linear whose forward quantizes the weight to signed exponents (or to another grid of PoTConfig).
 
-    weight (out, in) and bias (out) are nn.Linear's. The scale is computed from the weight once: here, or in `prepare`,
-    which makes this of an nn.Linear that exists.
+    weight (out, in) and bias (out) are nn.Linear's. The scale is computed from the weight once: here, from the random
+    one, or in `prepare`, which makes this of an nn.Linear that exists. So load weights first, then prepare.
     """
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, config=PoTConfig()):
@@ -408,7 +415,7 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     rows, n = codes.shape
     if bits == 4:
         codes = _interleave(codes, (8, 16))
-    codes = F.pad(codes, (0, -n % 8)).view(rows, -1, 8).long()  # 8 codes fill `bits` bytes
+    codes = F.pad(codes, (0, -n % 8)).view(rows, -(-n // 8), 8).long()  # 8 codes fill `bits` bytes
     words = (codes << (bits * torch.arange(8, device=codes.device))).sum(-1, keepdim=True)
     packed = words >> (8 * torch.arange(bits, device=codes.device)) & 255
     return packed.to(torch.uint8).flatten(1)[:, : -(-n * bits // 8)].contiguous()
@@ -416,7 +423,7 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack_codes(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
     """(rows, ceil(n * bits / 8)) uint8 -> codes (rows, n) uint8."""
-    packed = F.pad(packed, (0, -packed.shape[1] % bits)).view(len(packed), -1, bits).long()
+    packed = F.pad(packed, (0, -packed.shape[1] % bits)).view(len(packed), -(-n // 8), bits).long()
     words = (packed << (8 * torch.arange(bits, device=packed.device))).sum(-1, keepdim=True)
     codes = words >> (bits * torch.arange(8, device=packed.device)) & (2**bits - 1)
     codes = codes.to(torch.uint8).flatten(1)[:, :n]
@@ -551,7 +558,8 @@ def prepare(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn=None) -
     Raises ValueError, and changes nothing, for a weight that is empty, holds NaN or inf, or that group_size does not
     divide, and for layers that share a weight but not a config.
     """
-    quantizers, found = {}, []
+    quantizers = {id(m.weight): m.quantizer for m in model.modules() if isinstance(m, _PREPARED)}
+    found = []
     for name, module in model.named_modules():
         cls = _prepared_class(module)
         choice = cls is not None and (True if filter_fn is None else filter_fn(name, module))
@@ -578,7 +586,13 @@ def prepare(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn=None) -
     for _, module, cls, quantizer in found:
         module.__class__ = cls  # rather than a new module: bias, hooks, training mode and all else stay as they are
         module.quantizer = quantizer
+        # nn.TransformerEncoderLayer has a fast path that reads weights past forward; it does not take it with a hook.
+        module.register_forward_pre_hook(_no_fast_path)
     return [name for name, *_ in found]
+
+
+def _no_fast_path(module, inputs):
+    return None
 
 
 @torch.no_grad()
@@ -591,10 +605,11 @@ def convert(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, _PREPARED):
             w, q = _matrix(module), module.quantizer
-            if id(q) not in packed:
+            key = id(q), id(module.weight)  # a tie may have been cut since
+            if key not in packed:
                 _check(name or type(module).__name__, w, q.config)
-                packed[id(q)] = PackedWeight.pack(w, q.scale, q.config)
-            weight = packed[id(q)]
+                packed[key] = PackedWeight.pack(w, q.scale, q.config)
+            weight = packed[key]
             is_embedding = isinstance(module, PoTEmbedding)
             layer = PackedPoTEmbedding(weight) if is_embedding else PackedPoTLinear(weight, module.bias)
             layers[module] = layer.train(module.training)

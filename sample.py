@@ -30,15 +30,14 @@ class Settings:
 
 
 def main(s: Settings):
-    if s.temperature < 0 or s.num_samples < 1 or s.max_new_tokens < 1 or (s.top_k is not None and s.top_k < 1):
+    if not s.temperature >= 0 or s.num_samples < 1 or s.max_new_tokens < 1 or (s.top_k is not None and s.top_k < 1):
         raise ValueError("temperature must be at least 0, num_samples, max_new_tokens and top_k at least 1")
     device = pick_device(s.device)
     model, info = checkpoint.load_model(s.ckpt)
     tokenizer = dataset.tokenizer_of(info["tokenizer"])
     prompt = s.prompt
     if s.prompt_file:
-        with open(s.prompt_file, encoding="utf-8") as f:
-            prompt = f.read()
+        prompt = dataset.read_text(s.prompt_file)
     if not prompt:
         raise ValueError("the prompt is empty: pass at least one character")
     ids = torch.tensor([tokenizer.encode(prompt)], device=device)

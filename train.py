@@ -19,7 +19,7 @@ import torch
 import checkpoint
 import dataset
 from configurator import provenance, run
-from eval import evaluate, pick_device
+from eval import evaluate, perplexity, pick_device
 from model import GPT, GPTConfig
 from pot import PoTConfig, convert, prepare
 
@@ -63,11 +63,23 @@ class Settings:
     compile: bool = True  # torch.compile, on CUDA only
 
 
+MINIMUM = {
+    "batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "eval_interval": 1,
+    "log_interval": 1,
+    "eval_tokens": 2,
+    "max_iters": 0,
+}
+
+
 def main(s: Settings):
-    for key in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"):
-        if getattr(s, key) < 1:
-            raise ValueError(f"{key}={getattr(s, key)} must be at least 1")
+    for key, least in MINIMUM.items():
+        if getattr(s, key) is not None and getattr(s, key) < least:
+            raise ValueError(f"{key}={getattr(s, key)} must be at least {least}")
+    origin = provenance()  # now: the code may be another when a long run ends
     device = pick_device(s.device)
+    cuda = device.startswith("cuda")
     data, meta = dataset.load(os.path.join("data", s.dataset), "train")
     val, _ = dataset.load(os.path.join("data", s.dataset), "val")
 
@@ -82,14 +94,19 @@ def main(s: Settings):
                 f"data/{s.dataset}/{split}.bin holds {len(ids)} tokens, a context of {block_size} needs more: lower block_size"
             )
     optimizer = make_optimizer(model, s, device)
-    step = 0
+    step = info["step"]
     if state is not None:
-        step = state["step"]
+        hyper = [{k: group[k] for k in ("weight_decay", "betas")} for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
+        for group, now in zip(optimizer.param_groups, hyper):  # those of the settings, not those of the checkpoint
+            group.update(now)
         torch.set_rng_state(state["rng"])
-        if device == "cuda" and state["cuda_rng"] is not None:
+        if cuda and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
         del state
+    if step == s.max_iters and os.path.exists(os.path.join(s.out_dir, checkpoint.MODEL)):
+        print(f"{s.out_dir}/ is finished: step {step} of {s.max_iters}")
+        return
     kind = f"QAT, {PoTConfig(**info['pot'])}" if info["pot"] else "float"
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(
@@ -98,11 +115,11 @@ def main(s: Settings):
     log = Log(s, step, resumed=s.init_from == "resume")
 
     autocast, scaler = nullcontext(), torch.amp.GradScaler(enabled=False)
-    if device == "cuda":
+    if cuda:
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
         autocast = torch.autocast("cuda", dtype)
         scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
-    compiled = torch.compile(model) if s.compile and device == "cuda" else model
+    compiled = torch.compile(model) if s.compile and cuda else model
     tokens_a_step = s.batch_size * s.gradient_accumulation_steps * block_size
     resumed_at, start, losses = step, time.time(), []
 
@@ -110,9 +127,11 @@ def main(s: Settings):
     while True:
         if step == s.max_iters or step % s.eval_interval == 0 and step > resumed_at:
             val_loss = evaluate(model, val[: s.eval_tokens], device=device)["loss"]
+            check_finite("validation loss", val_loss, step, s.out_dir)
             log(f"step {step}/{s.max_iters}  validation loss {val_loss:.4f}", step=step, val_loss=val_loss)
-            rng = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if device == "cuda" else None}
-            checkpoint.save_training(s.out_dir, model, info, optimizer=optimizer.state_dict(), step=step, **rng)
+            info["step"] = step
+            rng = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if cuda else None}
+            checkpoint.save_training(s.out_dir, model, info, optimizer=optimizer.state_dict(), **rng)
         if step >= s.max_iters:
             break
         for group in optimizer.param_groups:
@@ -134,10 +153,7 @@ def main(s: Settings):
         step += 1
         if step % s.log_interval == 0 or step == s.max_iters:
             mean = torch.stack(losses).mean().item()
-            if not math.isfinite(mean):
-                raise ValueError(
-                    f"the loss is {mean} at step {step}: try a lower learning_rate or more warmup_iters; {s.out_dir}/ keeps the last checkpoint"
-                )
+            check_finite("loss", mean, step, s.out_dir)
             losses.clear()
             speed = (step - resumed_at) / (time.time() - start)
             left = f"{(s.max_iters - step) / speed:.0f} s left"
@@ -150,12 +166,12 @@ def main(s: Settings):
     seconds = time.time() - start
     if info["pot"]:
         convert(model)
-    info |= {"step": step, "val_loss": val_loss, "provenance": provenance()}
+    info |= {"val_loss": val_loss, "provenance": origin}
     size = checkpoint.save_model(s.out_dir, model, info)
     log.finish(val_loss)
     rows = {
         "validation loss": f"{val_loss:.4f}",
-        "perplexity": f"{math.exp(val_loss):.2f}",
+        "perplexity": f"{perplexity(val_loss):.2f}",
         "steps, tokens": f"{step}, {step * tokens_a_step:,}",
         "time": f"{seconds:.0f} s",
         f"{s.out_dir}/model.safetensors": f"{size:,} bytes, {'packed' if info['pot'] else 'float'}",
@@ -165,46 +181,63 @@ def main(s: Settings):
         print(f"{name:<{max(map(len, rows))}}  {value}")
 
 
+def check_finite(what, value, step, out_dir):
+    if not math.isfinite(value):
+        kept = "keeps the last checkpoint" if checkpoint.exists(out_dir) else "holds no checkpoint yet"
+        raise ValueError(
+            f"the {what} is {value} at step {step}: try a lower learning_rate or more warmup_iters; {out_dir}/ {kept}"
+        )
+
+
 def build(s: Settings, meta):
     """(model, info to store with it, training state or None) for init_from scratch, resume or a folder."""
     shape = {k: getattr(s, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "bias", "dropout")}
     given = {k: v for k, v in shape.items() if v is not None}
-    info = {"tokenizer": meta, "method": "float", "pot": None, "settings": asdict(s)}
+    info = {"tokenizer": meta, "pot": None, "origin": None, "step": 0, "settings": asdict(s)}
     if s.init_from != "resume" and checkpoint.exists(s.out_dir):
         raise ValueError(
             f"{s.out_dir} holds a checkpoint already: --init_from=resume goes on with it; else choose another --out_dir"
         )
     if s.init_from == "scratch":
-        vocab_size = dataset.tokenizer_of(meta).vocab_size
-        model, state = GPT(GPTConfig(vocab_size=vocab_size, **given)), None
-        pot = s.pot
-    else:
-        folder = s.out_dir if s.init_from == "resume" else s.init_from
-        state = checkpoint.load_training(checkpoint.existing(folder))
-        found = state["info"]
-        if found["tokenizer"] != meta:
+        model = GPT(GPTConfig(vocab_size=dataset.tokenizer_of(meta).vocab_size, **given))
+        return quantized(model, s, info | {"method": "float"})
+
+    folder = s.out_dir if s.init_from == "resume" else s.init_from
+    state = checkpoint.load_training(folder)
+    found = state["info"]
+    dataset.check_vocabulary(folder, found["tokenizer"], s.dataset, meta)
+    for key, value in given.items():
+        if key != "dropout" and found["model_args"][key] != value:
             raise ValueError(
-                f"{folder} was trained with another vocabulary than data/{s.dataset} has: use the data set it was trained on"
+                f"{key}={value}, but {folder} was trained with {key}={found['model_args'][key]}: leave {key} out"
             )
-        for key, value in given.items():
-            if key != "dropout" and found["model_args"][key] != value:
-                raise ValueError(
-                    f"{key}={value}, but {folder} was trained with {key}={found['model_args'][key]}: leave {key} out"
-                )
-        found["model_args"] |= {"dropout": s.dropout} if s.dropout is not None else {}
-        if s.init_from == "resume":
-            pot = PoTConfig(**found["pot"]) if found["pot"] else None
-            if pot != s.pot:
-                raise ValueError(
-                    f"{folder} was trained with {pot or 'float weights'}, the settings ask for {s.pot or 'float weights'}: resume with the same"
-                )
-            model = checkpoint.model_of(state)
-            return model, info | {"pot": found["pot"], "method": found["method"]}, state
-        model, state, pot = checkpoint.model_of(state, quantized=False), None, s.pot
-    if pot:
-        prepare(model, pot)
-        info |= {"pot": asdict(pot), "method": "QAT" if s.max_iters else "PTQ"}
-    return model, info, state
+    if s.dropout is not None:
+        found["model_args"]["dropout"] = s.dropout
+    if s.init_from != "resume":
+        # The float model to compare with: this one, or the one that it came from itself.
+        info |= {"method": "float control", "origin": found["origin"] if found["pot"] else folder}
+        return quantized(checkpoint.model_of(state, quantized=False), s, info)
+
+    pot = PoTConfig(**found["pot"]) if found["pot"] else None
+    if pot != s.pot:
+        raise ValueError(
+            f"{folder} was trained with {pot or 'float weights'}, the settings ask for {s.pot or 'float weights'}: "
+            "resume with the same"
+        )
+    if found["step"] > s.max_iters:
+        raise ValueError(f"{folder} is at step {found['step']} already: max_iters={s.max_iters} must be at least that")
+    kept = {key: found[key] for key in ("pot", "origin", "step", "method")}
+    if found["method"] == "PTQ" and s.max_iters:
+        kept["method"] = "QAT"
+    return checkpoint.model_of(state), info | kept, state
+
+
+def quantized(model, s, info):
+    """The model as it starts to train, prepared if the settings ask for it."""
+    if s.pot:
+        prepare(model, s.pot)
+        info |= {"pot": asdict(s.pot), "method": "QAT" if s.max_iters else "PTQ"}
+    return model, info, None
 
 
 def make_optimizer(model, s, device):
@@ -244,11 +277,12 @@ class Log:
     def __init__(self, s, step, resumed):
         os.makedirs(s.out_dir, exist_ok=True)
         self.folder, self.path, self.entries = s.out_dir, os.path.join(s.out_dir, "log.jsonl"), []
-        if resumed and os.path.exists(self.path):  # what came after the checkpoint happens again
+        if resumed and os.path.exists(self.path):
             with open(self.path) as f:
-                self.entries = [e for e in map(json.loads, f) if e["step"] <= step]
-        with open(self.path, "w") as f:
+                self.entries = [e for e in map(_entry, f) if e and e["step"] <= step]  # what came after happens again
+        with open(self.path + ".tmp", "w") as f:
             f.writelines(json.dumps(e) + "\n" for e in self.entries)
+        os.replace(self.path + ".tmp", self.path)
         self.wandb = None
         if s.wandb_log:
             import wandb
@@ -281,6 +315,13 @@ class Log:
         if self.wandb:
             self.wandb.summary["final_val_loss"] = val_loss
             self.wandb.finish()
+
+
+def _entry(line):
+    try:
+        return json.loads(line)
+    except ValueError:  # the last line of a run that was killed
+        return None
 
 
 if __name__ == "__main__":

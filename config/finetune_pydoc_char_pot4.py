@@ -1,5 +1,6 @@
 # QAT: goes on from config/train_pydoc_char.py with 4-bit power-of-two weights, embeddings included.
-# Half a minute on 2 cores. The float control, trained on the same batches: --pot=None --out_dir=out-pydoc-char-control
+# About a minute on 2 cores. The float control, trained on the same batches: --pot=None --out_dir=out-pydoc-char-control
+# PTQ is QAT with no steps: --max_iters=0 --out_dir=out-pydoc-char-ptq
 init_from = "out-pydoc-char"
 out_dir = "out-pydoc-char-pot4"
 dataset = "pydoc_char"
@@ -8,8 +9,9 @@ pot_bits = 4
 pot_granularity = "group"
 pot_group_size = 64
 
-batch_size = 32
+batch_size = 8
 max_iters = 1000
 learning_rate = 3e-4
 weight_decay = 0.0
 eval_interval = 500
+eval_tokens = 50_000

@@ -1,5 +1,5 @@
 # The papers' character GPT (0.8 M parameters) in float, on Python's own documentation.
-# Needs `python data/pydoc_char/prepare.py`. About a minute on 2 cores.
+# Needs `python data/pydoc_char/prepare.py`. About 2 minutes on 2 cores.
 out_dir = "out-pydoc-char"
 dataset = "pydoc_char"
 
@@ -9,8 +9,9 @@ n_embd = 128
 block_size = 64
 bias = False
 
-batch_size = 32
+batch_size = 8
 max_iters = 3000
 learning_rate = 2e-3
 warmup_iters = 100
-eval_interval = 500
+eval_interval = 1000
+eval_tokens = 50_000

@@ -11,6 +11,8 @@ INFO = {
     "tokenizer": {"tokenizer": "char", "chars": "abc"},
     "method": "float",
     "pot": None,
+    "origin": None,
+    "step": 7,
     "settings": {"init_from": "scratch", "dataset": "tiny", "seed": 1},
 }
 
@@ -34,7 +36,7 @@ def test_roundtrip_of_both_files(tmp_path, pot):
         prepare(model, pot)
         info |= {"pot": asdict(pot), "method": "QAT"}
     y = model(X)
-    checkpoint.save_training(folder, model, info, step=7, optimizer={})
+    checkpoint.save_training(folder, model, info, optimizer={})
     loaded, found = checkpoint.load_model(folder)
     assert torch.equal(loaded(X), y) and found["step"] == 7
     assert loaded.lm_head.weight is loaded.transformer.wte.weight and not loaded.training
@@ -44,7 +46,7 @@ def test_roundtrip_of_both_files(tmp_path, pot):
     assert size == (tmp_path / "model.safetensors").stat().st_size == checkpoint.file_size(folder, model, info)
     loaded, found = checkpoint.load_model(folder)
     assert torch.equal(loaded(X), y) and found["pot"] == info["pot"]
-    checkpoint.save_training(folder, gpt(), info, step=8, optimizer={})
+    checkpoint.save_training(folder, gpt(), info, optimizer={})
     assert not (tmp_path / "model.safetensors").exists()  # it would be older than the training state
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -63,7 +65,7 @@ def test_packed_file_is_as_small_as_the_codes(tmp_path):
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     folder = str(tmp_path)
-    checkpoint.save_training(folder, gpt(), INFO, step=1, optimizer={})
+    checkpoint.save_training(folder, gpt(), INFO, optimizer={})
     old = (tmp_path / "ckpt.pt").read_bytes()
 
     def full(state, path):
@@ -73,7 +75,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="cannot write .*ckpt.pt: .*untouched"):
-        checkpoint.save_training(folder, gpt(), INFO, step=2, optimizer={})
+        checkpoint.save_training(folder, gpt(), INFO, optimizer={})
     assert (tmp_path / "ckpt.pt").read_bytes() == old and not list(tmp_path.glob("*.tmp"))
 
 
@@ -83,7 +85,7 @@ def test_truncated_and_foreign_files(tmp_path):
         checkpoint.load_model(folder + "/nowhere")
     with pytest.raises(ValueError, match="holds no checkpoint"):
         checkpoint.load_model(folder)
-    checkpoint.save_training(folder, gpt(), INFO, step=1, optimizer={})
+    checkpoint.save_training(folder, gpt(), INFO, optimizer={})
     good = (tmp_path / "ckpt.pt").read_bytes()
     foreign = tmp_path / "foreign.pt"
     torch.save({"weights": torch.zeros(3)}, foreign)
@@ -106,6 +108,17 @@ def test_truncated_and_foreign_files(tmp_path):
         (tmp_path / "model.safetensors").write_bytes(content)
         with pytest.raises(ValueError, match="model.safetensors is truncated, damaged or not of nanoPoT"):
             checkpoint.load_model(folder)
+
+
+def test_info_that_lacks_something_is_refused(tmp_path):
+    for key in INFO:
+        info = {k: v for k, v in INFO.items() if k != key}
+        checkpoint.save_training(str(tmp_path), gpt(), info, optimizer={})
+        with pytest.raises(ValueError, match="no nanoPoT checkpoint"):
+            checkpoint.load_model(str(tmp_path))
+        checkpoint.save_model(str(tmp_path), gpt(), info)
+        with pytest.raises(ValueError, match="not of nanoPoT"):
+            checkpoint.load_model(str(tmp_path))
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):

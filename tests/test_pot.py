@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -122,13 +123,17 @@ def test_papers_quantizer_to_the_letter(config):
         dict(grid="paper"),
         dict(bits=4, range=7, **PAPER),
         dict(bits=True),
+        dict(bits=4.0),
+        dict(range=3.0),
+        dict(group_size=None),
         dict(eps=0.0),
     ],
     ids=str,
 )
 def test_impossible_config(bad):
     with pytest.raises(
-        ValueError, match="choose one of|hold ranges|narrows single|at least 1|use granularity|positive"
+        ValueError,
+        match="choose one of|must be an integer|hold ranges|narrows single|at least 1|use granularity|positive",
     ):
         PoTConfig(**bad)
 
@@ -573,6 +578,100 @@ def test_papers_observer_follows_the_weights_in_training_only():
     assert layer.quantizer.scale.item() == pytest.approx(max(-low, high, 2**-5 * 128))
 
 
+def test_float32_scales_survive_a_state_dict():
+    models = []
+    for factor in (1e-7, 1.0):
+        models.append(nn.Sequential(nn.Linear(64, 8)))
+        with torch.no_grad():
+            models[-1][0].weight.mul_(factor)
+        prepare(models[-1])
+    x = torch.randn(3, 64)
+    models[1].load_state_dict(models[0].state_dict())
+    assert torch.equal(models[1](x), models[0](x)) and models[1][0].quantizer.scale.dtype == torch.float32
+    for m in models:
+        convert(m)
+    packed = convert(nn.Sequential(PoTLinear(64, 8)))
+    packed.load_state_dict(models[0].state_dict())
+    assert torch.equal(packed(x), models[0](x))
+
+
+def test_weights_untied_after_prepare_are_packed_apart():
+    model = tiny_gpt()
+    prepare(model)
+    model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.02)
+    x = torch.randint(0, 65, (1, 5))
+    y = model.eval()(x)
+    assert torch.equal(convert(model)(x), y)
+
+
+def test_preparing_a_tied_partner_later_shares_the_quantizer():
+    model = tiny_gpt()
+    prepare(model, filter_fn=lambda n, _: n == "lm_head")
+    prepare(model, filter_fn=lambda n, _: n == "transformer.wte")
+    assert model.lm_head.quantizer is model.transformer.wte.quantizer
+
+
+def test_transformer_encoder_layers_take_no_path_around_forward():
+    layer = nn.TransformerEncoderLayer(64, 2, 128, batch_first=True).eval()
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        before = layer(x)
+        prepare(layer)
+        prepared = layer(x)
+        assert not torch.allclose(prepared, before)
+        assert torch.allclose(convert(layer)(x), prepared, atol=1e-6)
+
+
+def test_papers_layer_used_twice_and_cast():
+    layer = PoTLinear(64, 64, config=PAPERS[2]).train()
+    layer(layer(torch.randn(1, 64))).sum().backward()
+    layer.bfloat16()
+    layer(torch.randn(1, 64, dtype=torch.bfloat16)).sum().backward()
+    assert layer.quantizer.minmax.dtype == torch.float32
+
+
+def test_default_dtype_does_not_matter():
+    config = PoTConfig(bits=6, granularity="tensor")
+    w = torch.randn(8, 64)
+    torch.set_default_dtype(torch.float16)
+    try:
+        scale = pot.compute_scale(w, config)
+        assert torch.equal(PackedWeight.pack(w, scale, config)(), fake_quantize(w, scale, config))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_an_outlier_does_not_spoil_a_tensors_scale():
+    torch.manual_seed(0)
+    w = torch.randn(256, 256)
+    w[3, 5] = 40.0
+    config = PoTConfig(grid="uniform", granularity="tensor")
+    best = max(
+        pot.sqnr(w, fake_quantize(w, torch.full((1, 1), s), config)) for s in torch.linspace(1, 40, 300).tolist()
+    )
+    assert pot.sqnr(w, fake_quantize(w, pot.compute_scale(w, config), config)) > best - 0.2
+
+
+def test_any_shape_of_index():
+    table = PoTEmbedding(10, 64)
+    packed = convert(copy.deepcopy(table))
+    for index in (
+        torch.tensor(3),
+        torch.tensor([1, 2]),
+        torch.zeros(0, dtype=torch.long),
+        torch.zeros(2, 0, 3, dtype=torch.long),
+    ):
+        assert torch.equal(table(index), packed(index)) and table(index).shape == (*index.shape, 64)
+
+
+def test_largest_float16_weights_stay_finite():
+    layer = nn.Linear(64, 8).half()
+    with torch.no_grad():
+        layer.weight.fill_(65504.0).mul_(torch.randn(8, 64).sign())
+    prepare(layer)
+    assert layer.quantizer(layer.weight).isfinite().all()
+
+
 # --- compile, export, other people's models ---
 
 
@@ -594,6 +693,19 @@ def test_compile():
     model.zero_grad()
     torch.compile(model, backend="aot_eager", fullgraph=True)(x, x)[1].backward()
     assert all(torch.allclose(p.grad, expected[n], atol=1e-6) for n, p in model.named_parameters())
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+def test_compile_by_inductor():
+    w = torch.cat([torch.randn(4000), torch.tensor([-0.0, 0.5, 1.5, 3.0, 96.0])]).view(1, -1) * 20
+    for config in (
+        PoTConfig(granularity="tensor"),
+        PoTConfig(granularity="tensor", terms=2),
+        PoTConfig(granularity="tensor", grid="uniform"),
+    ):
+        scale = torch.full((1, 1), config.top)
+        compiled = torch.compile(lambda w, scale=scale, config=config: fake_quantize(w, scale, config), fullgraph=True)
+        assert torch.equal(compiled(w), fake_quantize(w, scale, config))
 
 
 def test_export():
@@ -637,8 +749,9 @@ def test_hugging_face_models(name):
     model(input_ids=x, labels=x).loss.backward()
     assert all(p.grad is not None for p in model.parameters())
     model.eval()
+    one = model(x[:1, :1]).logits
     convert(model)
-    assert torch.equal(model(x).logits, y)
+    assert torch.equal(model(x).logits, y) and torch.equal(model(x[:1, :1]).logits, one)
     tensors, metadata = pot.packed_state(model)
     loaded = pot.load_packed(hugging_face(name), tensors, json.loads(json.dumps(metadata)))
     assert torch.equal(loaded(x).logits, y)

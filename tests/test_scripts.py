@@ -132,6 +132,7 @@ def test_eval_of_every_kind(house, sh, float_run, qat_run):
     done = sh(f"eval.py --ckpt={float_run},{qat_run}/")
     rows = last_json(done)["rows"]
     assert [r["method"] for r in rows] == ["float", "QAT"]
+    assert [r["steps"] for r in rows] == [30, 20]
     assert json.loads((house / qat_run / "eval.json").read_text())["rows"] == rows
     ids, _ = dataset.load(str(house / "data" / "tiny"), "test")
     for row in rows:
@@ -243,7 +244,7 @@ def test_text_is_streamed(house, float_run):
         ("train.py --max_itres=3", "unknown key --max_itres: did you mean --max_iters"),
         ("train.py --max_iters=many", "expected an integer"),
         ("train.py config/nowhere.py", "no config file config/nowhere.py"),
-        ("train.py --dataset=tiny2", "no data set data/tiny2: choose one of empty, other, tiny"),
+        ("train.py --dataset=tiny2", "no data set data/tiny2: choose one of"),
         ("train.py --dataset=empty", "make it with `python data/empty/prepare.py`"),
         ("train.py --dataset=tiny --out_dir={float}", "holds a checkpoint already: --init_from=resume"),
         ("train.py --dataset=tiny --init_from=resume --out_dir=out-nowhere", "no folder out-nowhere"),
@@ -253,6 +254,16 @@ def test_text_is_streamed(house, float_run):
         ("train.py --dataset=tiny --block_size=100000 --out_dir=x", "lower block_size"),
         ("train.py --dataset=tiny --n_embd=65 --out_dir=x", "n_embd=65 must be a multiple"),
         ("train.py --dataset=tiny --n_embd=32 --n_head=2 --n_layer=1 --block_size=8 --pot_bits=4 --out_dir=x", "transformer.wte: group_size 64 does not divide its 32"),
+        ("train.py --dataset=tiny --max_iters=-1 --out_dir=x", "max_iters=-1 must be at least 0"),
+        ("train.py --dataset=tiny --init_from=resume --out_dir={float} --max_iters=10", "out-float is at step 30 already"),
+        ("train.py --dataset=tiny --init_from=packed --out_dir=x", "packed holds model.safetensors alone"),
+        ("train.py --dataset=foreign --out_dir=x", "train.bin holds the token 500"),
+        ("train.py --dataset=cut --out_dir=x", "train.bin is cut short"),
+        ("train.py --dataset=tiny --device=meta --out_dir=x", "not one of cpu, cuda and mps"),
+        ("eval.py --ckpt=,", "at least one folder"),
+        ("eval.py --ckpt={qat} --reference=typo", "no folder typo"),
+        ("sample.py --ckpt={float} --prompt_file=latin.txt", "latin.txt is not UTF-8 text"),
+        ("sample.py --ckpt={float} --temperature=nan", "temperature must be at least 0"),
         ("train.py --dataset=tiny --batch_size=0 --out_dir=x", "batch_size=0 must be at least 1"),
         ("train.py --dataset=tiny --device=tpu --out_dir=x", "device=tpu cannot be used"),
         ("eval.py --ckpt=out-nowhere", "no folder out-nowhere"),
@@ -277,6 +288,15 @@ def test_errors(house, float_run, qat_run, monkeypatch, capsys, command, message
         (house / "data" / name / "prepare.py").touch()
     if not (house / "data" / "other" / "test.bin").exists():
         dataset.write(house / "data" / "other", dict.fromkeys(dataset.SPLITS, "0123456789" * 20))
+        for name in ("foreign", "cut"):
+            dataset.write(
+                (house / "data" / name).mkdir() or house / "data" / name, dict.fromkeys(dataset.SPLITS, "ab" * 100)
+            )
+        np.full(100, 500, dtype=np.uint16).tofile(house / "data" / "foreign" / "train.bin")
+        (house / "data" / "cut" / "train.bin").write_bytes(b"odd")
+        (house / "latin.txt").write_bytes("Käse".encode("latin-1"))
+        (house / "packed").mkdir()
+        (house / "packed" / "model.safetensors").write_bytes((house / qat_run / "model.safetensors").read_bytes())
         (house / "truncated").mkdir()
         (house / "truncated" / "model.safetensors").write_bytes(
             (house / float_run / "model.safetensors").read_bytes()[:5000]
@@ -293,9 +313,39 @@ def test_errors(house, float_run, qat_run, monkeypatch, capsys, command, message
     assert not (house / "x").exists() and {p: p.read_bytes() for p in before} == before
 
 
-def test_diverged_training_stops_and_keeps_the_checkpoint(house, sh):
-    done = sh(
-        f"train.py {TINY} --max_iters=200 --learning_rate=1e12 --grad_clip=0 --out_dir=out-nan --eval_interval=1000",
-        ok=False,
+@pytest.mark.parametrize("log_interval", [5, 1000])
+def test_diverged_training_stops_and_keeps_the_checkpoint(house, sh, float_run, log_interval):
+    folder = house / f"out-nan-{log_interval}"
+    folder.mkdir()
+    (folder / "ckpt.pt").write_bytes(before := (house / float_run / "ckpt.pt").read_bytes())
+    command = (
+        f"train.py {TINY} --init_from=resume --out_dir={folder.name} --max_iters=200 --learning_rate=1e30 --grad_clip=0"
     )
-    assert done.returncode == 2 and "lower learning_rate" in done.stderr
+    done = sh(f"{command} --log_interval={log_interval}", ok=False)
+    assert done.returncode == 2 and "lower learning_rate" in done.stderr and "keeps the last checkpoint" in done.stderr
+    assert (folder / "ckpt.pt").read_bytes() == before
+
+
+def test_a_finished_run_stays_as_it_is(house, sh, float_run):
+    files = {p: p.read_bytes() for p in (house / float_run).iterdir()}
+    done = sh(f"train.py {TINY} --init_from=resume --out_dir={float_run} --max_iters=30")
+    assert "is finished: step 30 of 30" in done.stdout and {p: p.read_bytes() for p in files} == files
+
+
+def test_float_control_and_its_float_model(house, sh, float_run):
+    command = f"train.py --dataset=tiny --init_from={float_run} --out_dir=out-control --batch_size=4 --eval_interval=10"
+    sh(f"{command} --max_iters=10")
+    with open(house / "out-control" / "log.jsonl", "a") as f:
+        f.write('{"step": 1')  # a run that was killed while it wrote
+    sh(f"{command.replace(f'init_from={float_run}', 'init_from=resume')} --max_iters=20")
+    (row,) = last_json(sh("eval.py --ckpt=out-control"))["rows"]
+    assert row["method"] == "float control" and row["steps"] == 20 and row["kl"] > 0
+
+
+def test_settings_of_the_optimizer_hold_after_resume(house, sh, float_run):
+    folder = house / "out-decay"
+    folder.mkdir()
+    (folder / "ckpt.pt").write_bytes((house / float_run / "ckpt.pt").read_bytes())
+    sh(f"train.py {TINY} --init_from=resume --out_dir=out-decay --max_iters=40 --weight_decay=0.7 --beta1=0.5")
+    groups = checkpoint.load_training(str(folder))["optimizer"]["param_groups"]
+    assert [g["weight_decay"] for g in groups] == [0.7, 0.0] and groups[0]["betas"] == (0.5, 0.95)

@@ -34,7 +34,8 @@ def main(s: Settings):
             if len(paragraph) < 100 or paragraph not in seen:
                 kept.append(paragraph)
                 seen.add(paragraph)
-        documents.append("\n\n".join(kept) + "\n\n")
+        if kept:
+            documents.append("\n\n".join(kept) + "\n\n")
     # In the order of their hashes: random, but the same on every machine.
     documents.sort(key=lambda d: hashlib.sha256(d.encode()).digest())
     splits = {"train": [], "val": [], "test": []}

@@ -5,6 +5,7 @@ Tiny Shakespeare by characters: 1.1 MB of plays, split 80/10/10 in order as the 
     python data/shakespeare_char/prepare.py --input FILE.txt   # takes it from a file
 """
 
+import http.client
 import os
 import sys
 import urllib.request
@@ -28,13 +29,12 @@ def main(s: Settings):
         try:
             with urllib.request.urlopen(URL, timeout=60) as response:
                 text = response.read().decode("utf-8")
-        except OSError as e:
+        except (OSError, http.client.HTTPException) as e:
             raise ValueError(
                 f"cannot download {URL} ({e}): get the text another way and pass it with --input FILE"
             ) from None
     else:
-        with open(s.input, encoding="utf-8") as f:
-            text = f.read()
+        text = dataset.read_text(s.input)
     n = len(text)
     if n < 1000:
         raise ValueError(f"{s.input or URL} holds {n} characters: too few to split into train, val and test")
