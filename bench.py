@@ -16,7 +16,7 @@ import torch
 from configurator import provenance, run
 from eval import pick_device
 from model import GPT, GPTConfig
-from pot import PoTConfig, prepare
+from pot import PoTConfig, PoTQuantizer, prepare
 
 
 @dataclass
@@ -27,8 +27,8 @@ class Settings:
     vocab_size: int = 50257  # tokens
     batch_size: int = 12  # sequences a step
     block_size: int = 64  # tokens a sequence
-    rounds: int = 15  # steps of each that are timed, in turn
-    warmup: int = 3  # steps of each before them
+    rounds: int = 5  # times that float and fake-quantized steps take turns
+    steps: int = 3  # steps in a row that are timed each time, after one that is not
     pot: PoTConfig | None = None  # the weights of the second model; None: the default, 4 bits in groups of 64
     seed: int = 1337  # of weights and tokens
     json: str | None = None  # where to write the result
@@ -41,32 +41,33 @@ def main(s: Settings):
     pot = s.pot or PoTConfig()
     device = pick_device(s.device)
     torch.manual_seed(s.seed)
-    shape = GPTConfig(s.block_size, s.vocab_size, s.n_layer, s.n_head, s.n_embd)
-    models = {"float32": GPT(shape).to(device), str(pot): GPT(shape).to(device)}
-    prepare(models[str(pot)], pot)
-    optimizers = {name: torch.optim.AdamW(m.parameters(), lr=1e-5, fused=device != "mps") for name, m in models.items()}
+    model = GPT(GPTConfig(s.block_size, s.vocab_size, s.n_layer, s.n_head, s.n_embd)).to(device)
+    prepare(model, pot)
+    quantizers = [m for m in model.modules() if isinstance(m, PoTQuantizer)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device != "mps")
     tokens = torch.randint(s.vocab_size, (s.batch_size, s.block_size + 1), device=device)
 
-    def step(name):
+    def step():
         start = time.perf_counter()
-        models[name](tokens[:, :-1], tokens[:, 1:])[1].backward()
-        torch.nn.utils.clip_grad_norm_(models[name].parameters(), 1.0)
-        optimizers[name].step()
-        optimizers[name].zero_grad()
-        if device == "cuda":
+        model(tokens[:, :-1], tokens[:, 1:])[1].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.startswith("cuda"):
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    seconds = {name: [] for name in models}
-    for i in range(s.warmup + s.rounds):
-        for name in models:
-            taken = step(name)
-            if i >= s.warmup:
-                seconds[name].append(taken)
-        print(
-            f"round {i + 1}/{s.warmup + s.rounds}  " + "  ".join(f"{t[-1]:.2f} s" for t in seconds.values() if t),
-            flush=True,
-        )
+    # One model, its quantizers off and on: both steps work in the same memory, which a step has to fault in anew.
+    seconds = {"float32": [], str(pot): []}
+    for i in range(s.rounds + 1):
+        for name, times in seconds.items():
+            for q in quantizers:
+                q.enabled = name != "float32"
+            step()
+            mean = statistics.mean(step() for _ in range(s.steps))
+            if i > 0:  # the first round warms up
+                times.append(mean)
+            print(f"round {i}/{s.rounds}  {name:<28} {mean:.3f} s", flush=True)
 
     base, rows = seconds["float32"], []
     for name, times in seconds.items():
@@ -77,7 +78,14 @@ def main(s: Settings):
     )
     for r in rows:
         print(f"{r['name']:<28} " + "   ".join(f"{m:.3f} ({a:.3f}, {b:.3f})" for a, m, b in (r["step_s"], r["ratio"])))
-    results = {"rows": rows, "rounds": s.rounds, "tokens": s.batch_size * s.block_size, "seed": s.seed, **provenance()}
+    results = {
+        "rows": rows,
+        "rounds": s.rounds,
+        "steps": s.steps,
+        "tokens": s.batch_size * s.block_size,
+        "seed": s.seed,
+        **provenance(),
+    }
     if s.json:
         os.makedirs(os.path.dirname(s.json) or ".", exist_ok=True)
         with open(s.json, "w") as f:

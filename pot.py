@@ -265,8 +265,8 @@ class _FakeQuantize(torch.autograd.Function):
         # hardtanh's own gradient kernel, as comparing and masking take ten times as long. It wants |x| below its bound,
         # and the edge itself still belongs to the cell.
         edge = ctx.config.edge * ctx.config.top * (1 + 2**-23)
-        for unit, b, g, o in _blocks(_unit(scale, ctx.config), w, grad, out):
-            torch.ops.aten.hardtanh_backward.grad_input(g.float(), b.float() / unit, -edge, edge, grad_input=o)
+        for per_unit, b, g, o in _blocks(1 / _unit(scale, ctx.config), w, grad, out):
+            torch.ops.aten.hardtanh_backward.grad_input(g.float(), b.float() * per_unit, -edge, edge, grad_input=o)
         return out, None, None
 
 
@@ -312,7 +312,7 @@ class _Scaled(nn.Module):
     change every weight."""
 
     def _apply(self, fn, recurse=True):
-        before = {name: b for name, b in self._buffers.items() if name != "_like"}
+        before = {name: b for name, b in self._buffers.items() if b.is_floating_point() and name != "_like"}
         super()._apply(fn, recurse)
         for name, b in before.items():
             if self._buffers[name].dtype != b.dtype:
@@ -444,7 +444,11 @@ class PackedWeight(_Scaled):
         self.in_features, self.config = in_features, config
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
-        self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)  # .half() changes its dtype
+        self.register_buffer("_like", codes.new_empty(0, dtype=dtype), persistent=False)  # .half() changes its dtype
+        if 8 % config.bits == 0:  # whole codes in a byte: one look-up decodes all of them
+            byte = torch.arange(256, dtype=torch.uint8, device=codes.device).view(256, 1)
+            pairs = config.table().to(codes.device)[unpack_codes(byte, config.bits, 8 // config.bits).int()]
+            self.register_buffer("_bytes", pairs, persistent=False)
 
     @classmethod
     @torch.no_grad()
@@ -464,14 +468,19 @@ class PackedWeight(_Scaled):
         codes, scale = self.codes, self.scale
         if index is not None:
             codes, scale = codes[index.flatten()], scale if len(scale) == 1 else scale[index.flatten()]
-        table = self.config.table().to(codes.device)
         out = self._like.new_empty(len(codes), self.in_features)
         start = 0
         for unit, o in _blocks(_unit(scale, self.config), out):
-            level = table[unpack_codes(codes[start : start + len(o)], self.config.bits, self.in_features).int()]
-            torch.mul(level.view(o.shape), unit, out=o)
+            torch.mul(self._levels(codes[start : start + len(o)]).reshape(o.shape), unit, out=o)
             start += len(o)
         return out if index is None else out.view(*index.shape, self.in_features)
+
+    def _levels(self, codes):
+        bits, n = self.config.bits, self.in_features
+        if 8 % bits:
+            return self.config.table().to(codes.device)[unpack_codes(codes, bits, n).int()]
+        levels = F.embedding(codes.int(), self._bytes).flatten(1)[:, :n]
+        return _interleave(levels, (16, 8)) if bits == 4 else levels
 
     def extra_repr(self):
         return f"({len(self.codes)}, {self.in_features}), {self.config}"

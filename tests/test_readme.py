@@ -18,7 +18,7 @@ FEWER = {
     "train.py": "--max_iters=4 --eval_interval=2 --eval_tokens=500 --batch_size=2",
     "eval.py": "--tokens=500",
     "sample.py": "--max_new_tokens=20",
-    "bench.py": "--n_layer=1 --n_head=1 --n_embd=64 --vocab_size=99 --rounds=2 --warmup=0",
+    "bench.py": "--n_layer=1 --n_head=1 --n_embd=64 --vocab_size=99 --rounds=2 --steps=1",
 }
 NOT_HERE = ("make ", "git ", "cd ", "pip ", "sh results/")  # the other tests; minutes of training
 
