@@ -17,6 +17,7 @@ from configurator import provenance, run
 from eval import pick_device
 from model import GPT, GPTConfig
 from pot import PoTConfig, PoTQuantizer, prepare
+from train import keep_freed_memory
 
 
 @dataclass
@@ -39,6 +40,7 @@ def main(s: Settings):
     if s.rounds < 2:
         raise ValueError(f"rounds={s.rounds} has no spread: take at least 2")
     pot = s.pot or PoTConfig()
+    keep_freed_memory()  # as train.py does
     device = pick_device(s.device)
     torch.manual_seed(s.seed)
     model = GPT(GPTConfig(s.block_size, s.vocab_size, s.n_layer, s.n_head, s.n_embd)).to(device)
