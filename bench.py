@@ -2,7 +2,8 @@
 What QAT costs: seconds of a training step, float beside fake-quantized weights, in one run.
 
     python bench.py                       # GPT-2 124M's shape, random weights
-    python bench.py --pot_terms=2 --json=results/bench_qat.json
+    python bench.py --ckpt=gpt2-medium --pot_terms=2
+    python bench.py --json=results/bench_qat.json
 """
 
 import json
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+import checkpoint
 from configurator import provenance, run
 from eval import pick_device
 from model import GPT, GPTConfig
@@ -22,6 +24,9 @@ from train import keep_freed_memory
 
 @dataclass
 class Settings:
+    ckpt: str | None = (
+        None  # folder of a float checkpoint or of GPT-2, or gpt2, ...; None: random weights of this shape:
+    )
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads
     n_embd: int = 768  # width
@@ -43,11 +48,19 @@ def main(s: Settings):
     keep_freed_memory()  # as train.py does
     device = pick_device(s.device)
     torch.manual_seed(s.seed)
-    model = GPT(GPTConfig(s.block_size, s.vocab_size, s.n_layer, s.n_head, s.n_embd)).to(device)
+    if s.ckpt:
+        model, _ = checkpoint.load_float(s.ckpt)
+        if s.block_size > model.config.block_size:
+            raise ValueError(
+                f"block_size={s.block_size} is more than the context of {s.ckpt}: {model.config.block_size}"
+            )
+    else:
+        model = GPT(GPTConfig(s.block_size, s.vocab_size, s.n_layer, s.n_head, s.n_embd))
+    model.to(device).train()
     prepare(model, pot)
     quantizers = [m for m in model.modules() if isinstance(m, PoTQuantizer)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device != "mps")
-    tokens = torch.randint(s.vocab_size, (s.batch_size, s.block_size + 1), device=device)
+    tokens = torch.randint(model.config.vocab_size, (s.batch_size, s.block_size + 1), device=device)
 
     def step():
         start = time.perf_counter()
@@ -85,6 +98,7 @@ def main(s: Settings):
         "rounds": s.rounds,
         "steps": s.steps,
         "tokens": s.batch_size * s.block_size,
+        "model": s.ckpt or "random weights",
         "seed": s.seed,
         **provenance(),
     }

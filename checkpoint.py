@@ -1,10 +1,11 @@
 """
 The only place that writes and opens a run's folder:
 
-    out/ckpt.pt             training state: model, optimizer, step, random state, settings
+    out/ckpt.pt             training state: model, optimizer, step, settings
     out/model.safetensors   the finished model alone, float or packed, to evaluate, sample and hand on
 
-What a checkpoint is stands in it. Both are written to a temporary file and renamed, so that an old one is replaced whole
+and that reads GPT-2 from a folder in Hugging Face's format, or by its name from the hub. What a checkpoint is stands in
+it. Both are written to a temporary file and renamed, so that an old one is replaced whole
 or not at all.
 """
 
@@ -17,10 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dataset import GPT2, BPETokenizer
 from model import GPT, GPTConfig
 from pot import PoTConfig, load_packed, packed_state, prepare
 
 TRAINING, MODEL = "ckpt.pt", "model.safetensors"
+HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
 def _write(path, save):
@@ -49,8 +52,7 @@ def save_training(folder: str, model: GPT, info: dict, **state):
 def load_training(folder: str) -> dict:
     """Training state as it was saved, on the CPU."""
     path = os.path.join(folder, TRAINING)
-    if not os.path.isdir(folder):
-        raise ValueError(f"no folder {folder}: pass the out_dir of a training run")
+    _require_folder(folder)
     if not os.path.exists(path):
         what = (
             f"{MODEL} alone, which cannot be trained on"
@@ -79,7 +81,10 @@ def save_model(folder: str, model: GPT, info: dict) -> int:
 
 
 def file_size(folder: str | None, model: GPT, info: dict) -> int:
-    """Bytes of the finished model's file in folder, or of the one that save_model would write."""
+    """Bytes of the finished model's file in folder, or of the one that save_model would write; of GPT-2 from elsewhere,
+    whose file may hold more, those of its tensors."""
+    if folder and (folder in HUB or _is_huggingface(folder)):
+        return sum(t.nbytes for t in packed_state(model)[0].values())
     if folder and os.path.exists(os.path.join(folder, MODEL)):
         return os.path.getsize(os.path.join(folder, MODEL))
     with tempfile.TemporaryDirectory() as elsewhere:
@@ -89,8 +94,13 @@ def file_size(folder: str | None, model: GPT, info: dict) -> int:
 def load_model(folder: str) -> tuple[GPT, dict]:
     """The model in a folder, on the CPU, in eval mode, and its info (tokenizer, method, pot, origin, step, settings).
 
-    The finished model if there is one, else the one in training (fake-quantized if it is QAT).
+    The finished model if there is one, else the one in training (fake-quantized if it is QAT). GPT-2 if the folder is in
+    Hugging Face's format, or is no folder but one of the names in HUB.
     """
+    if not os.path.isdir(folder) and folder in HUB:
+        return _load_huggingface(_download(folder), folder)
+    if _is_huggingface(folder):
+        return _load_huggingface(folder, folder)
     path = os.path.join(folder, MODEL)
     if not os.path.exists(path):
         state = load_training(folder)
@@ -121,6 +131,78 @@ def model_of(state: dict, quantized=True) -> GPT:
     return model.eval()
 
 
+def load_float(folder: str) -> tuple[GPT, dict]:
+    """As load_model, but with float weights to fine-tune: those that a run in training holds, not their rounded values."""
+    if _is_huggingface(folder) or (not os.path.isdir(folder) and folder in HUB):
+        return load_model(folder)
+    state = load_training(folder)
+    return model_of(state, quantized=False), state["info"]
+
+
+# --- GPT-2 in Hugging Face's format ---
+
+
+def _is_huggingface(folder):
+    return os.path.exists(os.path.join(folder, "config.json"))
+
+
+def _download(name, offline=False):
+    """Folder in the hub's cache, filled at the first use."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", "model.safetensors"]
+    try:
+        return snapshot_download(f"openai-community/{name}", allow_patterns=patterns, local_files_only=offline)
+    except Exception as e:  # of requests, httpx or the hub, by version and by what is wrong with the network
+        raise ValueError(
+            f"cannot download {name} from the Hugging Face hub ({type(e).__name__}): check the network, or pass a folder "
+            "that holds its config.json and model.safetensors"
+        ) from None
+
+
+def _load_huggingface(folder, name):
+    config = os.path.join(folder, "config.json")
+    try:
+        with open(config, encoding="utf-8") as f:
+            model = GPT.from_huggingface(json.load(f), _tensors(folder))
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as e:
+        raise ValueError(f"{name} is no GPT-2 that can be read: {e}") from None
+    if model.config.vocab_size < BPETokenizer.vocab_size:
+        raise ValueError(
+            f"{name} has a vocabulary of {model.config.vocab_size}, GPT-2's byte pairs need {BPETokenizer.vocab_size}: "
+            "it was trained with another tokenizer, which is not known here"
+        )
+    info = {"tokenizer": GPT2, "method": "float", "pot": None, "origin": None, "step": 0}
+    return model.eval(), info | {"settings": {"dataset": None, "seed": None}}
+
+
+def _tensors(folder):
+    """Tensors by name: of model.safetensors, of its parts, or of the older pytorch_model.bin."""
+    index, old = os.path.join(folder, MODEL + ".index.json"), os.path.join(folder, "pytorch_model.bin")
+    names = [MODEL]
+    if not os.path.exists(os.path.join(folder, MODEL)):
+        if os.path.exists(index):
+            with open(index, encoding="utf-8") as f:
+                names = sorted({os.path.basename(name) for name in json.load(f)["weight_map"].values()})
+        elif os.path.exists(old):
+            try:
+                return torch.load(old, map_location="cpu", weights_only=True)
+            except Exception as e:  # torch.load raises whatever it meets
+                raise ValueError(
+                    f"pytorch_model.bin is damaged or holds more than tensors ({type(e).__name__})"
+                ) from None
+        else:
+            raise ValueError("there is a config.json, but neither model.safetensors nor pytorch_model.bin beside it")
+    tensors = {}
+    for name in names:
+        with safe_open(os.path.join(folder, name), "pt") as f:
+            tensors |= {key: f.get_tensor(key) for key in f.keys()}
+    return tensors
+
+
+# --- parts ---
+
+
 def _require(info):
     """Raises KeyError if info, which came from a file, lacks what every reader relies on."""
     for key in ("model_args", "tokenizer", "method", "pot", "origin", "step", "settings"):
@@ -135,5 +217,17 @@ def _meta_gpt(info):
 
 
 def exists(folder: str) -> bool:
-    """Does the folder hold a checkpoint of either kind?"""
-    return any(os.path.exists(os.path.join(folder, name)) for name in (TRAINING, MODEL))
+    """Does the folder hold a checkpoint of any kind? Or is it a name of the hub's, downloaded before?"""
+    if folder in HUB and not os.path.isdir(folder):
+        try:
+            return bool(_download(folder, offline=True))
+        except ValueError:
+            return False
+    return any(os.path.exists(os.path.join(folder, name)) for name in (TRAINING, MODEL, "config.json"))
+
+
+def _require_folder(folder):
+    if not os.path.isdir(folder):
+        raise ValueError(
+            f"no folder {folder}: pass the out_dir of a training run, GPT-2 in Hugging Face's format, or {', '.join(HUB)}"
+        )

@@ -3,11 +3,16 @@ A data set is a folder: train.bin, val.bin and test.bin (token ids, uint16) and 
 data/ write such folders; training and evaluation read them here.
 """
 
+import hashlib
 import json
 import os
+import re
+from contextlib import ExitStack
+from itertools import islice
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 SPLITS = ("train", "val", "test")
 
@@ -31,15 +36,49 @@ class CharTokenizer:
                 f"the character {e.args[0]!r} is not in this model's vocabulary of {len(self.chars)} characters"
             ) from None
 
-    def decode(self, ids) -> str:
-        return "".join(self.chars[i] for i in ids)
+    def decode_bytes(self, ids) -> bytes:
+        return "".join(self.chars[i] for i in ids).encode()
 
 
-def tokenizer_of(meta: dict) -> CharTokenizer:
+class BPETokenizer:
+    """GPT-2's byte pairs, by tiktoken, which downloads them at the first use."""
+
+    vocab_size = 50257
+    end_of_text = 50256
+
+    def __init__(self):
+        import tiktoken
+
+        try:
+            self.bpe = tiktoken.get_encoding("gpt2")
+        except OSError as e:
+            raise ValueError(
+                f"cannot download GPT-2's byte pairs ({type(e).__name__}): connect once, or copy a cache of tiktoken's "
+                "from a machine that has it and set TIKTOKEN_CACHE_DIR to it"
+            ) from None
+
+    def encode(self, text: str) -> list[int]:
+        return self.bpe.encode(text, allowed_special="all")
+
+    def decode_bytes(self, ids) -> bytes:
+        # Models may have more rows than there are tokens, to be a multiple of 64 or 128.
+        return self.bpe.decode_bytes([i for i in ids if i < self.vocab_size])
+
+
+GPT2 = {"tokenizer": "gpt2"}  # meta of GPT-2's byte pairs
+
+
+def tokenizer_of(meta: dict) -> CharTokenizer | BPETokenizer:
     """Tokenizer that a meta.json or a checkpoint describes."""
+    if meta == GPT2:
+        return BPETokenizer()
     if not isinstance(meta, dict) or meta.get("tokenizer") != "char" or not isinstance(meta.get("chars"), str):
-        raise ValueError("unknown tokenizer: expected a data set or checkpoint of characters")
+        raise ValueError("unknown tokenizer: expected a data set or checkpoint of characters or of GPT-2's byte pairs")
     return CharTokenizer(meta["chars"])
+
+
+def vocab_size(meta: dict) -> int:
+    return BPETokenizer.vocab_size if meta == GPT2 else tokenizer_of(meta).vocab_size  # without any download
 
 
 def read_text(path) -> str:
@@ -50,19 +89,94 @@ def read_text(path) -> str:
         raise ValueError(f"{path} is not UTF-8 text: {e.reason} at byte {e.start}") from None
 
 
-def write(folder, texts: dict[str, str]):
-    """Writes the texts of the three splits as a character data set; prints what it holds."""
+def read_documents(paths: str):
+    """Yields the documents of files with commas between them: lines {"text": ...} of a .jsonl file; any other file is
+    text, which is cut at blank lines into documents of at least 10,000 characters."""
+    for path in paths.split(","):
+        if not path.endswith(".jsonl"):
+            document = ""
+            for paragraph in re.split(r"(?<=\n)[ \t]*\n+", read_text(path)):
+                document += paragraph + "\n"
+                if len(document) >= 10_000:
+                    yield document
+                    document = ""
+            yield document
+            continue
+        with open(path, "rb") as f:
+            for number, line in enumerate(f, start=1):
+                if line.strip():
+                    try:
+                        text = json.loads(line)["text"]
+                        text.encode()  # refuses what is no text, and half a surrogate pair
+                    except (ValueError, KeyError, TypeError, AttributeError) as e:
+                        raise ValueError(
+                            f'{path}, line {number} is no {{"text": ...}} ({type(e).__name__}): mend or remove it'
+                        ) from None
+                    yield text
+
+
+def write(folder, meta, pieces):
+    """Writes a data set whole or not at all, and prints what it holds. pieces: (split, token ids), in any order."""
+    names = [f"{split}.bin" for split in SPLITS] + ["meta.json"]
+    counts = dict.fromkeys(SPLITS, 0)
+    try:
+        with ExitStack() as stack:
+            files = {n: stack.enter_context(open(os.path.join(folder, f"{n}.bin.tmp"), "wb")) for n in SPLITS}
+            for split, ids in pieces:
+                files[split].write(np.array(ids, dtype=np.uint16).tobytes())
+                counts[split] += len(ids)
+        if not all(counts.values()):
+            raise ValueError(f"too little text to split into train, val and test: tokens would be {counts}")
+        with open(os.path.join(folder, "meta.json.tmp"), "w") as f:
+            json.dump(meta, f)
+        for name in names:
+            os.replace(os.path.join(folder, name + ".tmp"), os.path.join(folder, name))
+    finally:
+        for name in names:
+            if os.path.exists(os.path.join(folder, name + ".tmp")):
+                os.remove(os.path.join(folder, name + ".tmp"))
+    shown = ", ".join(f"{split} {count:,}" for split, count in counts.items())
+    print(f"{os.path.relpath(folder)}: vocabulary of {vocab_size(meta):,}; tokens: {shown}")
+
+
+def write_chars(folder, texts: dict[str, str]):
+    """Writes the texts of the three splits as a data set of characters."""
     tokenizer = CharTokenizer("".join(sorted(set().union(*texts.values()))))
-    files = {"meta.json": json.dumps({"tokenizer": "char", "chars": tokenizer.chars}).encode()}
-    for split in SPLITS:
-        files[f"{split}.bin"] = np.array(tokenizer.encode(texts[split]), dtype=np.uint16).tobytes()
-    for name, content in files.items():
-        with open(os.path.join(folder, name + ".tmp"), "wb") as f:
-            f.write(content)
-    for name in files:
-        os.replace(os.path.join(folder, name + ".tmp"), os.path.join(folder, name))
-    counts = ", ".join(f"{split} {len(texts[split]):,}" for split in SPLITS)
-    print(f"{os.path.relpath(folder)}: {tokenizer.vocab_size} characters; tokens: {counts}")
+    pieces = ((split, tokenizer.encode(text)) for split, text in texts.items())
+    write(folder, {"tokenizer": "char", "chars": tokenizer.chars}, pieces)
+
+
+def write_documents(folder, documents):
+    """Writes documents, an iterable of texts, as a data set of GPT-2's tokens, each ended by the end-of-text token.
+
+    Exact duplicates are left out first. One document in 20 goes to test and one to val until these hold HELD_OUT tokens
+    each; all others go to train.
+    """
+    bpe, seen = BPETokenizer(), set()
+
+    def new(documents):
+        for text in tqdm(documents, unit=" documents", disable=None):
+            key = hashlib.blake2b(text.encode(), digest_size=8).digest()
+            if text.strip() and key not in seen:
+                seen.add(key)
+                yield text
+
+    def pieces():
+        number, held, texts = 0, {"test": 0, "val": 0}, new(documents)
+        while batch := list(islice(texts, 256)):  # several at a time, as tiktoken encodes them side by side
+            for ids in bpe.bpe.encode_ordinary_batch(batch):
+                split = {0: "test", 10: "val"}.get(number % 20, "train")
+                if held.get(split, HELD_OUT) >= HELD_OUT:
+                    split = "train"
+                else:
+                    held[split] += len(ids)
+                number += 1
+                yield split, ids + [bpe.end_of_text]
+
+    write(folder, GPT2, pieces())
+
+
+HELD_OUT = 500_000  # tokens
 
 
 def load(folder, split) -> tuple[np.ndarray, dict]:
@@ -89,7 +203,7 @@ def load(folder, split) -> tuple[np.ndarray, dict]:
         raise ValueError(f"{path} is cut short: make the data set anew with `python {script}`")
     small = os.path.getsize(path) < 2**20
     ids = np.fromfile(path, dtype=np.uint16) if small else np.memmap(path, dtype=np.uint16, mode="r")
-    if len(ids) and ids.max() >= tokenizer_of(meta).vocab_size:
+    if len(ids) and ids.max() >= vocab_size(meta):
         raise ValueError(
             f"{path} holds the token {ids.max()}, unknown to {meta_path}: make the data set anew with `python {script}`"
         )

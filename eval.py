@@ -1,9 +1,11 @@
 """
-Measures checkpoints: loss and perplexity over a whole split, distance to the float model, size of the file.
+Measures checkpoints: loss and perplexity over a whole split or text, distance to the float model, size of the file, and,
+if asked, BERTScore of what they write.
 
     python eval.py --ckpt out/                                  # any checkpoint: float, QAT, packed
+    python eval.py --ckpt gpt2 --text FILE                      # perplexity of any text, at the model's own context
     python eval.py --ckpt out/ --pot_bits=4                     # a float one, quantized here (PTQ)
-    python eval.py --ckpt out/ --pot_bits=4 --out_dir out-ptq/  # and the packed model kept
+    python eval.py --ckpt out/ --pot_bits=4 --calibrate_tokens=16384 --out_dir out-ptq/  # by GPTQ, and kept
     python eval.py --ckpt out-a/,out-b/,out-c/                  # one table
 """
 
@@ -11,29 +13,41 @@ import json
 import math
 import os
 import statistics
+import sys
+import time
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import checkpoint
 import dataset
 from configurator import provenance, run
 from model import GPT
-from pot import PoTConfig, PoTQuantizer, convert, prepare, sqnr
+from pot import PoTConfig, PoTQuantizer, calibrate, convert, prepare, sqnr
 
 
 @dataclass
 class Settings:
-    ckpt: str = "out"  # folder of a training run, or several with commas between them
+    ckpt: str = "out"  # folder of a training run or of GPT-2, or gpt2, gpt2-medium, ...; several with commas between
     pot: PoTConfig | None = None  # any pot_ key quantizes a float checkpoint: PTQ
+    calibrate_tokens: int = 0  # with pot_ keys: GPTQ on so many tokens of the training split; 0: round to nearest
     out_dir: str | None = None  # with pot_ keys: where to write the packed model
+    # what on
     dataset: str | None = None  # folder under data/; None: the one trained on
     split: str = "test"  # train, val or test
-    tokens: int | None = None  # the first so many tokens of the split; None: all
-    reference: str | None = None  # folder of the float model to compare with; None: the one that a row comes from
+    text: str | None = None  # a text file, instead of a data set's split
+    tokens: int | None = None  # the first so many tokens of it; None: all
+    block_size: int | None = None  # tokens a window; None: the model's own context
+    protocol: str = "windows"  # "windows": every position; "paper": last position of 1,200 random windows of 64
+    reference: str | None = None  # the float model to compare with; None: the one that a row comes from
+    # what else
     sqnr: bool = False  # also print each layer's signal-to-quantization-noise ratio
-    batch_size: int = 64  # windows at a time
+    bertscore: str | None = None  # encoder, a name or folder: also score continuations; the papers': roberta-base
+    bertscore_texts: int = 10  # continuations a model, 64 tokens after 64
+    seed: int = 1337  # of calibration text, protocol "paper" and continuations
     json: str | None = None  # where to write the results; None: eval.json in the last folder
     device: str = "auto"  # "auto": cuda, mps or cpu; or one of them
 
@@ -41,16 +55,7 @@ class Settings:
 def main(s: Settings):
     device = pick_device(s.device)
     folders = [f for f in s.ckpt.split(",") if f]
-    if not folders or s.batch_size < 1:
-        raise ValueError("pass at least one folder to --ckpt, and a batch_size of at least 1")
-    if s.pot and len(folders) != 1:
-        raise ValueError("pot_ settings quantize one float checkpoint: pass one folder to --ckpt")
-    if s.out_dir and not s.pot:
-        raise ValueError(
-            "--out_dir is where the packed model of pot_ settings goes: pass --pot_bits=4, say, or leave it out"
-        )
-    if s.out_dir and checkpoint.exists(s.out_dir):
-        raise ValueError(f"{s.out_dir} holds a checkpoint already: choose another --out_dir")
+    check(s, folders)
     rows = []
     for folder in folders:
         model, info = checkpoint.load_model(folder)
@@ -61,20 +66,24 @@ def main(s: Settings):
         rows.append(measure(s, convert(model), info, folder, device))
     if s.pot:
         model, info = checkpoint.load_model(folders[0])  # anew, as measure has moved the other to the device
-        prepare(model, s.pot)
+        name = s.dataset or info["settings"]["dataset"]
+        quantize(model.to(device), s.pot, s.calibrate_tokens, name, info["tokenizer"], s.seed, device)
         if s.sqnr:
             print_sqnr(model, folders[0])
-        convert(model)
-        info |= {"method": "PTQ", "pot": asdict(s.pot), "origin": folders[0], "step": 0}
+        convert(model).cpu()
+        info |= {"method": method(s.calibrate_tokens), "pot": asdict(s.pot), "origin": folders[0], "step": 0}
         if s.out_dir:
             checkpoint.save_model(s.out_dir, model, info | {"provenance": provenance()})
         rows.append(measure(s, model, info, s.out_dir, device))
+    print_table(s, rows)
+    if s.bertscore:
+        add_bertscore(s, rows, device)
     results = {"rows": rows, "seeds": over_seeds(rows), **provenance()}
-    path = s.json or os.path.join(s.out_dir or folders[-1], "eval.json")
-    print_table(rows)
     for r in results["seeds"]:
         what = f"{r['method']}, {r['weights']}, {r['steps']} steps"
         print(f"mean of seeds {r['seeds']}: {what}: loss {r['loss_mean']:.4f} +- {r['loss_std']:.4f}")
+    kept = s.out_dir or (folders[-1] if os.path.isdir(folders[-1]) else ".")
+    path = s.json or os.path.join(kept, "eval.json")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "w") as f:
         json.dump(results, f, indent=1)
@@ -82,19 +91,95 @@ def main(s: Settings):
     print(json.dumps(results))
 
 
-def measure(s, model, info, folder, device):
-    """One row of the table; folder is None for a model that was not written."""
+def check(s, folders):
+    if not folders:
+        raise ValueError("pass at least one folder to --ckpt")
+    if s.pot and len(folders) != 1:
+        raise ValueError("pot_ settings quantize one float checkpoint: pass one folder to --ckpt")
+    for key in ("out_dir", "calibrate_tokens"):
+        if getattr(s, key) and not s.pot:
+            raise ValueError(
+                f"--{key} goes with pot_ settings, which quantize: pass --pot_bits=4, say, or leave it out"
+            )
+    if s.out_dir and checkpoint.exists(s.out_dir):
+        raise ValueError(f"{s.out_dir} holds a checkpoint already: choose another --out_dir")
+    if s.protocol not in ("windows", "paper"):
+        raise ValueError(f"unknown protocol {s.protocol!r}: choose windows or paper")
+    if s.bertscore_texts < 2:
+        raise ValueError(f"bertscore_texts={s.bertscore_texts} has no spread: take at least 2")
+
+
+def read(s, info, folder):
+    """(token ids, name of the data set or text) that the settings say."""
+    if s.text:
+        tokenizer = dataset.tokenizer_of(info["tokenizer"])
+        return np.array(tokenizer.encode(dataset.read_text(s.text)), dtype=np.uint16)[: s.tokens], s.text
     name = s.dataset or info["settings"]["dataset"]
+    if name is None:
+        raise ValueError(
+            f"{folder} does not say what to evaluate it on: pass --dataset=openwebtext, say, or --text FILE"
+        )
     ids, meta = dataset.load(os.path.join("data", name), s.split)
     dataset.check_vocabulary(folder, info["tokenizer"], name, meta)
+    return ids[: s.tokens], name
+
+
+def quantize(model, pot, calibrate_tokens, name, tokenizer, seed, device):
+    """Prepares a float model in place, by GPTQ if there are tokens to calibrate on: windows of the training split."""
+    start = time.time()
+    prepare(model, pot)
+    if not calibrate_tokens:
+        return
+    if name is None:
+        raise ValueError("--calibrate_tokens are taken from a data set: pass --dataset=openwebtext, say")
+    ids, meta = dataset.load(os.path.join("data", name), "train")
+    dataset.check_vocabulary("the checkpoint", tokenizer, name, meta)
+    length = min(model.config.block_size, len(ids), calibrate_tokens)
+    x = random_windows(ids, length, max(1, calibrate_tokens // length), seed)
+    batches = x.to(device).split(max(1, BATCH // (length * model.config.vocab_size)))
+
+    def progress(done, total):
+        end = "\n" if done == total else "\r"
+        seconds = time.time() - start
+        left = f"{seconds * (total - done) / done:.0f} s left" if done < total else f"{seconds:.0f} s"
+        if done == total or sys.stderr.isatty():
+            print(f"GPTQ on {x.numel():,} tokens of {name}: {done}/{total}, {left}  ", end=end, file=sys.stderr)
+
+    errors = calibrate(model, batches, progress).values()
+    before, after = (statistics.mean(e) for e in zip(*errors))
+    print(f"GPTQ: mean relative output error of the layers {before:.5f} -> {after:.5f}")
+
+
+def method(calibrate_tokens):
+    return f"PTQ, GPTQ on {calibrate_tokens:,} tokens" if calibrate_tokens else "PTQ"
+
+
+def random_windows(ids, length, count, seed):
+    """(count, length) int64, from random places of ids."""
+    if len(ids) < length:
+        raise ValueError(f"{len(ids)} tokens are too few to draw windows of {length} from: pass more text")
+    places = np.random.default_rng(seed).integers(len(ids) - length + 1, size=count)
+    return torch.from_numpy(np.stack([ids[i : i + length] for i in places]).astype(np.int64))
+
+
+def measure(s, model, info, folder, device):
+    """One row of the table; folder is None for a model that was not written."""
+    ids, name = read(s, info, folder)
     reference, other = s.reference, None
     if reference is None and info["origin"] and checkpoint.exists(info["origin"]):
         reference = info["origin"]
-    if reference and reference != folder:
-        other, other_info = checkpoint.load_model(reference)
-        dataset.check_vocabulary(reference, other_info["tokenizer"], name, meta)
-        other.to(device)
-    result = evaluate(model.to(device), ids[: s.tokens], s.batch_size, device, other)
+    model.to(device)
+    if s.protocol == "paper":
+        result = evaluate_as_papers(model, ids, s.seed, device)
+    else:
+        if reference and reference != folder:
+            other, other_info = checkpoint.load_model(reference)
+            dataset.check_vocabulary(reference, other_info["tokenizer"], name, info["tokenizer"])
+            other.to(device)
+        result = evaluate(model, ids, device, other, s.block_size)
+    if s.bertscore:
+        tokenizer = dataset.tokenizer_of(info["tokenizer"])
+        result |= continuations(model, ids, tokenizer, s.bertscore_texts, s.seed, device)
     size = checkpoint.file_size(folder, model.to("cpu"), info)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(model.config).parameters())
@@ -103,9 +188,10 @@ def measure(s, model, info, folder, device):
         "method": info["method"],
         "weights": str(PoTConfig(**info["pot"])) if info["pot"] else "float32",
         "dataset": name,
-        "split": s.split,
-        "tokens": len(ids[: s.tokens]) - 1,
-        "block_size": model.config.block_size,
+        "split": None if s.text else s.split,
+        "tokens": len(ids) - 1,
+        "block_size": 64 if s.protocol == "paper" else s.block_size or model.config.block_size,
+        "protocol": s.protocol,
         **result,
         "bits_per_weight": round(8 * size / parameters, 3),
         "bytes": size,
@@ -115,18 +201,25 @@ def measure(s, model, info, folder, device):
 
 
 @torch.no_grad()
-def evaluate(model, ids, batch_size=64, device="cpu", reference=None) -> dict:
-    """Mean loss (nats) and perplexity over ids, cut into fixed windows of the model's context, every position counted.
+def evaluate(model, ids, device="cpu", reference=None, block_size=None) -> dict:
+    """Mean loss (nats) and perplexity over ids, cut into fixed windows without overlap, of the model's context or of
+    block_size, every position but the first counted.
 
     With a reference model also the mean KL divergence from it (nats) and how often both have the same likeliest token.
     Uses no random numbers and leaves the model in the mode that it was in.
     """
+    block_size = block_size or model.config.block_size
     if len(ids) < 2:
         raise ValueError(f"{len(ids)} tokens cannot be evaluated: pass at least 2")
+    if not 1 <= block_size <= model.config.block_size:
+        raise ValueError(f"block_size={block_size} must be at least 1 and fit the model's {model.config.block_size}")
     training = model.training
     model.eval()
     loss = kl = same = 0.0
-    for x, y in dataset.windows(ids, model.config.block_size, batch_size):
+    batch_size = max(1, min(64, BATCH // (block_size * model.config.vocab_size)))
+    batches = -(-len(ids) // (batch_size * block_size))
+    windows = dataset.windows(ids, block_size, batch_size)
+    for x, y in tqdm(windows, total=batches, delay=5, leave=False, disable=None):
         x, y = x.to(device), y.to(device)
         logits = model(x).float().flatten(0, 1)
         loss += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
@@ -138,6 +231,22 @@ def evaluate(model, ids, batch_size=64, device="cpu", reference=None) -> dict:
     n = len(ids) - 1
     result = {"loss": loss / n, "perplexity": perplexity(loss / n)}
     return result if reference is None else result | {"kl": kl / n, "top1_agreement": same / n}
+
+
+BATCH = 2**26  # logits at a time: 256 MiB
+
+
+@torch.no_grad()
+def evaluate_as_papers(model, ids, seed, device) -> dict:
+    """Loss (nats) of the last position in 100 x 12 random windows of 64, as arXiv 2601.02298 measures it, with its
+    standard error; seeded, so that all models see the same."""
+    if model.config.block_size < 64:
+        raise ValueError(f"protocol=paper takes a context of 64, this model has {model.config.block_size}")
+    rows = random_windows(ids, 65, 1200, seed).to(device)
+    losses = [F.cross_entropy(model(x[:, :-1])[:, -1].float(), x[:, -1], reduction="none") for x in rows.split(12)]
+    losses = torch.cat(losses)
+    loss = losses.mean().item()
+    return {"loss": loss, "perplexity": perplexity(loss), "loss_se": losses.std().item() / len(losses) ** 0.5}
 
 
 def perplexity(loss):
@@ -154,27 +263,33 @@ def print_sqnr(model, folder):
         print(f"{name:<40} {sqnr(m.weight, m.quantizer(m.weight)):6.2f} dB")
 
 
-def print_table(rows):
+def print_table(s, rows):
     columns = {
         "checkpoint": lambda r: r["ckpt"],
         "method": lambda r: r["method"],
         "weights": lambda r: r["weights"],
         "steps": lambda r: str(r["steps"]),
-        "loss": lambda r: f"{r['loss']:.4f}",
+        "loss": lambda r: f"{r['loss']:.4f}" + (f" +- {r['loss_se']:.4f}" if "loss_se" in r else ""),
         "perplexity": lambda r: f"{r['perplexity']:.3f}",
         "KL": lambda r: f"{r['kl']:.4f}" if "kl" in r else "",
         "top-1": lambda r: f"{r['top1_agreement']:.1%}" if "kl" in r else "",
         "bits/weight": lambda r: f"{r['bits_per_weight']:.2f}",
         "bytes": lambda r: f"{r['bytes']:,}",
     }
-    table = [list(columns)] + [[cell(r) for cell in columns.values()] for r in rows]
+    first = rows[0]
+    where = first["dataset"] + (f", {first['split']} split" if first["split"] else "")
+    how = f"{first['tokens']:,} tokens in windows of {first['block_size']}"
+    if s.protocol == "paper":
+        how = "last position of 1,200 random windows of 64, with standard error"
+    print(f"{where}, {how}")
+    _print_columns([list(columns)] + [[cell(r) for cell in columns.values()] for r in rows], left=3)
+
+
+def _print_columns(table, left):
     widths = [max(map(len, column)) for column in zip(*table)]
-    print(
-        f"{rows[0]['dataset']}, {rows[0]['split']} split, {rows[0]['tokens']:,} tokens in windows of {rows[0]['block_size']}"
-    )
     for row in table:
-        left = [cell.ljust(w) for cell, w in zip(row[:3], widths)]
-        print("  ".join(left + [cell.rjust(w) for cell, w in zip(row[3:], widths[3:])]))
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))]
+        print("  ".join(cells).rstrip())
 
 
 def over_seeds(rows):
@@ -189,6 +304,72 @@ def over_seeds(rows):
             row = {"method": method, "weights": weights, "steps": steps, "seeds": [r["seed"] for r in found]}
             summary.append(row | {"loss_mean": statistics.mean(losses), "loss_std": statistics.stdev(losses)})
     return summary
+
+
+def continuations(model, ids, tokenizer, count, seed, device):
+    """What the model writes after `count` prompts of 64 tokens, 64 tokens each, top-k 200 (arXiv 2506.00315, section on
+    BERTScore, which samples at temperatures of 0.5 to 0.8); the same prompts and random numbers for every model."""
+    windows = random_windows(ids, 128, count, seed).to(device)
+    written = []
+    for i, x in enumerate(windows.split(10)):  # few at a time, as each has a KV cache
+        generator = torch.Generator(device).manual_seed(seed + i)
+        written += torch.cat(list(model.generate(x[:, :64], 64, 0.8, 200, generator)), dim=1).tolist()
+    texts = [
+        [tokenizer.decode_bytes(t).decode("utf-8", "replace") for t in ids]
+        for ids in (written, windows[:, 64:].tolist())
+    ]
+    # bert-score has no score for an empty text, with the present transformers
+    return dict(zip(("written", "true"), ([t if t.strip() else "." for t in side] for side in texts)))
+
+
+def add_bertscore(s, rows, device):
+    """Puts the BERTScore of the rows' continuations against the true ones in their place, and prints a table.
+
+    Means with 95 % bootstrap intervals over the texts; the last column is paired: a row's F1 minus the first row's.
+    """
+    from bert_score import BERTScorer
+    from bert_score.utils import model2layers
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        # The layer that bert-score recommends; of an encoder that it does not know, the last.
+        layers = model2layers.get(s.bertscore) or AutoConfig.from_pretrained(s.bertscore).num_hidden_layers
+        scorer = BERTScorer(s.bertscore, num_layers=layers, device=device, lang="en")
+    except Exception as e:  # of transformers or the hub, by version and by what is wrong with the name or the network
+        raise ValueError(
+            f"cannot load the encoder {s.bertscore} ({type(e).__name__}): pass a name on the Hugging Face hub, with a "
+            "network, or a folder that holds an encoder and its tokenizer"
+        ) from None
+    scorer._rescale_with_baseline = rescaled = os.path.isfile(scorer.baseline_path)  # bert-score has some encoders'
+    draws = np.random.default_rng(s.seed).integers(s.bertscore_texts, size=(10_000, s.bertscore_texts))
+
+    def interval(scores):  # mean, lower, upper
+        means = scores[draws].mean(1)
+        return [round(float(v), 5) for v in (scores.mean(), *np.quantile(means, (0.025, 0.975)))]
+
+    f1, table = [], [["checkpoint", "precision", "recall", "F1", "95 %", "F1 - first", "95 %"]]
+    for r in rows:
+        p, recall, f = (t.double().numpy() for t in scorer.score(r.pop("written"), r.pop("true")))
+        f1.append(f)
+        r["bertscore"] = found = {"encoder": s.bertscore, "layer": layers, "rescaled": rescaled, "texts": len(f)}
+        found |= {
+            "precision": p.mean(),
+            "recall": recall.mean(),
+            "f1": interval(f),
+            "f1_difference": interval(f - f1[0]),
+        }
+        mean, *ends = found["f1"]
+        difference, *its = found["f1_difference"]
+        both = [f"{a:.4f} to {b:.4f}" for a, b in (ends, its)]
+        first = len(f1) == 1
+        table.append([r["ckpt"], f"{p.mean():.4f}", f"{recall.mean():.4f}", f"{mean:.4f}", both[0]])
+        table[-1] += ["", ""] if first else [f"{difference:.4f}", both[1]]
+    how = "rescaled with bert-score's baseline" if rescaled else "not rescaled"
+    print(f"BERTScore by {s.bertscore}, layer {layers}, {how}; {s.bertscore_texts} texts of 64 tokens after 64")
+    _print_columns(table, left=1)
 
 
 def pick_device(device):

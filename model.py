@@ -1,5 +1,5 @@
 """
-A GPT in one file, with GPT-2's architecture and parameter names. It knows nothing of quantization: pot.prepare works on
+A GPT in one file, with GPT-2's architecture and parameter names, which takes GPT-2's weights. It knows nothing of quantization: pot.prepare works on
 it from outside, as on any other model.
 """
 
@@ -31,17 +31,18 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for every layer: (batch, n_head, block_size, head) each."""
+    """Keys and values of the tokens seen so far, for every layer: (batch, n_head, capacity, head) each."""
 
-    def __init__(self):
+    def __init__(self, capacity: int):
+        self.capacity = capacity  # tokens
         self.length = 0
         self.layers = {}
 
-    def append(self, layer, k, v, block_size):
+    def append(self, layer, k, v):
         """Adds (batch, n_head, T, head) keys and values behind the `length` earlier ones; returns all of them."""
         if layer not in self.layers:
             batch, heads, _, size = k.shape
-            self.layers[layer] = [x.new_empty(batch, heads, block_size, size) for x in (k, v)]
+            self.layers[layer] = [x.new_empty(batch, heads, self.capacity, size) for x in (k, v)]
         end = self.length + k.shape[2]
         for kept, new in zip(self.layers[layer], (k, v)):
             kept[:, :, self.length : end] = new
@@ -54,7 +55,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head, self.dropout, self.block_size, self.layer = config.n_head, config.dropout, config.block_size, layer
+        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
@@ -62,7 +63,7 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if cache is not None:
             past = cache.length
-            k, v = cache.append(self.layer, k, v, self.block_size)
+            k, v = cache.append(self.layer, k, v)
             if past > 0 and T > 1:  # the i-th new token sees the past and the new ones up to itself
                 mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
         first = k.shape[2] == T  # nothing cached before: plain causal attention; a single later token sees everything
@@ -94,6 +95,18 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+# What a GPT-2 checkpoint on the hub may say differently, and this GPT cannot do; the first value is the default.
+GPT2_CONFIG = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -113,6 +126,51 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):  # GPT-2: keeps the residual stream's variance independent of depth
                 nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5)
+
+    @classmethod
+    def from_huggingface(cls, config: dict, tensors: dict[str, torch.Tensor]) -> "GPT":
+        """GPT-2 from what a Hugging Face folder holds: its config.json and its tensors, of which none is changed.
+
+        Raises ValueError for another architecture and for tensors that are missing, unknown or of another shape.
+        """
+        wanted = GPT2_CONFIG | {"n_inner": (None, 4 * config.get("n_embd", 0))}
+        for key, possible in wanted.items():
+            if config.get(key, None if key == "model_type" else possible[0]) not in possible:
+                raise ValueError(f"{key} is {config.get(key)!r}, and only GPT-2's {possible[0]!r} is known here")
+        try:
+            shape = {k: config[k] for k in ("vocab_size", "n_layer", "n_head", "n_embd")}
+            shape["block_size"] = config["n_positions"]
+        except KeyError as e:
+            raise ValueError(f"its config.json has no {e.args[0]}") from None
+        with torch.device("meta"):
+            model = cls(GPTConfig(**shape))
+        found = {}
+        for name, tensor in tensors.items():
+            name = name.removeprefix("transformer.")
+            if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
+                continue  # the token table again; masks that old files carry
+            if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
+                tensor = tensor.t()  # there a layer's weight is (in, out)
+            found["transformer." + name] = tensor.float().contiguous()
+        found["lm_head.weight"] = found.get("transformer.wte.weight")
+        expected = model.state_dict()
+        for name in expected.keys() | found.keys():
+            if name not in expected or found.get(name) is None or found[name].shape != expected[name].shape:
+                what = (
+                    "unknown" if name not in expected else "missing" if found.get(name) is None else "of another shape"
+                )
+                raise ValueError(f"its tensor {name} is {what}")
+        model.load_state_dict(found, assign=True)
+        model.tie_weights()
+        return model
+
+    def set_dropout(self, p: float):
+        self.config.dropout = p
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = p
+            elif isinstance(module, CausalSelfAttention):
+                module.dropout = p
 
     def tie_weights(self):
         """Makes the head's weight the token table again, as loading with assign=True takes them apart."""
@@ -149,7 +207,7 @@ class GPT(nn.Module):
         """Yields max_new_tokens tokens (B, 1), each sampled from the top_k most likely after idx (B, T); greedy at
         temperature 0. Beyond block_size the context slides: positions shift with it, so that nothing cached stays valid
         and the window is computed anew for every token."""
-        cache = KVCache() if use_cache else None
+        cache = KVCache(min(self.config.block_size, idx.shape[1] + max_new_tokens)) if use_cache else None
         new = idx
         for _ in range(max_new_tokens):
             if cache is not None and idx.shape[1] > self.config.block_size:

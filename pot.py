@@ -4,16 +4,18 @@ Power-of-two weights for PyTorch, in one file that needs torch alone: copy it in
 A weight is stored as sign x level x scale. With single powers the levels are 0, 1, 2, 4, 8, ... so that multiplying by
 a weight is a shift, and at 4 bits one byte holds two weights. The way of a weight:
 
-    float model --prepare--> fake-quantized model --(train: QAT)--> --convert--> packed model
+    float model --prepare--> fake-quantized model --(calibrate | train)--> --convert--> packed model
 
     names = prepare(model, PoTConfig(bits=4))   # nn.Linear -> PoTLinear, nn.Embedding -> PoTEmbedding, in place
+    calibrate(model, batches)                   # optional: error-compensated rounding (GPTQ), from a little text
     ...                                         # fine-tune as usual, or not at all: that is PTQ
     convert(model)                              # -> PackedPoTLinear, PackedPoTEmbedding: codes of `bits` bits
     tensors, metadata = packed_state(model)     # what a file has to hold; load_packed reads it back
 
-Sections: grid, scale, fake quantization, layers, packing, prepare and convert, state.
+Sections: grid, scale, fake quantization, layers, packing, prepare and convert, calibrate, state.
 """
 
+import copy
 from dataclasses import asdict, dataclass
 
 import torch
@@ -174,9 +176,10 @@ def _blocks(unit, *matrices):
 _BLOCK = 2**18  # weights: 1 MiB of float32
 
 
-def compute_scale(w: torch.Tensor, config: PoTConfig) -> torch.Tensor:
+def compute_scale(w: torch.Tensor, config: PoTConfig, importance: torch.Tensor | None = None) -> torch.Tensor:
     """Scale of w (out, in): (1, 1), (out, 1) or (out, in / group_size).
 
+    importance, broadcastable to w and positive, weighs the squared errors that scale="mse" minimizes.
     float16; float32 for the whole tensor if one scale lies outside float16's normal range, and for grid "paper".
     An all-zero group gets the tensor's largest scale, so that training can still move it.
     """
@@ -190,7 +193,7 @@ def compute_scale(w: torch.Tensor, config: PoTConfig) -> torch.Tensor:
         absmax = w.abs().unflatten(-1, (groups, -1)).amax(-1).float()
     if config.grid == "paper":
         return absmax.clamp(min=config.eps * config.top)
-    scale = absmax if config.scale == "absmax" else _search_scale(w, absmax, config)
+    scale = absmax if config.scale == "absmax" else _search_scale(w, absmax, config, importance)
     fallback = scale.max() if absmax.any() else torch.ones_like(scale.max())
     scale = torch.where(absmax > 0, scale, fallback)
     # The unit must not underflow, nor the top level overflow the weight's dtype.
@@ -200,17 +203,21 @@ def compute_scale(w: torch.Tensor, config: PoTConfig) -> torch.Tensor:
     return scale.half() if scale.min() >= half.tiny and scale.max() <= half.max else scale
 
 
-def _search_scale(w, absmax, config):
+def _search_scale(w, absmax, config, importance):
     """Least squared error: a coarse search below absmax, then three rounds of alternating least squares."""
+    weighing = () if importance is None else (importance.float().expand(w.shape),)
 
     def moments(scale):  # (3, *scale.shape): squared error, <w, level>, <level, level>
         parts = []
-        for unit, b in _blocks(_unit(scale, config), w):
+        for unit, b, *h in _blocks(_unit(scale, config), w, *weighing):
             b = b.float()
             level = _round_(b / unit, config)
-            parts.append(
-                torch.stack([(b - level * unit).square_().sum(-1), (b * level).sum(-1), level.square().sum(-1)])
-            )
+            error = (b - level * unit).square_()
+            weighed = level
+            if h:
+                error.mul_(h[0])
+                weighed = level * h[0]
+            parts.append(torch.stack([error.sum(-1), (b * weighed).sum(-1), (level * weighed).sum(-1)]))
         parts = torch.cat(parts, dim=1)
         return parts.sum((1, 2)).view(3, 1, 1) if config.granularity == "tensor" else parts
 
@@ -639,6 +646,234 @@ def quantize_(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn=None)
     """Post-training quantization by rounding to the nearest level: prepare, then convert."""
     prepare(model, config, filter_fn)
     return convert(model)
+
+
+# -----------------------------------------------------------------------------
+# calibrate: error-compensated rounding
+#
+# GPTQ (Frantar et al., arXiv 2210.17323) on our grid: what rounding the weights of one input feature does to a layer's
+# output is made up for by the features still to be rounded. It takes the second moment of the layer's inputs.
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches, progress=None) -> dict[str, tuple[float, float]]:
+    """Chooses the codes of a prepared model by the inputs that its layers see, not by nearest level alone; in place.
+
+    batches: text, 16k tokens of it are usual, as the model takes it: model(batch), model(*batch) for a tuple or
+    model(**batch) for a mapping. progress(done, total), if given, is called after each set of layers.
+
+    First the weights of embeddings and those that several layers share (a tied head): weighted least squares gives
+    them new scales. Then linear layers in the order of execution, on the inputs that they see once the layers before
+    them are quantized. Afterwards `weight` holds the compensated values, not yet rounded, and the layer's own rounding
+    gives the codes: convert the model, or train on. A layer that the batches do not reach, or that would lose, stays as
+    it was.
+
+    Returns {name: (before, after)}: squared error of a linear layer's output, relative to the squared output. Raises
+    ValueError if there is nothing to calibrate, or nothing to calibrate on.
+    """
+    batches = list(batches)
+    names = {m: name for name, m in model.named_modules() if isinstance(m, _PREPARED) and m.quantizer.enabled}
+    if not names:
+        raise ValueError("the model has no prepared layer to calibrate: call prepare first")
+    if not batches:
+        raise ValueError("there is no batch to calibrate on: pass some text, 16k tokens are usual")
+    users = {}
+    for layer in names:
+        users.setdefault(layer.quantizer, []).append(layer)
+    shared = {q: layers for q, layers in users.items() if len(layers) > 1 or isinstance(layers[0], PoTEmbedding)}
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        runner, errors = _Runner(model, batches, names), {}
+        sets, calls, importance = _record(runner, names, shared)
+        for q, weight in importance.items():
+            if q.config.scale == "mse":
+                q.scale = compute_scale(_matrix(shared[q][0]), q.config, weight)
+        runner.finish(names.keys() - {layer for layers in sets for layer in layers})
+        for done, layers in enumerate(sets, start=1):
+            moment = _second_moment(runner, layers[0], calls)
+            if not torch.isfinite(moment).all():
+                raise ValueError(f"{names[layers[0]]}: its inputs hold NaN or inf: calibrate a model that works")
+            for layer in layers:
+                errors[names[layer]] = _calibrate_layer(layer, moment)
+            runner.finish(layers)
+            if progress:
+                progress(done, len(sets))
+        return errors
+    finally:
+        for m in training:
+            m.training = True
+
+
+class _Stop(Exception):
+    """Ends a forward pass: nothing that comes later is of interest."""
+
+
+class _Runner:
+    """Runs a model over batches, without computing again what is known.
+
+    A module is finished when all prepared layers in it are: its outputs for a batch stay the same from then on. They are
+    kept until those of a finished module around it are, so a pass up to a layer of block n computes in block n alone.
+    """
+
+    def __init__(self, model, batches, layers):
+        self.model, self.batches = model, batches
+        self.unfinished = {m: {d for d in m.modules() if d in layers} for m in model.modules()}
+        self.unfinished = {m: layers for m, layers in self.unfinished.items() if layers}
+        self.finished, self.outputs = [], {}
+
+    def finish(self, layers):
+        layers = set(layers)
+        for m in list(self.unfinished):
+            self.unfinished[m] -= layers
+            if not self.unfinished[m]:
+                del self.unfinished[m]
+                self.finished.append(m)
+
+    def run(self, layer, see):
+        """Calls see(batch index, inputs) before every call of layer; see may raise _Stop."""
+        for i, batch in enumerate(self.batches):
+            calls = {}
+            for m in self.finished:
+                m.forward = self._remembering(m, i, calls)  # of this instance, hiding that of the class
+            hook = layer.register_forward_pre_hook(lambda _, inputs, i=i: see(i, inputs[0]))
+            try:
+                self.call(batch)
+            except _Stop:
+                pass
+            finally:
+                hook.remove()
+                for m in self.finished:
+                    del m.forward
+
+    def call(self, batch):
+        if isinstance(batch, tuple):
+            self.model(*batch)
+        elif hasattr(batch, "keys"):
+            self.model(**batch)
+        else:
+            self.model(batch)
+
+    def _remembering(self, module, i, calls):
+        compute = module.forward
+
+        def forward(*args, **kwargs):
+            call = calls[module] = calls.get(module, -1) + 1
+            known = self.outputs.setdefault((module, i), {})
+            if call not in known:
+                known[call] = compute(*args, **kwargs)
+                for inner in module.modules():
+                    if inner is not module:
+                        self.outputs.pop((inner, i), None)
+            return copy.deepcopy(known[call])  # what comes next may work in place
+
+        return forward
+
+
+def _record(runner, names, shared):
+    """One whole pass -> (sets of layers with the same input, in the order of their first calls; how often a batch calls
+    a layer, by (index, layer); importance of shared weights, by quantizer)."""
+    sets, calls, importance, last = [], {}, {}, None
+
+    def see(layer, inputs):
+        nonlocal last
+        x, q = inputs[0], layer.quantizer
+        if q in shared:
+            if not isinstance(layer, PoTEmbedding):  # an input feature counts by its mean square
+                importance[q] = importance.get(q, 0) + q.inputs(x).float().flatten(0, -2).square().sum(0)
+            elif all(isinstance(user, PoTEmbedding) for user in shared[q]):  # a row counts as often as it is read
+                importance[q] = importance.get(q, 0) + torch.bincount(x.flatten(), minlength=len(layer.weight))[:, None]
+            return
+        same = last is not None and last[0] is x and last[1:] == (x._version, q.config.act_bits)
+        last = x, x._version, q.config.act_bits
+        if not any(layer in layers for layers in sets):
+            if same:
+                sets[-1].append(layer)
+            else:
+                sets.append([layer])
+        calls[i, layer] = calls.get((i, layer), 0) + 1
+
+    hooks = [layer.register_forward_pre_hook(see) for layer in names]
+    try:
+        for i in range(len(runner.batches)):
+            runner.call(runner.batches[i])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sets, calls, {q: _damped(weight.float()) for q, weight in importance.items() if weight.any()}
+
+
+def _second_moment(runner, layer, calls):
+    """Sum of x x^T (in, in) float32 over all inputs x of a layer."""
+    total = layer.weight.new_zeros(_matrix(layer).shape[1], _matrix(layer).shape[1], dtype=torch.float32)
+    seen = {}
+
+    def see(i, x):
+        x = layer.quantizer.inputs(x).float().flatten(0, -2)
+        total.addmm_(x.t(), x)
+        seen[i] = seen.get(i, 0) + 1
+        if seen[i] == calls.get((i, layer)):
+            raise _Stop
+
+    runner.run(layer, see)
+    return total
+
+
+def _calibrate_layer(layer, moment):
+    """GPTQ for one layer -> (error before, after)."""
+    w, q = _matrix(layer), layer.quantizer
+    before, old = _output_error(w, q(w), moment), w.clone()
+    if before == 0:
+        return before, before
+    w.copy_(_compensated(w, q.scale, q.config, moment))
+    after = _output_error(old, q(w), moment)
+    if not after < before:
+        w.copy_(old)
+    return before, min(before, after)
+
+
+def _output_error(w, quantized, moment):
+    difference = w.float() - quantized.float()
+    noise, signal = (((d @ moment) * d).sum().item() for d in (difference, w.float()))
+    return noise / signal if signal > 0 else 0.0
+
+
+def _compensated(w, scale, config, moment):
+    """w (out, in) as GPTQ leaves each weight before it rounds it, in w's dtype.
+
+    Features in the order of their mean squares, largest first, as rounding those costs most and the most are left to
+    make up for it; scales are fixed before ("static groups"), so a group need not be in order.
+    """
+    n = w.shape[1]
+    order = moment.diagonal().argsort(descending=True)
+    hessian = moment[order][:, order]
+    hessian = hessian.double() if hessian.device.type != "mps" else hessian.cpu().double()
+    hessian.diagonal().add_(_DAMPING * hessian.diagonal().mean())
+    # Upper U with U^T U = hessian^-1: the flipped inverse of the flipped hessian's Cholesky factor.
+    factor = torch.linalg.cholesky(hessian.flip(0, 1))
+    eye = torch.eye(n, dtype=factor.dtype, device=factor.device)
+    u = torch.linalg.solve_triangular(factor, eye, upper=False).flip(0, 1).float().to(w.device)
+    units = _unit(scale, config).squeeze(-1).t().expand(-1, len(w)).contiguous()  # (groups, out)
+    group = order // (n // len(units))
+    left = w.float().t()[order]  # (in, out): a feature's weights lie side by side
+    result = torch.empty_like(left)
+    for start in range(0, n, 128):  # blocks, as one large product for what is far is quicker than many small ones
+        end = min(start + 128, n)
+        errors = left.new_empty(end - start, len(w))
+        for i in range(start, end):
+            column, unit = left[i].to(w.dtype).float(), units[group[i]]
+            result[i] = column
+            errors[i - start] = (column - _round_(column / unit, config) * unit) / u[i, i]
+            left[i + 1 : end].addr_(u[i, i + 1 : end], errors[i - start], alpha=-1)
+        left[end:].addmm_(u[start:end, end:].t(), errors, alpha=-1)
+    return result[order.argsort()].t().to(w.dtype)
+
+
+def _damped(diagonal):
+    return diagonal + _DAMPING * diagonal.mean()
+
+
+_DAMPING = 0.01  # of the mean square: what this text hardly uses another may use, and every Hessian has an inverse
 
 
 # -----------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 Text from any checkpoint, as it is generated.
 
     python sample.py --ckpt out/ --prompt "The "
+    python sample.py --ckpt gpt2 --prompt "Once upon a time"
 """
 
+import codecs
 import sys
 import time
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from eval import pick_device
 
 @dataclass
 class Settings:
-    ckpt: str = "out"  # folder of a checkpoint: float, QAT or packed
+    ckpt: str = "out"  # folder of a checkpoint, float, QAT or packed, or of GPT-2; or gpt2, gpt2-medium, ...
     prompt: str = "\n"  # the text to go on with
     prompt_file: str | None = None  # or a file that holds it
     num_samples: int = 1  # texts
@@ -45,11 +47,14 @@ def main(s: Settings):
     generator = torch.Generator(device).manual_seed(s.seed)
     for _ in range(s.num_samples):
         print(prompt, end="", flush=True)
-        start = time.time()
+        start, decoder = (
+            time.time(),
+            codecs.getincrementaldecoder("utf-8")("replace"),
+        )  # a token may be part of a letter
         for new in model.generate(ids, s.max_new_tokens, s.temperature, s.top_k, generator):
-            print(tokenizer.decode(new[0].tolist()), end="", flush=True)
+            print(decoder.decode(tokenizer.decode_bytes(new[0].tolist())), end="", flush=True)
         speed = s.max_new_tokens / (time.time() - start)
-        print(flush=True)
+        print(decoder.decode(b"", final=True), flush=True)
         # On stderr, so that standard output is the text alone.
         print(f"--- {s.max_new_tokens} tokens, {speed:,.0f} tokens/s, {s.ckpt} on {device}", file=sys.stderr)
 

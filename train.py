@@ -1,38 +1,53 @@
 """
-Trains a GPT: from scratch or on from a checkpoint, in float or, if a pot_ setting asks, with power-of-two weights (QAT).
+Trains a GPT: from scratch, on from a checkpoint or from GPT-2, in float or, if a pot_ setting asks, with power-of-two
+weights (QAT).
 
     python train.py config/train_pydoc_char.py
     python train.py config/finetune_pydoc_char_pot4.py
+    python train.py config/finetune_gpt2_pot4.py
     python train.py config/train_pydoc_char.py --init_from=resume
+
+On several GPUs, or processors with gloo (each process takes batch_size sequences, so n processes take the steps of one
+with n times the batch):
+
+    torchrun --standalone --nproc_per_node=4 train.py config/finetune_gpt2_pot4.py
+
+On two machines, the first of which answers at 10.0.0.1:
+
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train.py ...
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=1234 train.py ...
 """
 
 import ctypes
 import json
 import math
 import os
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import dataset
 from configurator import provenance, run
-from eval import evaluate, perplexity, pick_device
+from eval import evaluate, method, perplexity, pick_device, quantize
 from model import GPT, GPTConfig
-from pot import PoTConfig, convert, prepare
+from pot import PoTConfig, convert
 
 
 @dataclass
 class Settings:
     # where from, where to
     dataset: str = "pydoc_char"  # folder under data/
-    init_from: str = "scratch"  # "scratch"; "resume": go on with out_dir; or a checkpoint's folder, to fine-tune it
+    init_from: str = "scratch"  # "scratch"; "resume": go on with out_dir; what to fine-tune: a folder, or gpt2, ...
     out_dir: str = "out"  # written: ckpt.pt, log.jsonl, loss.png, and model.safetensors at the end
     # model; None: the checkpoint's, or GPT-2's when from scratch
-    block_size: int | None = None  # context, in tokens
+    block_size: int | None = None  # tokens a sequence; from scratch also the model's context, else at most that
     n_layer: int | None = None  # transformer blocks
     n_head: int | None = None  # attention heads
     n_embd: int | None = None  # width
@@ -40,9 +55,10 @@ class Settings:
     dropout: float | None = None  # 0 is good for pretraining
     # power-of-two weights
     pot: PoTConfig | None = None  # any pot_ key turns QAT on; --pot=None turns it off: the float control
+    calibrate_tokens: int = 0  # with pot_ keys: start from GPTQ on so many tokens; 0: from the nearest levels
     # steps
     max_iters: int = 5000  # optimizer steps; 0 only quantizes (PTQ)
-    batch_size: int = 12  # sequences a micro-batch
+    batch_size: int = 12  # sequences a micro-batch, in each process
     gradient_accumulation_steps: int = 1  # micro-batches a step
     learning_rate: float = 1e-3  # highest
     min_lr: float = 0.0  # reached at max_iters, along a cosine
@@ -51,6 +67,7 @@ class Settings:
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # norm; 0: no clipping
+    last_position: bool = False  # learn from the last position of a sequence alone, as the PoT papers' code does
     seed: int = 1337  # of the initial weights, the batches and dropout
     # progress
     eval_interval: int = 500  # steps between validations; each one saves a checkpoint, too
@@ -71,6 +88,7 @@ MINIMUM = {
     "log_interval": 1,
     "eval_tokens": 2,
     "max_iters": 0,
+    "calibrate_tokens": 0,
 }
 
 
@@ -78,8 +96,12 @@ def main(s: Settings):
     for key, least in MINIMUM.items():
         if getattr(s, key) is not None and getattr(s, key) < least:
             raise ValueError(f"{key}={getattr(s, key)} must be at least {least}")
+    if s.calibrate_tokens and not s.pot:
+        raise ValueError(
+            "calibrate_tokens goes with pot_ settings, which quantize: pass --pot_bits=4, say, or leave it out"
+        )
     origin = provenance()  # now: the code may be another when a long run ends
-    device = pick_device(s.device)
+    rank, world, device = start_processes(s.device)
     cuda = device.startswith("cuda")
     if device == "cpu":
         keep_freed_memory()
@@ -88,9 +110,9 @@ def main(s: Settings):
 
     # --- model ---
     torch.manual_seed(s.seed)
-    model, info, state = build(s, meta)
+    model, info, state = build(s, meta, device)
     model.to(device).train()
-    block_size = model.config.block_size
+    block_size = s.block_size or model.config.block_size
     for split, ids in (("train", data), ("val", val)):
         if len(ids) <= block_size:
             raise ValueError(
@@ -103,48 +125,58 @@ def main(s: Settings):
         optimizer.load_state_dict(state["optimizer"])
         for group, now in zip(optimizer.param_groups, hyper):  # those of the settings, not those of the checkpoint
             group.update(now)
-        torch.set_rng_state(state["rng"])
-        if cuda and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"])
         del state
     if step == s.max_iters and os.path.exists(os.path.join(s.out_dir, checkpoint.MODEL)):
-        print(f"{s.out_dir}/ is finished: step {step} of {s.max_iters}")
+        if rank == 0:
+            print(f"{s.out_dir}/ is finished: step {step} of {s.max_iters}")
         return
     kind = f"QAT, {PoTConfig(**info['pot'])}" if info["pot"] else "float"
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(
-        f"{kind}: {millions:.2f} M parameters on {device}, step {step} to {s.max_iters}, {s.dataset}, to {s.out_dir}/"
-    )
-    log = Log(s, step, resumed=s.init_from == "resume")
+    where = f"{device} x {world}" if world > 1 else device
+    if world > 1:
+        dist.barrier()  # no process may still be looking at a folder that the first one writes to
+    log = None
+    if rank == 0:
+        print(
+            f"{kind}: {millions:.2f} M parameters on {where}, step {step} to {s.max_iters}, {s.dataset}, to {s.out_dir}/"
+        )
+        log = Log(s, step, resumed=s.init_from == "resume")
 
     autocast, scaler = nullcontext(), torch.amp.GradScaler(enabled=False)
     if cuda:
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
         autocast = torch.autocast("cuda", dtype)
         scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
-    compiled = torch.compile(model) if s.compile and cuda else model
-    tokens_a_step = s.batch_size * s.gradient_accumulation_steps * block_size
+    training = torch.compile(model) if s.compile and cuda else model
+    if world > 1:
+        for scale in model.buffers():  # never change again, so they need no broadcast in every step
+            dist.broadcast(scale, 0)
+        training = DistributedDataParallel(training, [device] if cuda else None, broadcast_buffers=False)
+    tokens_a_step = s.batch_size * s.gradient_accumulation_steps * block_size * world
     resumed_at, start, losses = step, time.time(), []
 
     # --- steps ---
     while True:
-        if step == s.max_iters or step % s.eval_interval == 0 and step > resumed_at:
-            val_loss = evaluate(model, val[: s.eval_tokens], device=device)["loss"]
+        if rank == 0 and (step == s.max_iters or step % s.eval_interval == 0 and step > resumed_at):
+            val_loss = evaluate(model, val[: s.eval_tokens], device, block_size=block_size)["loss"]
             check_finite("validation loss", val_loss, step, s.out_dir)
             log(f"step {step}/{s.max_iters}  validation loss {val_loss:.4f}", step=step, val_loss=val_loss)
             info["step"] = step
-            rng = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if cuda else None}
-            checkpoint.save_training(s.out_dir, model, info, optimizer=optimizer.state_dict(), **rng)
+            checkpoint.save_training(s.out_dir, model, info, optimizer=optimizer.state_dict())
         if step >= s.max_iters:
             break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, s)
-        x, y = batch(data, block_size, s, step)
-        loss = 0.0
-        for xi, yi in zip(x.split(s.batch_size), y.split(s.batch_size)):
-            with autocast:
-                micro_loss = compiled(xi.to(device), yi.to(device))[1] / s.gradient_accumulation_steps
-            scaler.scale(micro_loss).backward()
+        # Dropout is drawn from (seed, step, process) alone, as the batches are: a resumed run goes on with the same.
+        torch.manual_seed(int(np.random.SeedSequence([s.seed, step, rank]).generate_state(1)[0]))
+        x, y = batch(data, block_size, s, step, rank, world)
+        loss, micro_batches = 0.0, list(zip(x.split(s.batch_size), y.split(s.batch_size)))
+        for i, (xi, yi) in enumerate(micro_batches):
+            together = world == 1 or i == len(micro_batches) - 1  # gradients are exchanged once a step
+            with nullcontext() if together else training.no_sync():
+                with autocast:
+                    micro_loss = training(xi.to(device), yi.to(device))[1] / s.gradient_accumulation_steps
+                scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
         scaler.unscale_(optimizer)
         if s.grad_clip:
@@ -155,9 +187,14 @@ def main(s: Settings):
         losses.append(loss)
         step += 1
         if step % s.log_interval == 0 or step == s.max_iters:
-            mean = torch.stack(losses).mean().item()
-            check_finite("loss", mean, step, s.out_dir)
+            mean = torch.stack(losses).mean()
             losses.clear()
+            if world > 1:
+                dist.all_reduce(mean)
+            mean = mean.item() / world
+            check_finite("loss", mean, step, s.out_dir)
+            if rank > 0:
+                continue
             speed = (step - resumed_at) / (time.time() - start)
             left = f"{(s.max_iters - step) / speed:.0f} s left"
             log(
@@ -167,21 +204,52 @@ def main(s: Settings):
 
     # --- what is left behind ---
     seconds = time.time() - start
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
+    peak = peak_memory(device)
     if info["pot"]:
         convert(model)
     info |= {"val_loss": val_loss, "provenance": origin}
     size = checkpoint.save_model(s.out_dir, model, info)
-    log.finish(val_loss)
     rows = {
         "validation loss": f"{val_loss:.4f}",
         "perplexity": f"{perplexity(val_loss):.2f}",
         "steps, tokens": f"{step}, {step * tokens_a_step:,}",
-        "time": f"{seconds:.0f} s",
+        "time": f"{seconds:.0f} s" + (f", {seconds / steps:.2f} s a step" if (steps := step - resumed_at) else ""),
+        "peak memory": f"{peak / 2**20:,.0f} MiB",
         f"{s.out_dir}/model.safetensors": f"{size:,} bytes, {'packed' if info['pot'] else 'float'}",
         f"{s.out_dir}/ckpt.pt": "the state to resume or fine-tune from",
     }
     for name, value in rows.items():
         print(f"{name:<{max(map(len, rows))}}  {value}")
+    log.finish(rows)
+
+
+def start_processes(device):
+    """(number of this process, how many there are, its device): torchrun says so in the environment."""
+    if "RANK" not in os.environ:
+        return 0, 1, pick_device(device)
+    rank, world, local = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = pick_device(device)
+    if device == "cuda":
+        device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return rank, world, device
+
+
+def peak_memory(device):
+    """Most bytes of the GPU's memory that tensors took, or of the machine's that the process took."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def keep_freed_memory():
@@ -205,7 +273,7 @@ def check_finite(what, value, step, out_dir):
         )
 
 
-def build(s: Settings, meta):
+def build(s: Settings, meta, device):
     """(model, info to store with it, training state or None) for init_from scratch, resume or a folder."""
     shape = {k: getattr(s, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "bias", "dropout")}
     given = {k: v for k, v in shape.items() if v is not None}
@@ -215,24 +283,29 @@ def build(s: Settings, meta):
             f"{s.out_dir} holds a checkpoint already: --init_from=resume goes on with it; else choose another --out_dir"
         )
     if s.init_from == "scratch":
-        model = GPT(GPTConfig(vocab_size=dataset.tokenizer_of(meta).vocab_size, **given))
-        return quantized(model, s, info | {"method": "float"})
+        model = GPT(GPTConfig(vocab_size=dataset.vocab_size(meta), **given))
+        return quantized(model, s, info | {"method": "float"}, device)
 
-    folder = s.out_dir if s.init_from == "resume" else s.init_from
-    state = checkpoint.load_training(folder)
-    found = state["info"]
+    state = None
+    if s.init_from == "resume":
+        state = checkpoint.load_training(s.out_dir)
+        model, found = checkpoint.model_of(state), state["info"]
+    else:
+        model, found = checkpoint.load_float(s.init_from)
+    folder = s.out_dir if state else s.init_from
     dataset.check_vocabulary(folder, found["tokenizer"], s.dataset, meta)
     for key, value in given.items():
-        if key != "dropout" and found["model_args"][key] != value:
-            raise ValueError(
-                f"{key}={value}, but {folder} was trained with {key}={found['model_args'][key]}: leave {key} out"
-            )
+        its = getattr(model.config, key)
+        if key == "block_size" and value > its:
+            raise ValueError(f"block_size={value} is more than the context of {folder}, {its}: lower it")
+        if key not in ("block_size", "dropout") and its != value:
+            raise ValueError(f"{key}={value}, but {folder} was trained with {key}={its}: leave {key} out")
     if s.dropout is not None:
-        found["model_args"]["dropout"] = s.dropout
-    if s.init_from != "resume":
+        model.set_dropout(s.dropout)
+    if state is None:
         # The float model to compare with: this one, or the one that it came from itself.
         info |= {"method": "float control", "origin": found["origin"] if found["pot"] else folder}
-        return quantized(checkpoint.model_of(state, quantized=False), s, info)
+        return quantized(model, s, info, device)
 
     pot = PoTConfig(**found["pot"]) if found["pot"] else None
     if pot != s.pot:
@@ -243,16 +316,16 @@ def build(s: Settings, meta):
     if found["step"] > s.max_iters:
         raise ValueError(f"{folder} is at step {found['step']} already: max_iters={s.max_iters} must be at least that")
     kept = {key: found[key] for key in ("pot", "origin", "step", "method")}
-    if found["method"] == "PTQ" and s.max_iters:
+    if found["method"].startswith("PTQ") and s.max_iters:
         kept["method"] = "QAT"
-    return checkpoint.model_of(state), info | kept, state
+    return model, info | kept, state
 
 
-def quantized(model, s, info):
+def quantized(model, s, info, device):
     """The model as it starts to train, prepared if the settings ask for it."""
     if s.pot:
-        prepare(model, s.pot)
-        info |= {"pot": asdict(s.pot), "method": "QAT" if s.max_iters else "PTQ"}
+        quantize(model.to(device), s.pot, s.calibrate_tokens, s.dataset, info["tokenizer"], s.seed, device)
+        info |= {"pot": asdict(s.pot), "method": "QAT" if s.max_iters else method(s.calibrate_tokens)}
     return model, info, None
 
 
@@ -274,17 +347,20 @@ def learning_rate(step, s):
     return s.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (s.learning_rate - s.min_lr)
 
 
-def batch(data, block_size, s, step):
-    """(x, y) of one step, (batch_size * gradient_accumulation_steps, block_size) int64, from random places.
+def batch(data, block_size, s, step, rank=0, world=1):
+    """(x, y) of one step in one of `world` processes: (batch_size * gradient_accumulation_steps, block_size) int64 each.
 
     Drawn from (seed, step) alone: a resumed run goes on with the batches of one that was not cut, and QAT and its float
-    control see the same.
+    control see the same. A y of -100 is no target.
     """
-    places = np.random.default_rng([s.seed, step]).integers(
-        len(data) - block_size, size=s.batch_size * s.gradient_accumulation_steps
-    )
+    count = s.batch_size * s.gradient_accumulation_steps
+    places = np.random.default_rng([s.seed, step]).integers(len(data) - block_size, size=count * world)
+    places = places[rank * count : (rank + 1) * count]
     rows = torch.from_numpy(np.stack([data[i : i + block_size + 1] for i in places]).astype(np.int64))
-    return rows[:, :-1], rows[:, 1:]
+    x, y = rows[:, :-1], rows[:, 1:].clone()
+    if s.last_position:
+        y[:, :-1] = -100
+    return x, y
 
 
 class Log:
@@ -313,7 +389,7 @@ class Log:
         if self.wandb:
             self.wandb.log(entry, step=entry["step"])
 
-    def finish(self, val_loss):
+    def finish(self, rows):
         import matplotlib
 
         matplotlib.use("Agg")
@@ -329,7 +405,9 @@ class Log:
         plt.savefig(os.path.join(self.folder, "loss.png"), dpi=120)
         plt.close()
         if self.wandb:
-            self.wandb.summary["final_val_loss"] = val_loss
+            import wandb
+
+            self.wandb.log({"result": wandb.Table(["", "value"], [list(row) for row in rows.items()])})
             self.wandb.finish()
 
 

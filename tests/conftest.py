@@ -24,7 +24,7 @@ def house(tmp_path_factory):
     (folder / "data" / "tiny").mkdir(parents=True)
     (folder / "data" / "tiny" / "prepare.py").touch()
     text = "the quick brown fox jumps over the lazy dog, and then he sleeps for a while.\n" * 40
-    dataset.write(folder / "data" / "tiny", {"train": text, "val": text[:700], "test": text[100:1100]})
+    dataset.write_chars(folder / "data" / "tiny", {"train": text, "val": text[:700], "test": text[100:1100]})
     return folder
 
 

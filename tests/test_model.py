@@ -37,7 +37,7 @@ def test_causal():
 @pytest.mark.parametrize("pieces", [[1] * 16, [16], [5, 1, 1, 9], [7, 9]])
 def test_cached_logits_equal_uncached(pieces):
     model, x = gpt(), torch.randint(0, 65, (2, 16))
-    cache = KVCache()
+    cache = KVCache(model.config.block_size)
     parts = [model(part, cache=cache) for part in x.split(pieces, dim=1)]
     assert torch.allclose(torch.cat(parts, 1), model(x), atol=1e-5)
 

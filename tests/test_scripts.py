@@ -287,9 +287,9 @@ def test_errors(house, float_run, qat_run, monkeypatch, capsys, command, message
         (house / "data" / name).mkdir(exist_ok=True)
         (house / "data" / name / "prepare.py").touch()
     if not (house / "data" / "other" / "test.bin").exists():
-        dataset.write(house / "data" / "other", dict.fromkeys(dataset.SPLITS, "0123456789" * 20))
+        dataset.write_chars(house / "data" / "other", dict.fromkeys(dataset.SPLITS, "0123456789" * 20))
         for name in ("foreign", "cut"):
-            dataset.write(
+            dataset.write_chars(
                 (house / "data" / name).mkdir() or house / "data" / name, dict.fromkeys(dataset.SPLITS, "ab" * 100)
             )
         np.full(100, 500, dtype=np.uint16).tofile(house / "data" / "foreign" / "train.bin")

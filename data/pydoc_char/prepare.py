@@ -44,7 +44,7 @@ def main(s: Settings):
         splits["train" if done < 0.8 * total else "val" if done < 0.9 * total else "test"].append(document)
         done += len(document)
     print(f"Python {sys.version.split()[0]}: {len(documents):,} documents")
-    dataset.write(here, {name: "".join(docs) for name, docs in splits.items()})
+    dataset.write_chars(here, {name: "".join(docs) for name, docs in splits.items()})
 
 
 def parse(path):

@@ -38,7 +38,7 @@ def main(s: Settings):
     n = len(text)
     if n < 1000:
         raise ValueError(f"{s.input or URL} holds {n} characters: too few to split into train, val and test")
-    dataset.write(
+    dataset.write_chars(
         here, {"train": text[: n * 8 // 10], "val": text[n * 8 // 10 : n * 9 // 10], "test": text[n * 9 // 10 :]}
     )
 

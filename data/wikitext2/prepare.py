@@ -1,0 +1,57 @@
+"""
+WikiText-2 (raw) in GPT-2's tokens, with its own three splits.
+
+    python data/wikitext2/prepare.py                                # downloads it, 5 MB
+    python data/wikitext2/prepare.py --input TRAIN,VALID,TEST       # from its three files
+    python data/wikitext2/prepare.py --input FILE                   # from one of them, split by article
+
+Only --input was run by us; the download was tried with a stand-in for the hub. The rows of the download are joined by
+blank lines, as is usual where perplexities of GPT-2 on WikiText-2 are compared.
+"""
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+
+here = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(os.path.dirname(here)))
+import dataset  # noqa: E402
+from configurator import run  # noqa: E402
+
+HUB = "Salesforce/wikitext"
+
+
+@dataclass
+class Settings:
+    input: str | None = None  # its files train, valid and test with commas between them, or one; None: the download
+
+
+def main(s: Settings):
+    paths = s.input.split(",") if s.input else []
+    if len(paths) == 1:
+        articles = re.split(r"^(?= = [^=])", dataset.read_text(paths[0]), flags=re.MULTILINE)
+        dataset.write_documents(here, articles)
+        return
+    if len(paths) not in (0, 3):
+        raise ValueError(f"--input names {len(paths)} files: pass train, valid and test, or one file")
+    bpe = dataset.BPETokenizer()
+    texts = [dataset.read_text(path) for path in paths] or download()
+    dataset.write(here, dataset.GPT2, ((split, bpe.encode(text)) for split, text in zip(dataset.SPLITS, texts)))
+
+
+def download():
+    import datasets
+
+    try:
+        found = datasets.load_dataset(HUB, "wikitext-2-raw-v1")
+        return ["\n\n".join(found[split]["text"]) for split in ("train", "validation", "test")]
+    except Exception as e:  # of datasets, the hub, requests or httpx, by version and by what is wrong with the network
+        raise ValueError(
+            f"cannot download {HUB} from the Hugging Face hub ({type(e).__name__}): check the network, or get the files "
+            "another way and pass them with --input TRAIN,VALID,TEST"
+        ) from None
+
+
+if __name__ == "__main__":
+    run(main, Settings)
