@@ -95,8 +95,8 @@ def read_documents(paths: str):
     for path in paths.split(","):
         if not path.endswith(".jsonl"):
             document = ""
-            for paragraph in re.split(r"(?<=\n)[ \t]*\n+", read_text(path)):
-                document += paragraph + "\n"
+            for paragraph in re.findall(r".+?(?:\n\s*\n|\Z)", read_text(path), re.DOTALL):
+                document += paragraph
                 if len(document) >= 10_000:
                     yield document
                     document = ""

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -138,16 +139,20 @@ def quantize(model, pot, calibrate_tokens, name, tokenizer, seed, device):
     x = random_windows(ids, length, max(1, calibrate_tokens // length), seed)
     batches = x.to(device).split(max(1, BATCH // (length * model.config.vocab_size)))
 
+    first = not dist.is_initialized() or dist.get_rank() == 0
+
     def progress(done, total):
-        end = "\n" if done == total else "\r"
         seconds = time.time() - start
-        left = f"{seconds * (total - done) / done:.0f} s left" if done < total else f"{seconds:.0f} s"
-        if done == total or sys.stderr.isatty():
-            print(f"GPTQ on {x.numel():,} tokens of {name}: {done}/{total}, {left}  ", end=end, file=sys.stderr)
+        line = f"GPTQ on {x.numel():,} tokens of {name}: {done}/{total} sets of layers, "
+        if first and done == total:
+            print(f"{line}{seconds:.0f} s", file=sys.stderr)
+        elif first and sys.stderr.isatty():
+            print(f"{line}{seconds * (total - done) / done:.0f} s left  ", end="\r", file=sys.stderr)
 
     errors = calibrate(model, batches, progress).values()
-    before, after = (statistics.mean(e) for e in zip(*errors))
-    print(f"GPTQ: mean relative output error of the layers {before:.5f} -> {after:.5f}")
+    if first:
+        before, after = (statistics.mean(e) for e in zip(*errors))
+        print(f"GPTQ: mean relative output error of the layers {before:.5f} -> {after:.5f}")
 
 
 def method(calibrate_tokens):

@@ -149,20 +149,20 @@ def main(s: Settings):
         scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
     training = torch.compile(model) if s.compile and cuda else model
     if world > 1:
-        for scale in model.buffers():  # never change again, so they need no broadcast in every step
-            dist.broadcast(scale, 0)
-        training = DistributedDataParallel(training, [device] if cuda else None, broadcast_buffers=False)
+        training = DistributedDataParallel(training, [device] if cuda else None)
     tokens_a_step = s.batch_size * s.gradient_accumulation_steps * block_size * world
     resumed_at, start, losses = step, time.time(), []
 
     # --- steps ---
     while True:
         if rank == 0 and (step == s.max_iters or step % s.eval_interval == 0 and step > resumed_at):
+            paused = time.time()
             val_loss = evaluate(model, val[: s.eval_tokens], device, block_size=block_size)["loss"]
             check_finite("validation loss", val_loss, step, s.out_dir)
             log(f"step {step}/{s.max_iters}  validation loss {val_loss:.4f}", step=step, val_loss=val_loss)
             info["step"] = step
             checkpoint.save_training(s.out_dir, model, info, optimizer=optimizer.state_dict())
+            start += time.time() - paused
         if step >= s.max_iters:
             break
         for group in optimizer.param_groups:
@@ -217,13 +217,14 @@ def main(s: Settings):
         "validation loss": f"{val_loss:.4f}",
         "perplexity": f"{perplexity(val_loss):.2f}",
         "steps, tokens": f"{step}, {step * tokens_a_step:,}",
-        "time": f"{seconds:.0f} s" + (f", {seconds / steps:.2f} s a step" if (steps := step - resumed_at) else ""),
+        "training time": f"{seconds:.0f} s, {seconds / max(1, step - resumed_at):.2f} s a step",
         "peak memory": f"{peak / 2**20:,.0f} MiB",
         f"{s.out_dir}/model.safetensors": f"{size:,} bytes, {'packed' if info['pot'] else 'float'}",
         f"{s.out_dir}/ckpt.pt": "the state to resume or fine-tune from",
     }
     for name, value in rows.items():
         print(f"{name:<{max(map(len, rows))}}  {value}")
+    log(None, step=step, seconds=round(seconds, 2), steps=step - resumed_at, peak_bytes=peak)
     log.finish(rows)
 
 
@@ -382,7 +383,8 @@ class Log:
             self.wandb = wandb.init(project=s.wandb_project, name=s.wandb_run_name or s.out_dir, config=asdict(s))
 
     def __call__(self, line, **entry):
-        print(line, flush=True)
+        if line:
+            print(line, flush=True)
         self.entries.append(entry)
         with open(self.path, "a") as f:
             f.write(json.dumps(entry) + "\n")

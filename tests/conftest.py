@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import subprocess
@@ -8,13 +9,15 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+STAND_IN = str(ROOT / "tests" / "stand_in")
+sys.path[:0] = [STAND_IN, str(ROOT)]
 torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
 def house(tmp_path_factory):
-    """A copy of the scripts beside a small character data set, `tiny`, to run commands in."""
+    """A copy of the scripts, to run commands in, beside a small character data set, `tiny`, a small OpenWebText, and
+    `gpt2`, a small GPT-2 in Hugging Face's format: a folder of that name goes before the hub."""
     import dataset
 
     folder = tmp_path_factory.mktemp("house")
@@ -23,9 +26,26 @@ def house(tmp_path_factory):
     shutil.copytree(ROOT / "config", folder / "config", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "data" / "tiny").mkdir(parents=True)
     (folder / "data" / "tiny" / "prepare.py").touch()
+    gpt2(vocab_size=50257, n_positions=96).save_pretrained(folder / "gpt2")
+    documents = [f"{i} men went to mow, went to mow a meadow, {i} men and their dog.\n" * 4 for i in range(40)]
+    (folder / "documents.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    (folder / "data" / "openwebtext").mkdir()
+    dataset.write_documents(folder / "data" / "openwebtext", documents)
     text = "the quick brown fox jumps over the lazy dog, and then he sleeps for a while.\n" * 40
     dataset.write_chars(folder / "data" / "tiny", {"train": text, "val": text[:700], "test": text[100:1100]})
     return folder
+
+
+def gpt2(**config):
+    """A small GPT-2 of transformers', every tensor random."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = dict(n_layer=2, n_head=2, n_embd=64, bos_token_id=0, eos_token_id=0) | config
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    return model
 
 
 TINY = "--dataset=tiny --n_layer=2 --n_head=2 --n_embd=64 --block_size=32 --batch_size=4 --eval_interval=10 --log_interval=5"
@@ -38,7 +58,12 @@ def sh(house):
     def run(command, ok=True, cwd=house, **env):
         args = [sys.executable, *command.split()]
         done = subprocess.run(
-            args, cwd=cwd, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "2"} | env
+            args,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            env=os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": STAND_IN} | env,
         )
         assert (done.returncode == 0) == ok, done.stdout + done.stderr
         return done

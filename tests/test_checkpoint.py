@@ -1,7 +1,10 @@
 import json
 
+import huggingface_hub.constants
 import pytest
 import torch
+from conftest import gpt2
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 from model import GPT, GPTConfig
@@ -129,3 +132,126 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     torch.save({"info": Evil(), "model": {}, "step": 1}, tmp_path / "ckpt.pt")
     with pytest.raises(ValueError, match="UnpicklingError"):
         checkpoint.load_model(str(tmp_path))
+
+
+# --- GPT-2 in Hugging Face's format ---
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return gpt2(vocab_size=50257, n_positions=32)
+
+
+def old_names(model):
+    """State as OpenAI's own file on the hub has it: no prefix, no head, and the masks that older versions kept."""
+    state = {k.removeprefix("transformer."): v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril() for i in range(2)}
+    return state | masks | {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+
+
+@pytest.mark.parametrize("form", ["safetensors", "shards", "bfloat16", "bin", "old bin", "old safetensors", "no head"])
+def test_gpt2_of_transformers(tmp_path, theirs, form):
+    folder, reference = str(tmp_path), theirs
+    if form == "bfloat16":
+        reference = gpt2(vocab_size=50257, n_positions=32).bfloat16()
+    if form == "no head":
+        theirs.transformer.save_pretrained(folder)
+    else:
+        reference.save_pretrained(folder, max_shard_size="4MB" if form == "shards" else "5GB")
+    if form == "shards":
+        assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    if form == "old safetensors":
+        save_file({k: v.contiguous() for k, v in old_names(theirs).items()}, tmp_path / "model.safetensors")
+    elif "bin" in form:
+        (tmp_path / "model.safetensors").unlink()
+        state = old_names(theirs) if form == "old bin" else theirs.state_dict()
+        torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=form == "bin")
+    model, info = checkpoint.load_model(folder)
+    x = torch.randint(0, 50257, (2, 32), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        a, b = model(x), reference.float()(x).logits
+    assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+    assert info["tokenizer"] == {"tokenizer": "gpt2"} and not model.training
+    assert model.lm_head.weight is model.transformer.wte.weight
+    size = checkpoint.file_size(folder, model, info)
+    assert size == 4 * sum(p.numel() for p in model.parameters())
+    assert torch.equal(checkpoint.load_float(folder)[0](x), model(x)) and checkpoint.exists(folder)
+
+
+def edited(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "gone"}))
+
+
+def without(folder, name, replacement=None):
+    state = load_file(folder / "model.safetensors")
+    state.pop(name)
+    save_file(state | (replacement or {}), folder / "model.safetensors")
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code was run",)
+
+
+def pickled(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": Evil()}, folder / "pytorch_model.bin")
+
+
+WTE = "transformer.wte.weight"
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda f: edited(f, model_type="llama"), "model_type is 'llama', and only GPT-2's 'gpt2' is known"),
+        (lambda f: edited(f, model_type="gone"), "model_type is None"),
+        (lambda f: edited(f, activation_function="relu"), "activation_function is 'relu'"),
+        (lambda f: edited(f, n_inner=100), "n_inner is 100"),
+        (lambda f: edited(f, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True"),
+        (lambda f: edited(f, tie_word_embeddings=False), "tie_word_embeddings is False"),
+        (lambda f: edited(f, n_layer=3), "h.2.*is missing"),
+        (lambda f: edited(f, n_layer=1), "h.1.*is unknown"),
+        (lambda f: edited(f, n_positions="gone"), "has no n_positions"),
+        (lambda f: edited(f, n_embd="many"), "is no GPT-2 that can be read"),
+        (lambda f: without(f, WTE), "wte.weight is missing"),
+        (lambda f: without(f, WTE, {WTE: torch.zeros(50257, 63)}), "wte.weight is of another shape"),
+        (lambda f: (f / "config.json").write_text("{"), "is no GPT-2 that can be read"),
+        (lambda f: (f / "config.json").write_text("[]"), "is no GPT-2 that can be read"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"short"), "is no GPT-2 that can be read"),
+        (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
+        (pickled, "pytorch_model.bin is damaged or holds more than tensors"),
+    ],
+)
+def test_other_folders_are_refused(tmp_path, theirs, capsys, spoil, message):
+    theirs.save_pretrained(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=message) as e:
+        checkpoint.load_model(str(tmp_path))
+    assert str(tmp_path) in str(e.value) and "code was run" not in capsys.readouterr().out
+
+
+def test_another_vocabulary_is_refused(tmp_path):
+    gpt2(vocab_size=300, n_positions=32).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a vocabulary of 300, GPT-2's byte pairs need 50257"):
+        checkpoint.load_model(str(tmp_path))
+
+
+def test_names_of_the_hub(tmp_path, theirs, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="cannot download gpt2-xl from the Hugging Face hub .*: check the network"):
+        checkpoint.load_model("gpt2-xl")
+    with pytest.raises(ValueError, match="no folder gpt3: pass .* or gpt2, gpt2-medium, gpt2-large, gpt2-xl"):
+        checkpoint.load_model("gpt3")
+    assert not checkpoint.exists("gpt2-xl")
+    kept = tmp_path / "hub" / "models--openai-community--gpt2-xl"  # as a download leaves it
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("abc")
+    theirs.save_pretrained(kept / "snapshots" / "abc")
+    model, _ = checkpoint.load_model("gpt2-xl")
+    assert torch.equal(model.transformer.wte.weight, theirs.transformer.wte.weight) and checkpoint.exists("gpt2-xl")
+    gpt2(vocab_size=50257, n_positions=64).save_pretrained("gpt2-xl")  # a folder of that name goes first
+    assert checkpoint.load_model("gpt2-xl")[0].config.block_size == 64

@@ -1,5 +1,9 @@
+import importlib.util
+import json
+import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +43,9 @@ def test_write_load_and_text_roundtrip(tmp_path):
 
 def test_missing_data_names_the_command(monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(ValueError, match="no data set data/nowhere: choose one of pydoc_char, shakespeare_char"):
+    with pytest.raises(
+        ValueError, match="no data set data/nowhere: choose one of openwebtext, pydoc_char, shakespeare_char"
+    ):
         dataset.load("data/nowhere", "train")
 
 
@@ -67,7 +73,7 @@ def test_shakespeare_char(scripts, tmp_path):
     parts = []
     for split in dataset.SPLITS:
         ids, meta = dataset.load(data / "shakespeare_char", split)
-        parts.append(dataset.tokenizer_of(meta).decode(ids.tolist()))
+        parts.append(dataset.tokenizer_of(meta).decode_bytes(ids.tolist()).decode())
     assert "".join(parts) == text  # in order, no overlap, nothing lost
     assert [round(len(p) / len(text), 2) for p in parts] == [0.8, 0.1, 0.1]
     for args in (("--input", "nowhere.txt"), ("--inptu", "x")):
@@ -82,10 +88,164 @@ def test_pydoc_char(scripts):
     texts = {}
     for split in dataset.SPLITS:
         ids, meta = dataset.load(data / "pydoc_char", split)
-        texts[split] = dataset.tokenizer_of(meta).decode(ids.tolist())
+        texts[split] = dataset.tokenizer_of(meta).decode_bytes(ids.tolist()).decode()
     assert len(texts["train"]) > 1_000_000 and min(len(texts["val"]), len(texts["test"])) > 100_000
     assert set("".join(texts.values())) <= {"\n", *map(chr, range(32, 127))}
     # No paragraph but the shortest is in two splits.
     seen = {split: {p for p in text.split("\n\n") if len(p) >= 100} for split, text in texts.items()}
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         assert not seen[a] & seen[b]
+
+
+# --- GPT-2's byte pairs ---
+
+
+def prepare(name, folder, monkeypatch, **settings):
+    """Runs data/<name>/prepare.py here, so that stand-ins reach it; writes to folder."""
+    spec = importlib.util.spec_from_file_location(f"prepare_{name}", ROOT / "data" / name / "prepare.py")
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script
+    spec.loader.exec_module(script)
+    folder.mkdir(exist_ok=True)
+    monkeypatch.setattr(script, "here", str(folder))
+    script.main(script.Settings(**settings))
+
+
+def documents(folder):
+    """Split -> its documents, decoded."""
+    found = {}
+    for split in dataset.SPLITS:
+        ids, meta = dataset.load(str(folder), split)
+        text = dataset.tokenizer_of(meta).decode_bytes(ids.tolist()).decode()
+        found[split] = text.split("<|endoftext|>")
+    return found
+
+
+def test_openwebtext_from_jsonl(tmp_path, monkeypatch):
+    texts = [f"document {i} \N{SNOWMAN} <|endoftext|>\n" for i in range(50)]
+    twice = texts[:30] + texts[5:20] + ["", "  "] + texts[30:]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t, "other": 1}) for t in twice) + "\n\n")
+    prepare("openwebtext", tmp_path / "d", monkeypatch, input=str(tmp_path / "a.jsonl"))
+    ids, _ = dataset.load(str(tmp_path / "d"), "test")
+    assert list(ids).count(50256) == 3  # documents 0, 20, 40; that a text says <|endoftext|> ends nothing
+    found = {split: "".join(docs) for split, docs in documents(tmp_path / "d").items()}
+    for i in range(50):  # every document once
+        where = [split for split in dataset.SPLITS if found[split].count(f"document {i} ") == 1]
+        assert where == [{0: "test", 10: "val"}.get(i % 20, "train")], i
+    assert sum(f.count("document") for f in found.values()) == 50
+    prepare("openwebtext", tmp_path / "few", monkeypatch, input=str(tmp_path / "a.jsonl"), documents=12)
+    assert sum("".join(d).count("document") for d in documents(tmp_path / "few").values()) == 12
+
+
+def test_held_out_text_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "HELD_OUT", 25)
+    dataset.write_documents(str(tmp_path), (f"{i:010}" for i in range(200)))
+    counts = {split: len(docs) - 1 for split, docs in documents(tmp_path).items()}
+    assert counts == {"train": 194, "val": 3, "test": 3}
+
+
+def test_text_files_are_cut_into_documents(tmp_path):
+    text = "".join(f"paragraph {i}\nof two lines\n\n" for i in range(2000))
+    (tmp_path / "book.txt").write_text(text)
+    found = list(dataset.read_documents(f"{tmp_path}/book.txt,{tmp_path}/book.txt"))
+    assert len(found) > 8 and all(d.startswith("paragraph") for d in found)
+    assert "".join(found) == text * 2
+    assert all(len(d) < 10_100 for d in found)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b"nothing", "line 2 is no .*JSONDecodeError"),
+        (b'{"txt": "a"}', "line 2 is no .*KeyError"),
+        (b'{"text": 3}', "line 2 is no .*AttributeError"),
+        (b'["text"]', "line 2 is no .*TypeError"),
+        (b'{"text": "\xff"}', "line 2 is no .*UnicodeDecodeError"),
+        (b'{"text": "\\ud800"}', "line 2 is no .*UnicodeEncodeError"),
+    ],
+)
+def test_bad_lines_are_named_and_nothing_is_left(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    (tmp_path / "d").mkdir()
+    with pytest.raises(ValueError, match=message):
+        dataset.write_documents(str(tmp_path / "d"), dataset.read_documents(str(tmp_path / "a.jsonl")))
+    assert not list((tmp_path / "d").iterdir())
+
+
+def test_too_few_documents(tmp_path):
+    with pytest.raises(ValueError, match="too little text to split"):
+        dataset.write_documents(str(tmp_path), ["one", "two"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_openwebtext_from_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return ({"text": f"document {i}"} for i in range(10**9))  # a stream: only as much is read as is asked for
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    prepare("openwebtext", tmp_path, monkeypatch, documents=300)
+    assert sum(len(docs) - 1 for docs in documents(tmp_path).values()) == 300
+    ((name,), how) = asked[0]
+    assert name == "Skylion007/openwebtext" and how["streaming"] and how["revision"] == "refs/convert/parquet"
+
+
+def test_no_network(tmp_path, monkeypatch):
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    for name in ("openwebtext", "wikitext2"):
+        with pytest.raises(ValueError, match=r"from the Hugging Face hub \(ConnectionError\): .* --input"):
+            prepare(name, tmp_path, monkeypatch)
+    assert not list(tmp_path.iterdir())
+
+
+ARTICLE = " \n = Title {} = \n \n Some text . \n = = Section = = \n More of {} . \n"
+
+
+def test_wikitext2(tmp_path, monkeypatch):
+    rows = {s: [f" = {s} = \n", "", f" text of {s} . \n"] for s in ("train", "validation", "test")}
+    stand_in = types.SimpleNamespace(load_dataset=lambda *a: {s: {"text": r} for s, r in rows.items()})
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    prepare("wikitext2", tmp_path / "hub", monkeypatch)
+    assert documents(tmp_path / "hub")["val"] == [" = validation = \n\n\n\n\n text of validation . \n"]
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text(ARTICLE.format(split, split))
+    names = ",".join(str(tmp_path / f"{s}.txt") for s in ("train", "valid", "test"))
+    prepare("wikitext2", tmp_path / "three", monkeypatch, input=names)
+    assert documents(tmp_path / "three")["val"] == [ARTICLE.format("valid", "valid")]
+    text = "".join(ARTICLE.format(i, i) for i in range(30))
+    (tmp_path / "one.txt").write_text(text)
+    prepare("wikitext2", tmp_path / "one", monkeypatch, input=str(tmp_path / "one.txt"))
+    found = documents(tmp_path / "one")
+    assert sum(d.count("= Title") for docs in found.values() for d in docs) == 30
+    assert all(d.count("= Title") == d.count("= Section") <= 1 for docs in found.values() for d in docs)
+    with pytest.raises(ValueError, match="names 2 files"):
+        prepare("wikitext2", tmp_path / "two", monkeypatch, input="a,b")
+
+
+def test_real_byte_pairs():
+    """Where tiktoken's files can be had: a process of its own, without the stand-in."""
+    code = (
+        "import dataset; t = dataset.BPETokenizer(); ids = t.encode('Hello world<|endoftext|> \N{SNOWMAN}');"
+        "print(ids, t.decode_bytes([*ids, 50300]).decode(), t.bpe.n_vocab == t.vocab_size)"
+    )
+    cache = ROOT.parent / "shared" / "tiktoken_cache"
+    env = {"TIKTOKEN_CACHE_DIR": str(cache)} if cache.exists() else {}
+    env = os.environ | env | {"PYTHONPATH": "", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env)
+    if "cannot download GPT-2's byte pairs" in done.stderr:
+        pytest.skip("no network, and no cache of tiktoken's")
+    assert done.stdout == "[15496, 995, 50256, 34719, 225] Hello world<|endoftext|> \N{SNOWMAN} True\n", done.stderr
+
+
+def test_no_byte_pairs(monkeypatch):
+    def get_encoding(name):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setitem(sys.modules, "tiktoken", types.SimpleNamespace(get_encoding=get_encoding))
+    with pytest.raises(ValueError, match="set TIKTOKEN_CACHE_DIR"):
+        dataset.BPETokenizer()

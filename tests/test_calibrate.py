@@ -1,0 +1,294 @@
+"""pot.calibrate against GPTQ written out in float64, one weight column and one Hessian inverse at a time."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import pot
+from model import GPT, GPTConfig
+from pot import PoTConfig, PoTEmbedding, calibrate, compute_scale, convert, prepare
+
+CONFIGS = [
+    PoTConfig(group_size=32),
+    PoTConfig(bits=3, granularity="channel"),
+    PoTConfig(terms=2, granularity="tensor"),
+    PoTConfig(grid="uniform", group_size=16),
+    PoTConfig(bits=5, range=7, grid="paper", granularity="tensor", scale="absmax"),
+]
+
+
+def gptq(w, scale, config, moment):
+    """Optimal brain surgeon, feature by feature; w (out, in), moment (in, in) -> quantized weights, float64."""
+    w, hessian = w.double().clone(), moment.double() + 0.01 * moment.double().diagonal().mean() * torch.eye(len(moment))
+    levels = torch.tensor(config.levels(), dtype=torch.float64)
+    levels = torch.cat([-levels.flip(0), levels])
+    left = moment.diagonal().argsort(descending=True).tolist()
+    size = w.shape[1] // scale.shape[1]
+    while left:
+        j, inverse = left[0], torch.linalg.inv(hessian[left][:, left])
+        unit = (scale.double() / config.top)[:, j // size].expand(len(w))
+        if config.grid == "paper":  # rounds in the log domain, after rounding to integers
+            a = (w[:, j] / unit).abs().round()
+            q = torch.where(a > 0, torch.exp2(a.log2().round()).clamp(max=config.top), 0) * w[:, j].sign() * unit
+        else:
+            q = levels[(w[:, j, None] / unit[:, None] - levels).abs().argmin(1)] * unit
+        error = (w[:, j] - q) / inverse[0, 0]
+        w[:, left] -= error[:, None] * inverse[0]
+        w[:, j] = q
+        left = left[1:]
+    return w
+
+
+def inputs_like(n, rows=300):
+    return torch.randn(rows, n) @ torch.randn(n, n) / n**0.5
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("n", [96, 160])  # within and across the blocks of 128
+def test_one_layer_against_float64(config, n):
+    torch.manual_seed(0)
+    layer, x = nn.Sequential(nn.Linear(n, 24)), inputs_like(n)
+    prepare(layer, config)
+    w, scale = layer[0].weight.detach().clone(), layer[0].quantizer.scale
+    ((before, after),) = calibrate(layer, [x]).values()
+    expected = gptq(w, scale, config, x.double().t() @ x.double())
+    found = layer[0].quantizer(layer[0].weight).detach().double()
+    assert (found - expected).abs().lt(1e-5).float().mean() > 0.995  # a tie may fall the other way
+    errors = [
+        ((x.double() @ (w - q).double().t()) ** 2).sum().item() for q in (pot.fake_quantize(w, scale, config), found)
+    ]
+    total = ((x @ w.t()).double() ** 2).sum().item()
+    assert before == pytest.approx(errors[0] / total, rel=1e-3) and after == pytest.approx(errors[1] / total, rel=1e-3)
+    assert after < before
+    assert torch.equal(layer[0].quantizer.scale, scale)
+    # Unrounded in the middle: the layer's own rounding gives the codes, and packing keeps them.
+    assert not torch.equal(layer[0].weight, layer[0].quantizer(layer[0].weight))
+    y = layer(x)
+    assert torch.equal(convert(layer)(x), y)
+
+
+class Net(nn.Module):
+    """Branches with one input, a tied head, a layer called twice, an in-place activation, and one that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb, self.pos = nn.Embedding(40, 32), nn.Embedding(8, 32)
+        self.blocks = nn.ModuleList(nn.ModuleDict({k: nn.Linear(32, 32) for k in "abc"}) for _ in range(2))
+        self.twice, self.unused = nn.Sequential(nn.Linear(32, 32), nn.SELU(inplace=True)), nn.Linear(32, 32)
+        self.head = nn.Linear(32, 40, bias=False)
+        self.head.weight = self.emb.weight
+
+    def forward(self, x, shift=0.0):
+        x = self.emb(x) + self.pos(torch.arange(x.shape[1]))
+        for block in self.blocks:
+            a, b = block["a"](x), block["b"](x)
+            x = x + block["c"](torch.tanh(a) * b)
+            x = self.twice(x + shift)
+        return self.head(x)
+
+
+def trained_net():
+    torch.manual_seed(0)
+    net, x = Net(), torch.randint(40, (16, 8))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = F.cross_entropy(net(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return net, x
+
+
+def test_a_whole_model_against_plain_passes():
+    """Each layer's Hessian is taken by whole passes through the model as it then is, nothing remembered."""
+    net, x = trained_net()
+    config = PoTConfig(group_size=16)
+    ours, plain = copy.deepcopy(net), copy.deepcopy(net)
+    prepare(ours, config)
+    errors = calibrate(ours, x.split(5))
+    prepare(plain, config)
+    head = []
+    hook = plain.head.register_forward_hook(lambda m, i, o: head.append(i[0].detach().flatten(0, 1)))
+    plain(x)
+    hook.remove()
+    square = torch.cat(head).square().sum(0)
+    plain.emb.quantizer.scale = compute_scale(plain.emb.weight, config, square + 0.01 * square.mean())
+    counts = torch.full((8, 1), 16.0)
+    plain.pos.quantizer.scale = compute_scale(plain.pos.weight, config, counts)
+    modules = dict(plain.named_modules())
+    order = ["blocks.0.a", "blocks.0.b", "blocks.0.c", "twice.0", "blocks.1.a", "blocks.1.b", "blocks.1.c"]
+    assert list(errors) == order
+    for name in order:
+        layer, seen = modules[name], []
+        hook = layer.register_forward_pre_hook(lambda m, i, seen=seen: seen.append(i[0].detach().flatten(0, 1)))
+        plain(x)
+        hook.remove()
+        moment = sum(s.double().t() @ s.double() for s in seen)
+        with torch.no_grad():
+            layer.weight.copy_(gptq(layer.weight, layer.quantizer.scale, config, moment))
+        found = ours.get_submodule(name)
+        assert (found.quantizer(found.weight) - layer.weight).abs().lt(1e-4).float().mean() > 0.99, name
+    for name in ("emb", "pos"):
+        assert torch.equal(ours.get_submodule(name).quantizer.scale, modules[name].quantizer.scale)
+        assert torch.equal(ours.get_submodule(name).weight, modules[name].weight)
+    assert torch.equal(ours.unused.weight, net.unused.weight)
+    assert ours.head.weight is ours.emb.weight and ours.head.quantizer is ours.emb.quantizer
+
+
+@pytest.mark.parametrize("config", [PoTConfig(), PoTConfig(bits=3), PoTConfig(terms=2), PoTConfig(act_bits=8)], ids=str)
+def test_errors_and_loss_of_a_trained_model_fall(house, float_run, config):
+    import checkpoint
+    import dataset
+    from eval import evaluate, random_windows
+
+    ids, _ = dataset.load(str(house / "data" / "tiny"), "train")
+    losses, done = [], []
+    for calibrated in (False, True):
+        model, _ = checkpoint.load_float(str(house / float_run))
+        model.train()
+        prepare(model, config)
+        if calibrated:
+            errors = calibrate(model, random_windows(ids, 32, 64, 1).split(16), lambda *a: done.append(a))
+            assert len(errors) == 8 and all(after < before for before, after in errors.values())
+            assert done == [(i, 8) for i in range(1, 9)] and model.training
+        losses.append(evaluate(model, ids[:2000])["loss"])
+        assert evaluate(convert(model), ids[:2000])["loss"] == losses[-1]
+    assert losses[1] < losses[0]
+
+
+def test_training_goes_on_from_the_codes():
+    net, x = trained_net()
+    prepare(net, PoTConfig(bits=3, group_size=16))
+    calibrate(net, [x])
+    losses = []
+    optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
+    for _ in range(30):
+        loss = F.cross_entropy(net(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", ["tuple", "mapping", "Conv1D", "bfloat16", "channels of nothing"])
+def test_other_models_and_batches(kind):
+    net, x = trained_net()
+    batches = [x]
+    if kind == "tuple":
+        batches = [(x, 0.1)]
+    if kind == "mapping":
+        batches = [{"x": x, "shift": 0.1}]
+    if kind == "Conv1D":
+        from transformers.pytorch_utils import Conv1D
+
+        net, batches = nn.Sequential(Conv1D(24, 32), nn.ReLU(inplace=True), Conv1D(32, 24)), [torch.randn(50, 32)]
+        config = PoTConfig(granularity="channel")
+    if kind == "bfloat16":
+        net.bfloat16()
+    if kind == "channels of nothing":  # dead inputs, so a Hessian with zeros
+        net, batches = nn.Sequential(nn.ReLU(), nn.Linear(32, 32)), [torch.randn(5, 32) * (torch.arange(32) < 9)]
+    config = PoTConfig(granularity="channel")
+    prepare(net, config)
+    errors = calibrate(net, batches)
+    assert errors and all(after < before for before, after in errors.values())
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+    y = net(*batches[0]) if kind == "tuple" else net(**batches[0]) if kind == "mapping" else net(batches[0])
+    z = convert(net)
+    z = z(*batches[0]) if kind == "tuple" else z(**batches[0]) if kind == "mapping" else z(batches[0])
+    assert torch.equal(y, z)
+
+
+def test_a_llama_shares_passes_among_layers_with_one_input():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    x, done = torch.randint(50, (8, 16)), []
+    prepare(model, PoTConfig(group_size=16))
+    plain = copy.deepcopy(model)
+    errors = calibrate(model, [{"input_ids": b} for b in x.split(4)], lambda *a: done.append(a))
+    assert len(errors) == 15 and len(done) == 9  # 2 x (qkv, o, gate and up, down), head
+    assert all(after < before for before, after in errors.values())
+    # The last layer's Hessian comes from what whole passes give as well.
+    seen = []
+    hook = model.lm_head.register_forward_pre_hook(lambda m, i: seen.append(i[0].detach().flatten(0, 1)))
+    model(x)
+    hook.remove()
+    seen = torch.cat(seen)
+    expected = gptq(
+        plain.lm_head.weight.detach(), plain.lm_head.quantizer.scale, PoTConfig(group_size=16), seen.t() @ seen
+    )
+    found = model.lm_head.quantizer(model.lm_head.weight)
+    assert (found - expected).abs().lt(1e-4).float().mean() > 0.99
+
+
+def test_embedding_rows_count_as_often_as_they_are_read():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(10, 16))
+    config = PoTConfig(granularity="tensor")
+    prepare(net, config)
+    x = torch.tensor([[1, 1, 1, 1, 1, 1, 2]])
+    net[0].weight.data[1] *= 3
+    calibrate(net, [x])
+    q, w = net[0].quantizer, net[0].weight.detach()
+    count = torch.bincount(x.flatten(), minlength=10).float()
+    weights = (count + 0.01 * count.mean()).unsqueeze(1)
+
+    def error(scale):
+        return (weights * (w - pot.fake_quantize(w, scale, config)) ** 2).sum().item()
+
+    scales = [torch.tensor([[s]]) for s in torch.linspace(0.02, 2, 2000) * w.abs().max()]
+    assert error(q.scale) <= min(map(error, scales)) * 1.02
+    assert isinstance(net[0], PoTEmbedding)
+
+
+def test_layers_switched_off_stay_as_they_are():
+    net, x = trained_net()
+    prepare(net, PoTConfig(group_size=16))
+    net.blocks[0]["c"].quantizer.enabled = False
+    before = net.blocks[0]["c"].weight.clone()
+    assert "blocks.0.c" not in calibrate(net, [x])
+    assert torch.equal(net.blocks[0]["c"].weight, before)
+
+
+def test_nothing_is_left_behind():
+    net, x = trained_net()
+    prepare(net, PoTConfig(group_size=16))
+    hooks = [len(m._forward_pre_hooks) for m in net.modules()]
+    calibrate(net, [x])
+    assert hooks == [len(m._forward_pre_hooks) for m in net.modules()]
+    assert not any("forward" in vars(m) for m in net.modules())
+
+
+def test_bad_input():
+    net, x = trained_net()
+    with pytest.raises(ValueError, match="call prepare first"):
+        calibrate(net, [x])
+    prepare(net, PoTConfig(group_size=16))
+    with pytest.raises(ValueError, match="no batch to calibrate on"):
+        calibrate(net, [])
+    net.pos.weight.data.fill_(math.inf)
+    with pytest.raises(ValueError, match="blocks.0.a: its inputs hold NaN or inf"):
+        calibrate(net, [x])
+    assert not any("forward" in vars(m) for m in net.modules())
+
+
+def test_gpt_of_our_own():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=64))
+    prepare(model, PoTConfig())
+    errors = calibrate(model, [torch.randint(65, (8, 16))])
+    assert [n.removeprefix("transformer.h.") for n in errors][:4] == [
+        "0.attn.c_attn",
+        "0.attn.c_proj",
+        "0.mlp.c_fc",
+        "0.mlp.c_proj",
+    ]
