@@ -63,7 +63,7 @@ def load_training(folder: str) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         _require(state["info"])
-        state["model"], state["optimizer"]
+        state["model"], state["optimizer"], state["scaler"]
         return state
     except OSError:
         raise

@@ -119,12 +119,19 @@ def main(s: Settings):
                 f"data/{s.dataset}/{split}.bin holds {len(ids)} tokens, a context of {block_size} needs more: lower block_size"
             )
     optimizer = make_optimizer(model, s, device)
+    autocast, scaler = nullcontext(), torch.amp.GradScaler(enabled=False)
+    if cuda:
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        autocast = torch.autocast("cuda", dtype)
+        scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
     step = info["step"]
     if state is not None:
         hyper = [{k: group[k] for k in ("weight_decay", "betas")} for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
         for group, now in zip(optimizer.param_groups, hyper):  # those of the settings, not those of the checkpoint
             group.update(now)
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
         del state
     if step == s.max_iters and os.path.exists(os.path.join(s.out_dir, checkpoint.MODEL)):
         if rank == 0:
@@ -142,11 +149,6 @@ def main(s: Settings):
         )
         log = Log(s, step, resumed=s.init_from == "resume")
 
-    autocast, scaler = nullcontext(), torch.amp.GradScaler(enabled=False)
-    if cuda:
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        autocast = torch.autocast("cuda", dtype)
-        scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
     training = torch.compile(model) if s.compile and cuda else model
     if world > 1:
         training = DistributedDataParallel(training, [device] if cuda else None)
@@ -161,7 +163,8 @@ def main(s: Settings):
             check_finite("validation loss", val_loss, step, s.out_dir)
             log(f"step {step}/{s.max_iters}  validation loss {val_loss:.4f}", step=step, val_loss=val_loss)
             info["step"] = step
-            checkpoint.save_training(s.out_dir, model, info, optimizer=optimizer.state_dict())
+            states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            checkpoint.save_training(s.out_dir, model, info, **states)
             start += time.time() - paused
         if step >= s.max_iters:
             break

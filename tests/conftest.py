@@ -1,9 +1,13 @@
+import contextlib
+import importlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 STAND_IN = str(ROOT / "tests" / "stand_in")
 sys.path[:0] = [STAND_IN, str(ROOT)]
 torch.set_num_threads(2)
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test waits for a network
 
 
 @pytest.fixture(scope="session")
@@ -53,22 +58,41 @@ TINY = "--dataset=tiny --n_layer=2 --n_head=2 --n_embd=64 --block_size=32 --batc
 
 @pytest.fixture(scope="session")
 def sh(house):
-    """sh("train.py --key=value", ok=True) -> the finished process."""
+    """sh("train.py --key=value", ok=True) -> its returncode, stdout and stderr.
 
-    def run(command, ok=True, cwd=house, **env):
-        args = [sys.executable, *command.split()]
-        done = subprocess.run(
-            args,
-            cwd=cwd,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            env=os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": STAND_IN} | env,
-        )
+    The script runs here, in house, as importing torch anew takes longer than most of them; as a process of its own if
+    process=True, or if variables of the environment are given.
+    """
+
+    def run(command, ok=True, process=False, **env):
+        if process or env:
+            env = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": STAND_IN} | env
+            args = [sys.executable, *command.split()]
+            done = subprocess.run(args, cwd=house, capture_output=True, text=True, timeout=600, env=env)
+        else:
+            done = _run_here(command.split(), house)
         assert (done.returncode == 0) == ok, done.stdout + done.stderr
         return done
 
     return run
+
+
+def _run_here(argv, folder):
+    import configurator
+
+    script, code = importlib.import_module(argv[0].removesuffix(".py")), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", argv)
+        try:
+            configurator.run(script.main, script.Settings)
+        except SystemExit as e:
+            code = e.code
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ def test_roundtrip_of_both_files(tmp_path, pot):
         prepare(model, pot)
         info |= {"pot": asdict(pot), "method": "QAT"}
     y = model(X)
-    checkpoint.save_training(folder, model, info, optimizer={})
+    checkpoint.save_training(folder, model, info, optimizer={}, scaler={})
     loaded, found = checkpoint.load_model(folder)
     assert torch.equal(loaded(X), y) and found["step"] == 7
     assert loaded.lm_head.weight is loaded.transformer.wte.weight and not loaded.training
@@ -49,7 +49,7 @@ def test_roundtrip_of_both_files(tmp_path, pot):
     assert size == (tmp_path / "model.safetensors").stat().st_size == checkpoint.file_size(folder, model, info)
     loaded, found = checkpoint.load_model(folder)
     assert torch.equal(loaded(X), y) and found["pot"] == info["pot"]
-    checkpoint.save_training(folder, gpt(), info, optimizer={})
+    checkpoint.save_training(folder, gpt(), info, optimizer={}, scaler={})
     assert not (tmp_path / "model.safetensors").exists()  # it would be older than the training state
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -68,7 +68,7 @@ def test_packed_file_is_as_small_as_the_codes(tmp_path):
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     folder = str(tmp_path)
-    checkpoint.save_training(folder, gpt(), INFO, optimizer={})
+    checkpoint.save_training(folder, gpt(), INFO, optimizer={}, scaler={})
     old = (tmp_path / "ckpt.pt").read_bytes()
 
     def full(state, path):
@@ -78,7 +78,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="cannot write .*ckpt.pt: .*untouched"):
-        checkpoint.save_training(folder, gpt(), INFO, optimizer={})
+        checkpoint.save_training(folder, gpt(), INFO, optimizer={}, scaler={})
     assert (tmp_path / "ckpt.pt").read_bytes() == old and not list(tmp_path.glob("*.tmp"))
 
 
@@ -88,7 +88,7 @@ def test_truncated_and_foreign_files(tmp_path):
         checkpoint.load_model(folder + "/nowhere")
     with pytest.raises(ValueError, match="holds no checkpoint"):
         checkpoint.load_model(folder)
-    checkpoint.save_training(folder, gpt(), INFO, optimizer={})
+    checkpoint.save_training(folder, gpt(), INFO, optimizer={}, scaler={})
     good = (tmp_path / "ckpt.pt").read_bytes()
     foreign = tmp_path / "foreign.pt"
     torch.save({"weights": torch.zeros(3)}, foreign)
@@ -116,7 +116,7 @@ def test_truncated_and_foreign_files(tmp_path):
 def test_info_that_lacks_something_is_refused(tmp_path):
     for key in INFO:
         info = {k: v for k, v in INFO.items() if k != key}
-        checkpoint.save_training(str(tmp_path), gpt(), info, optimizer={})
+        checkpoint.save_training(str(tmp_path), gpt(), info, optimizer={}, scaler={})
         with pytest.raises(ValueError, match="no nanoPoT checkpoint"):
             checkpoint.load_model(str(tmp_path))
         checkpoint.save_model(str(tmp_path), gpt(), info)

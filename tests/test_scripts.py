@@ -37,7 +37,8 @@ def test_training_learns_and_leaves_its_files(house, float_run, qat_run):
         assert names == {"ckpt.pt", "model.safetensors", "log.jsonl", "loss.png"}
         log = [json.loads(line) for line in (house / folder / "log.jsonl").read_text().splitlines()]
         losses = [e["loss"] for e in log if "loss" in e]
-        assert all("val_loss" in e or e["tokens_per_s"] > 0 for e in log)
+        assert all(e["tokens_per_s"] > 0 for e in log if "loss" in e)
+        assert log[-1]["seconds"] > 0 and log[-1]["peak_bytes"] > 2**26
         if first:
             assert losses[-1] < losses[0] < first + 0.3
     _, info = checkpoint.load_model(str(house / qat_run))
@@ -53,7 +54,7 @@ def test_a_run_that_was_killed_and_resumed_ends_with_the_same_weights(house, sh,
     )
     command = f"train.py {start} --dropout=0.1 --gradient_accumulation_steps=2 --max_iters=60"
     whole, cut = f"out-whole-{kind}", f"out-cut-{kind}"
-    sh(f"{command} --out_dir={whole}")
+    sh(f"{command} --out_dir={whole}", process=True)
     args = [sys.executable, *f"{command} --out_dir={cut}".split()]
     process = subprocess.Popen(
         args, cwd=house, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"}
@@ -64,7 +65,7 @@ def test_a_run_that_was_killed_and_resumed_ends_with_the_same_weights(house, sh,
             break
     assert process.wait() == -signal.SIGKILL
     assert not (house / cut / "model.safetensors").exists()
-    sh(f"{command} --out_dir={cut} --init_from=resume")
+    sh(f"{command} --out_dir={cut} --init_from=resume", process=True)
     a, b = weights(house, whole), weights(house, cut)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     logs = [[e["step"] for e in map(json.loads, open(house / f / "log.jsonl"))] for f in (whole, cut)]
@@ -121,8 +122,77 @@ def test_zero_steps_are_ptq(house, sh, float_run):
 
 def test_wandb_offline(house, sh):
     pytest.importorskip("wandb")
-    sh(f"train.py {TINY} --max_iters=5 --out_dir=out-wandb --wandb_log=True", WANDB_MODE="offline")
-    assert list((house / "wandb").glob("offline-run-*/*.wandb"))
+    command = f"train.py {TINY} --max_iters=10 --out_dir=out-wandb --wandb_log=True --pot_terms=2"
+    done = sh(command, WANDB_MODE="offline")
+    (run,) = (house / "wandb").glob("offline-run-*")
+    (file,) = run.glob("*.wandb")
+    content = file.read_bytes()
+    for setting in (b"learning_rate", b"group_size", b"out-wandb"):
+        assert setting in content
+    log = [json.loads(line) for line in (house / "out-wandb" / "log.jsonl").read_text().splitlines()]
+    found = [str(e[key]).encode() for e in log for key in ("loss", "val_loss") if key in e]
+    assert len(found) == 3 and all(value in content for value in found)
+    (table,) = (run / "files" / "media" / "table").iterdir()
+    table = dict(json.loads(table.read_text())["data"])
+    assert "validation loss" in table and all(value in done.stdout for value in table.values())
+
+
+def test_two_processes_take_the_steps_of_one_with_twice_the_batch(house, sh, float_run):
+    common = f"train.py --dataset=tiny --init_from={float_run} --pot_bits=4 --gradient_accumulation_steps=2"
+    common += " --max_iters=6 --eval_interval=3 --log_interval=2 --learning_rate=1e-3"
+    sh(f"{common} --batch_size=4 --out_dir=out-process")
+    two = "-m torch.distributed.run --standalone --nproc_per_node=2 "
+    done = sh(two + f"{common} --batch_size=2 --out_dir=out-processes", OMP_NUM_THREADS="1")
+    a, b = (weights(house, f) for f in ("out-process", "out-processes"))
+    start = weights(house, float_run)
+    moved = max((a[k] - start[k]).abs().max() for k in start)
+    assert moved > 1e-3 and all(torch.allclose(a[k], b[k], atol=1e-2 * moved) for k in a)
+    logs = [[json.loads(line) for line in open(house / f / "log.jsonl")] for f in ("out-process", "out-processes")]
+    assert [e["step"] for e in logs[0]] == [e["step"] for e in logs[1]]
+    for key in ("loss", "val_loss"):
+        ours, theirs = ([e[key] for e in log if key in e] for log in logs)
+        assert ours == pytest.approx(theirs, abs=1e-4) and ours
+    assert {p.name for p in (house / "out-processes").iterdir()} == {
+        "ckpt.pt",
+        "model.safetensors",
+        "log.jsonl",
+        "loss.png",
+    }
+    assert (
+        done.stdout.count("validation loss") == 3 and "cpu x 2" in done.stdout
+    )  # one process speaks: twice and the table
+    # It goes on, with another number of processes if need be.
+    sh(f"{common} --batch_size=4 --out_dir=out-processes --init_from=resume".replace("max_iters=6", "max_iters=8"))
+
+
+def test_learning_from_the_last_position_alone():
+    from train import Settings, batch
+
+    data = np.arange(5000, dtype=np.uint16)
+    (x, y), (_, last) = (batch(data, 16, Settings(last_position=p), 0) for p in (False, True))
+    assert torch.equal(last[:, -1], y[:, -1]) and (last[:, :-1] == -100).all()
+    from model import GPT, GPTConfig
+
+    model = GPT(GPTConfig(vocab_size=5000, n_layer=1, n_head=1, n_embd=8, block_size=16))
+    assert torch.allclose(model(x, last)[1], F.cross_entropy(model(x)[:, -1], y[:, -1]))
+
+
+def test_calibrated_training_starts_from_gptq(house, sh, float_run):
+    tokens = "--pot_bits=3 --calibrate_tokens=1000"
+    done = sh(f"train.py --dataset=tiny --init_from={float_run} --out_dir=out-gptq0 {tokens} --max_iters=0")
+    assert "mean relative output error of the layers" in done.stdout
+    done = sh(f"eval.py --ckpt={float_run} --out_dir=out-gptq1 {tokens}")
+    float_row, gptq = last_json(done)["rows"]
+    assert gptq["method"] == "PTQ, GPTQ on 1,000 tokens"
+    (house / "out-gptq2").mkdir()
+    (house / "out-gptq2" / "ckpt.pt").write_bytes((house / "out-gptq0" / "ckpt.pt").read_bytes())
+    a, b, c = (checkpoint.load_model(str(house / f"out-gptq{i}")) for i in range(3))
+    assert a[1]["method"] == b[1]["method"] == gptq["method"]
+    assert all(torch.equal(a[0].state_dict()[k], v) for k, v in b[0].state_dict().items())
+    x = torch.arange(28)[None]
+    assert torch.equal(a[0](x), c[0](x))  # the float weights beside it round to the same codes
+    rtn = last_json(sh(f"eval.py --ckpt={float_run} --pot_bits=3"))["rows"][1]
+    assert float_row["loss"] < gptq["loss"] < rtn["loss"]
 
 
 # --- eval.py ---
@@ -205,6 +275,154 @@ def test_mean_over_seeds():
     assert found["loss_mean"] == 1.5 and found["loss_std"] == pytest.approx(0.5**0.5) and found["seeds"] == [1, 2]
 
 
+def brute_loss(model, ids, window):
+    """Mean loss in float64, token by token."""
+    total = 0.0
+    for i in range(0, len(ids) - 1, window):
+        x = torch.tensor(ids[i : i + window])[: len(ids) - 1 - i]
+        y = torch.tensor(ids[i + 1 : i + window + 1])
+        total -= model(x[None])[0].double().log_softmax(-1)[torch.arange(len(y)), y].sum().item()
+    return total / (len(ids) - 1)
+
+
+@torch.no_grad()
+def test_perplexity_of_any_text(house, sh):
+    """At the model's own context, without overlap, or at another; nothing but the model and the text is needed."""
+    text = "It was a dark and stormy night; \N{SNOWMAN} the rain fell in torrents.\n" * 5
+    (house / "night.txt").write_text(text, encoding="utf-8")
+    model, _ = checkpoint.load_model(str(house / "gpt2"))
+    ids = list(text.encode())  # a token a byte
+    rows = [
+        last_json(sh(f"eval.py --ckpt=gpt2 --text=night.txt{more}"))["rows"][0] for more in ("", " --block_size=40")
+    ]
+    for row, window in zip(rows, (96, 40)):
+        assert row["block_size"] == window and row["tokens"] == len(ids) - 1
+        assert row["loss"] == pytest.approx(brute_loss(model, ids, window), rel=1e-5)
+
+
+@torch.no_grad()
+def test_protocol_of_the_papers(house):
+    import eval as evaluation
+    from model import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=80, vocab_size=30, n_layer=2, n_head=2, n_embd=16)).eval()
+    ids, _ = dataset.load(str(house / "data" / "tiny"), "train")
+    found = evaluation.evaluate_as_papers(model, ids, 7, "cpu")
+    assert found == evaluation.evaluate_as_papers(model, ids, 7, "cpu")
+    assert found["loss"] != evaluation.evaluate_as_papers(model, ids, 8, "cpu")["loss"]
+    x = evaluation.random_windows(ids, 65, 1200, 7)
+    losses = [F.cross_entropy(model(row[None, :64])[0, -1:].double(), row[64:]).item() for row in x]
+    assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert found["loss_se"] == pytest.approx(np.std(losses, ddof=1) / 1200**0.5, rel=1e-4)
+
+
+def small_bert(folder):
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(33, 127))]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words + ["##" + w for w in words[5:]]))
+    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=128).save_pretrained(folder)
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    BertModel(BertConfig(vocab_size=400, **shape)).save_pretrained(folder)
+
+
+@torch.no_grad()
+def test_bertscore(house, monkeypatch, capsys, float_run, qat_run):
+    pytest.importorskip("bert_score")
+    from transformers import AutoModel, AutoTokenizer
+
+    import eval as evaluation
+
+    small_bert(house / "bert")
+    monkeypatch.chdir(house)
+    kept = {}
+    continuations = evaluation.continuations
+
+    def keep(model, *args):
+        kept[len(kept)] = continuations(model, *args)
+        return dict(kept[len(kept) - 1])
+
+    monkeypatch.setattr(evaluation, "continuations", keep)
+    folders = f"{float_run},{qat_run},{float_run}"
+    evaluation.main(evaluation.Settings(ckpt=folders, bertscore="bert", bertscore_texts=6, split="train"))
+    out = capsys.readouterr().out
+    assert "BERTScore by bert, layer 2, not rescaled; 6 texts" in out
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    # The true continuations are the text's, and every model had the same prompts and random numbers.
+    ids, meta = dataset.load("data/tiny", "train")
+    text = dataset.tokenizer_of(meta).decode_bytes(ids.tolist()).decode()
+    assert all(len(t) == 64 and t in text for t in kept[0]["true"]) and kept[0]["true"] == kept[1]["true"]
+    assert kept[0] == kept[2] and kept[0]["written"] != kept[1]["written"]
+    # BERTScore written out: greedy cosine matches, special tokens matched but not counted.
+    tokenizer, bert = AutoTokenizer.from_pretrained("bert"), AutoModel.from_pretrained("bert").eval()
+
+    def embed(t):
+        return F.normalize(bert(**tokenizer(t.strip(), return_tensors="pt")).last_hidden_state[0], dim=-1)
+
+    f1s = {}
+    for i in (0, 1):
+        scores = []
+        for candidate, reference in zip(kept[i]["written"], kept[i]["true"]):
+            match = embed(candidate) @ embed(reference).t()
+            p, r = match.amax(1)[1:-1].mean(), match.amax(0)[1:-1].mean()
+            scores.append((p, r, 2 * p * r / (p + r)))
+        p, r, f1s[i] = (np.array(v) for v in zip(*scores))
+        found = rows[i]["bertscore"]
+        assert found["precision"] == pytest.approx(p.mean(), abs=1e-4) and found["recall"] == pytest.approx(
+            r.mean(), abs=1e-4
+        )
+        assert found["f1"][0] == pytest.approx(f1s[i].mean(), abs=1e-4) and found["encoder"] == "bert"
+        assert min(f1s[i]) - 1e-4 <= found["f1"][1] <= found["f1"][0] <= found["f1"][2] <= max(f1s[i]) + 1e-4
+    assert rows[1]["bertscore"]["f1_difference"][0] == pytest.approx((f1s[1] - f1s[0]).mean(), abs=1e-4)
+    assert rows[2]["bertscore"]["f1_difference"] == [0, 0, 0] and "written" not in rows[0]
+
+
+# --- GPT-2 ---
+
+
+def test_gpt2_by_its_configs(house, sh):
+    """The way of a user, on a small GPT-2 in Hugging Face's format that lies where its name says."""
+    few = "--max_iters=4 --eval_interval=2 --log_interval=2 --gradient_accumulation_steps=1 --batch_size=2 --eval_tokens=300"
+    sh(f"train.py config/finetune_gpt2_pot4.py {few}")
+    sh(f"train.py config/paper_gpt2_pot4.py {few}")
+    done = sh("eval.py config/eval_gpt2.py --ckpt=gpt2,out-gpt2-pot4,out-gpt2-paper --tokens=300")
+    rows = last_json(done)["rows"]
+    assert [r["method"] for r in rows] == ["float", "QAT", "QAT"] and [r["block_size"] for r in rows] == [96] * 3
+    assert [r["weights"] for r in rows] == [
+        "float32",
+        "PoT 4 bits, groups of 64",
+        "paper PoT 5 bits, per tensor, range 2^7",
+    ]
+    assert rows[1]["kl"] > 0 and rows[1]["bytes"] < 0.15 * rows[0]["bytes"]
+    assert (house / "eval.json").exists() or (house / "out-gpt2-paper" / "eval.json").exists()
+    done = sh("eval.py config/ptq_gpt2_pot4.py --tokens=300 --calibrate_tokens=200")
+    assert last_json(done)["rows"][1]["method"] == "PTQ, GPTQ on 200 tokens"
+    rows = last_json(
+        sh("eval.py --ckpt=out-gpt2-paper,out-gpt2-ptq4 --dataset=openwebtext --protocol=paper --split=train")
+    )["rows"]
+    assert all(r["loss_se"] > 0 and r["block_size"] == 64 for r in rows)
+    for folder in ("gpt2", "out-gpt2-ptq4"):
+        done = sh(f"sample.py --ckpt={folder} --prompt=Hello --max_new_tokens=5 --top_k=256")
+        assert done.stdout.startswith("Hello")
+    sh("bench.py --ckpt=gpt2 --rounds=2 --steps=1 --block_size=16 --batch_size=2")
+    model, info = checkpoint.load_model(str(house / "out-gpt2-pot4"))
+    assert model.config.block_size == 96 and info["origin"] == "gpt2"  # trained on windows of 64, the context stays
+
+
+def test_letters_of_several_tokens_are_streamed_whole(house, monkeypatch, capsys):
+    import sample
+    from model import GPT
+
+    monkeypatch.chdir(house)
+    ids = [*"ä\N{SNOWMAN}".encode(), 50256, 50300, 0xC3]  # the last letter is cut short
+    monkeypatch.setattr(GPT, "generate", lambda self, *args: (torch.tensor([[i]]) for i in ids))
+    sample.main(sample.Settings(ckpt="gpt2", prompt="a", max_new_tokens=len(ids)))
+    assert capsys.readouterr().out == "aä\N{SNOWMAN}<|endoftext|>\N{REPLACEMENT CHARACTER}\n"
+
+
 # --- sample.py ---
 
 
@@ -280,6 +498,23 @@ def test_text_is_streamed(house, float_run):
         ("sample.py --ckpt={float} --prompt=", "the prompt is empty"),
         ("sample.py --ckpt={float} --prompt_file=nowhere.txt", "nowhere.txt"),
         ("sample.py --ckpt={float} --temperature=-1", "temperature must be at least 0"),
+        ("train.py --dataset=openwebtext --init_from=gpt2 --block_size=97 --out_dir=x", "block_size=97 is more than the context of gpt2, 96"),
+        ("train.py --dataset=tiny --init_from=gpt2 --out_dir=x", "another vocabulary"),
+        ("train.py --dataset=openwebtext --init_from=gpt2 --n_layer=3 --out_dir=x", "n_layer=3, but gpt2 was trained with n_layer=2"),
+        ("train.py --dataset=openwebtext --init_from=gpt5 --out_dir=x", "no folder gpt5"),
+        ("train.py --dataset=tiny --calibrate_tokens=99 --out_dir=x", "calibrate_tokens goes with pot_ settings"),
+        ("eval.py --ckpt=gpt2", "pass --dataset=openwebtext, say, or --text FILE"),
+        ("eval.py --ckpt=gpt2 --text=nowhere.txt", "nowhere.txt"),
+        ("eval.py --ckpt=gpt2 --text=latin.txt", "latin.txt is not UTF-8 text"),
+        ("eval.py --ckpt=gpt2 --dataset=openwebtext --block_size=97", "block_size=97 must be at least 1 and fit the model's 96"),
+        ("eval.py --ckpt=gpt2 --dataset=tiny", "another vocabulary"),
+        ("eval.py --ckpt={float} --protocol=papers", "unknown protocol 'papers'"),
+        ("eval.py --ckpt={float} --protocol=paper", "protocol=paper takes a context of 64, this model has 32"),
+        ("eval.py --ckpt={float} --calibrate_tokens=9", "--calibrate_tokens goes with pot_ settings"),
+        ("eval.py --ckpt={float} --bertscore=nowhere/bert", "cannot load the encoder nowhere/bert"),
+        ("eval.py --ckpt={float} --bertscore=bert --bertscore_texts=1", "bertscore_texts=1 has no spread"),
+        ("eval.py --ckpt={float} --tokens=1", "1 tokens cannot be evaluated"),
+        ("bench.py --ckpt=gpt2 --block_size=97", "block_size=97 is more than the context of gpt2: 96"),
     ],
 )  # fmt: skip
 def test_errors(house, float_run, qat_run, monkeypatch, capsys, command, message):
