@@ -154,7 +154,7 @@ class GPT(nn.Module):
             found["transformer." + name] = tensor.float().contiguous()
         found["lm_head.weight"] = found.get("transformer.wte.weight")
         expected = model.state_dict()
-        for name in expected.keys() | found.keys():
+        for name in [*expected, *found]:
             if name not in expected or found.get(name) is None or found[name].shape != expected[name].shape:
                 what = (
                     "unknown" if name not in expected else "missing" if found.get(name) is None else "of another shape"

@@ -24,8 +24,10 @@ FEWER = {
     "sample.py": "--max_new_tokens=20",
     "bench.py": "--n_layer=1 --n_head=1 --n_embd=64 --vocab_size=99 --rounds=2 --steps=1",
 }
-# The other tests run these; minutes of training; an encoder from the hub.
-NOT_HERE = re.compile("make |git |cd |pip |sh results/|torchrun |.*--wandb_log|.*--bertscore=roberta-base")
+# Other tests run these; minutes of training; an encoder from the hub.
+NOT_HERE = re.compile(
+    "make |git |cd |pip |sh results/|torchrun |.*--wandb_log|.*--bertscore=roberta-base|.*--protocol=paper"
+)
 # What the others take from the network; `gpt2` is a folder here, which goes before the hub's.
 INPUTS = {"shakespeare_char": "input.txt", "openwebtext": "documents.jsonl", "wikitext2": "input.txt"}
 
