@@ -12,10 +12,22 @@ a weight is a shift, and at 4 bits one byte holds two weights. The way of a weig
     convert(model)                              # -> PackedPoTLinear, PackedPoTEmbedding: codes of `bits` bits
     tensors, metadata = packed_state(model)     # what a file has to hold; load_packed reads it back
 
-Sections: grid, scale, fake quantization, layers, packing, prepare and convert, calibrate, state.
+With the folder kernels/ beside this file and a C++ compiler, a processor multiplies by packed 4-bit weights as they are;
+without, PyTorch unpacks them.
+
+Sections: grid, scale, fake quantization, layers, kernel, packing, prepare and convert, calibrate, state.
 """
 
 import copy
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
 from dataclasses import asdict, dataclass
 
 import torch
@@ -407,6 +419,127 @@ class PoTEmbedding(nn.Embedding):
 
 
 # -----------------------------------------------------------------------------
+# Kernel: kernels/pot.cpp, built at its first use for this machine and kept in the user's cache
+
+
+class _PotWeight(ctypes.Structure):
+    """struct PotWeight of pot.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "scale")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "groups")),
+        *((name, ctypes.c_int32) for name in ("scale_per_row", "scale_is_half")),
+        ("top", ctypes.c_float),
+        ("table", ctypes.c_float * 16),
+    ]
+
+
+@functools.cache
+def _kernel():
+    """The library of kernels/pot.cpp, or None: then PyTorch unpacks weights, and one warning has said why.
+
+    NANOPOT_KERNEL=off does without it; the name of an instruction set (avx512, avx2, neon, portable) forces that one.
+    """
+    wanted = os.environ.get("NANOPOT_KERNEL", "")
+    if wanted == "off":
+        return None
+    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels", "pot.cpp")
+    try:
+        library = ctypes.CDLL(_build(source))
+    except (OSError, subprocess.CalledProcessError) as e:
+        why = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
+        warnings.warn(
+            f"packed weights are unpacked by PyTorch, which is slow, as {source} cannot be built ({why[0] if why else e}): put "
+            "the folder kernels/ beside pot.py and install g++ or clang++, or silence this by NANOPOT_KERNEL=off",
+            stacklevel=2,
+        )
+        return None
+    weight, pointer, i64 = ctypes.POINTER(_PotWeight), ctypes.c_void_p, ctypes.c_int64
+    library.pot_linear.argtypes = [weight, pointer, pointer, i64, i64, pointer, i64, ctypes.c_int]
+    library.pot_unpack.argtypes = [weight, pointer, i64, pointer, ctypes.c_int]
+    library.pot_linear.restype = library.pot_unpack.restype = None
+    library.pot_instruction_sets.restype = ctypes.c_char_p
+    if wanted and library.pot_choose(wanted.encode()):
+        here = library.pot_instruction_sets().decode().replace(" ", ", ")
+        raise ValueError(f"NANOPOT_KERNEL={wanted}: this machine has {here}; or off")
+    return library
+
+
+def _build(source):
+    """Path of the shared library, built anew if source, compiler, flags or processor are others."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
+    if compiler is None:
+        raise OSError("there is no C++ compiler")
+    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    flags = ["-O3", native, "-std=c++17", "-shared", "-fPIC", "-pthread"]
+    with open(source, "rb") as f:
+        key = hashlib.sha256(f.read())
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    key.update(repr((compiler, version, flags, _processor())).encode())
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    path = os.path.join(home, "nanopot", f"pot-{key.hexdigest()[:16]}.so")
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        handle, built = tempfile.mkstemp(suffix=".so", dir=os.path.dirname(path))
+        os.close(handle)
+        try:  # renamed when done: several processes may start at once
+            subprocess.run([compiler, *flags, "-o", built, source], capture_output=True, text=True, check=True)
+            os.replace(built, path)
+        finally:
+            if os.path.exists(built):
+                os.remove(built)
+    return path
+
+
+def _processor():
+    # A home folder may be shared by machines of several kinds.
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            return sorted({line for line in f if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    return platform.processor()
+
+
+def _kernel_linear(weight, x, bias):
+    """x (..., in) float32 times a _PotWeight, plus bias (out) float32 or None -> (..., out) float32."""
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    y = rows.new_empty(len(rows), weight.rows)
+    bias_at = None if bias is None else bias.data_ptr()
+    _kernel().pot_linear(
+        weight, bias_at, rows.data_ptr(), len(rows), rows.stride(0), y.data_ptr(), weight.rows, torch.get_num_threads()
+    )
+    return y.view(*x.shape[:-1], weight.rows)
+
+
+def _pot_weight(codes, scale, columns, table, top):
+    return _PotWeight(
+        codes.data_ptr(), scale.data_ptr(), len(codes), columns, scale.shape[1], len(scale) > 1,
+        scale.dtype == torch.float16, top, (ctypes.c_float * 16)(*table.tolist()),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("nanopot::linear", mutates_args=())
+def _linear_op(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    table: torch.Tensor,
+    top: float,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """The kernel as one operator, for torch.compile and torch.export."""
+    return _kernel_linear(_pot_weight(codes, scale, x.shape[-1], table, top), x, bias)
+
+
+@_linear_op.register_fake
+def _(x, codes, scale, table, top, bias):
+    return x.new_empty(*x.shape[:-1], len(codes))
+
+
+_FEW_ROWS = 16  # with more, unpacking a weight once and one large product is quicker
+
+
+# -----------------------------------------------------------------------------
 # Packing: codes `sign << (bits - 1) | index` as a little-endian bit stream per row, rows padded to whole bytes
 #
 # At 4 bits each run of 128 features is interleaved first: nibble j of 32-bit word i is feature 16 j + i, so that a
@@ -452,6 +585,7 @@ class PackedWeight(_Scaled):
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
         self.register_buffer("_like", codes.new_empty(0, dtype=dtype), persistent=False)  # .half() changes its dtype
+        self._fast = config.bits == 4 and _kernel() is not None
         if 8 % config.bits == 0:  # whole codes in a byte: one look-up decodes all of them
             byte = torch.arange(256, dtype=torch.uint8, device=codes.device).view(256, 1)
             pairs = config.table().to(codes.device)[unpack_codes(byte, config.bits, 8 // config.bits).int()]
@@ -472,6 +606,10 @@ class PackedWeight(_Scaled):
 
     def forward(self, index=None):
         """The weight (out, in) in its own dtype, or of its rows `index` (int tensor) alone (*index.shape, in)."""
+        if index is None and self._fast and self.codes.device.type == "cpu" and not torch.compiler.is_compiling():
+            out = torch.empty(len(self.codes), self.in_features)
+            _kernel().pot_unpack(self._weight(), None, len(out), out.data_ptr(), torch.get_num_threads())
+            return out.to(self._like.dtype)
         codes, scale = self.codes, self.scale
         if index is not None:
             codes, scale = codes[index.flatten()], scale if len(scale) == 1 else scale[index.flatten()]
@@ -489,12 +627,39 @@ class PackedWeight(_Scaled):
         levels = F.embedding(codes.int(), self._bytes).flatten(1)[:, :n]
         return _interleave(levels, (16, 8)) if bits == 4 else levels
 
+    def linear(self, x, bias):
+        """F.linear with this weight. For a few rows of float32 the kernel does it, which adds up in another order."""
+        needs_grad = torch.is_grad_enabled() and x.requires_grad
+        if (
+            not self._fast or needs_grad or x.dtype != torch.float32 or x.numel() > _FEW_ROWS * self.in_features
+            or x.device.type != "cpu" or self.codes.device.type != "cpu" or x.shape[-1] != self.in_features
+        ):  # fmt: skip
+            return F.linear(x, self(), bias)
+        bias = None if bias is None else bias.float()
+        if torch.compiler.is_compiling():
+            return torch.ops.nanopot.linear(x, self.codes, self.scale, self._bytes[:16, 0], self.config.top, bias)
+        return _kernel_linear(self._weight(), x, bias)
+
+    def _weight(self):
+        # Made anew when the tensors are others: moved, loaded, copied.
+        weight = self._pointers
+        if weight is None or (weight.codes, weight.scale) != (self.codes.data_ptr(), self.scale.data_ptr()):
+            self._pointers = weight = _pot_weight(
+                self.codes, self.scale, self.in_features, self.config.table(), self.config.top
+            )
+        return weight
+
+    _pointers = None
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "_pointers"}
+
     def extra_repr(self):
         return f"({len(self.codes)}, {self.in_features}), {self.config}"
 
 
 class PackedPoTLinear(nn.Module):
-    """A linear layer whose weight is held as codes; unpacks it in every forward."""
+    """A linear layer whose weight is held as codes."""
 
     def __init__(self, packed: PackedWeight, bias: torch.Tensor | None):
         super().__init__()
@@ -507,7 +672,7 @@ class PackedPoTLinear(nn.Module):
 
     def forward(self, x):
         x = fake_quantize_activations(x) if self.packed.config.act_bits else x
-        return F.linear(x, self.packed(), self.bias)
+        return self.packed.linear(x, self.bias)
 
 
 class PackedPoTEmbedding(nn.Module):

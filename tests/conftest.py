@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 STAND_IN = str(ROOT / "tests" / "stand_in")
 sys.path[:0] = [STAND_IN, str(ROOT)]
 torch.set_num_threads(2)
+os.environ["NANOPOT_KERNEL"] = "off"  # test_kernel.py alone has it: it adds up in another order
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test waits for a network
 
 

@@ -1,0 +1,309 @@
+"""kernels/pot.cpp against float64, on every instruction set that this machine has."""
+
+import copy
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import pot
+from pot import PackedWeight, PoTConfig, compute_scale, convert, prepare, quantize_
+
+ROOT = Path(__file__).parent.parent
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """kernel("avx2") loads the library with that instruction set; the tests around run without any."""
+    before = pot._kernel
+
+    def load(name=""):
+        monkeypatch.setenv("NANOPOT_KERNEL", name)
+        pot._kernel.cache_clear()
+        return pot._kernel()
+
+    yield load
+    if (library := load()) is not None:
+        library.pot_choose(library.pot_instruction_sets().split()[0])
+    monkeypatch.undo()
+    pot._kernel.cache_clear()
+    assert pot._kernel is before
+
+
+def instruction_sets():
+    if COMPILER is None:
+        return []
+    library = ctypes.CDLL(pot._build(str(ROOT / "kernels" / "pot.cpp")))
+    library.pot_instruction_sets.restype = ctypes.c_char_p
+    return library.pot_instruction_sets().decode().split()
+
+
+every_set = pytest.mark.parametrize("name", instruction_sets() or [pytest.param("", marks=needs_compiler)])
+
+CONFIGS = [
+    PoTConfig(),
+    PoTConfig(group_size=128),
+    PoTConfig(group_size=32),
+    PoTConfig(terms=2, granularity="channel"),
+    PoTConfig(grid="uniform", granularity="tensor"),
+    PoTConfig(range=5, granularity="channel"),
+    PoTConfig(bits=4, range=3, grid="paper", granularity="tensor", scale="absmax"),
+]
+SHAPES = [(1, 64), (5, 128), (33, 384), (64, 768), (7, 200), (3, 1000), (2, 1), (9, 77)]
+
+
+def packed(out, columns, config, dtype=torch.float32):
+    torch.manual_seed(out + columns)
+    if config.granularity == "group" and columns % config.group_size:
+        pytest.skip("groups do not divide the columns")
+    w = torch.randn(out, columns).to(dtype)
+    return PackedWeight.pack(w, compute_scale(w, config), config)
+
+
+@every_set
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("out, columns", SHAPES)
+def test_products(kernel, name, config, out, columns):
+    kernel("off")
+    weight = packed(out, columns, config)
+    expected = weight()
+    assert kernel(name)
+    weight._fast = True
+    assert torch.equal(weight().view(torch.int32) & 0x7FFFFFFF, expected.view(torch.int32) & 0x7FFFFFFF)
+    assert torch.equal(weight(), expected)  # to the bit, but for the sign of zeros
+    for n in (1, 2, 3, 4, 5, 8, 16, 17, 33):
+        x, bias = torch.randn(n, columns), torch.randn(out) if n % 2 else None
+        found = weight.linear(x, bias)
+        exact = F.linear(x.double(), expected.double(), None if bias is None else bias.double())
+        bound = F.linear(x.double().abs(), expected.double().abs()) + (0 if bias is None else bias.abs())
+        assert ((found - exact).abs() <= 2**-20 * bound).all(), n
+        if n <= 16:  # straight to the kernel, past the choice of a way
+            direct = pot._kernel_linear(weight._weight(), x, bias)
+            assert torch.equal(direct, found)
+
+
+@every_set
+def test_every_code_of_every_position(kernel, name):
+    assert kernel(name)
+    for config in (PoTConfig(), PoTConfig(terms=2), PoTConfig(grid="uniform")):
+        codes = torch.arange(16, dtype=torch.uint8).repeat(128, 1).flatten().view(16, 128)
+        codes = torch.stack([codes.roll(k, 1) for k in range(16)]).flatten(0, 1)
+        scale = torch.full((256, 2), 1.0).half()
+        weight = PackedWeight(pot.pack_codes(codes, 4), scale, 128, torch.float32, config)
+        expected = config.table()[codes.long()].double() / config.top
+        for column in (0, 1, 15, 16, 63, 64, 127):
+            x = torch.zeros(1, 128)
+            x[0, column] = 1
+            assert torch.allclose(weight.linear(x, None)[0].double(), expected[:, column], rtol=1e-6, atol=0)
+
+
+@needs_compiler
+def test_inputs_of_all_kinds(kernel):
+    assert kernel()
+    weight = packed(33, 256, PoTConfig())
+    w = weight().double()
+    base = torch.randn(4, 600)
+    kinds = {
+        "strided rows": base[:, 3:259],
+        "transposed": torch.randn(256, 3).t(),
+        "every other": torch.randn(3, 512)[:, ::2],
+        "expanded": torch.randn(1, 256).expand(5, 256),
+        "three dimensions": torch.randn(2, 3, 256),
+        "one dimension": torch.randn(256),
+        "no rows": torch.randn(0, 256),
+        "bfloat16": torch.randn(3, 256).bfloat16(),
+    }
+    for kind, x in kinds.items():
+        w_as = w.to(x.dtype) if x.dtype != torch.float32 else w
+        y = (
+            weight.linear(x, None)
+            if x.dtype == torch.float32
+            else PackedWeight.linear(weight_in(weight, x.dtype), x, None)
+        )
+        expected = F.linear(x.double(), w_as.double())
+        assert y.shape == expected.shape and y.dtype == x.dtype
+        assert torch.allclose(y.double(), expected, atol=1e-4 if x.dtype == torch.float32 else 0.3), kind
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        x = torch.randn(2, 256)
+        x[1, 70] = bad
+        y, expected = weight.linear(x, None), F.linear(x, weight())
+        assert torch.allclose(y[0], expected[0], atol=1e-4)
+        assert torch.equal(y[1].isnan(), expected[1].isnan())
+        assert torch.equal(y[1][~y[1].isnan()], expected[1][~expected[1].isnan()])
+    with pytest.raises(RuntimeError):
+        weight.linear(torch.randn(2, 255), None)
+
+
+def weight_in(weight, dtype):
+    return copy.deepcopy(weight).to(dtype)
+
+
+@needs_compiler
+def test_gradients_pass_packed_layers(kernel):
+    assert kernel()
+    layer = quantize_(nn.Linear(64, 8))
+    x = torch.randn(2, 64, requires_grad=True)
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, layer.weight.sum(0).expand(2, 64), atol=1e-5)
+
+
+@needs_compiler
+def test_unaligned_and_read_only_buffers(kernel):
+    assert kernel()
+    weight = packed(17, 384, PoTConfig())
+    x = torch.randn(1, 384)
+    expected = weight.linear(x, None)
+    raw = weight.codes.numpy().tobytes()
+    for offset in (1, 3, 61):
+        buffer = np.frombuffer(b"\0" * offset + raw, dtype=np.uint8)[offset:]  # numpy says it is read-only
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            codes = torch.from_numpy(buffer).view(17, 192)
+        moved = PackedWeight(codes, weight.scale, 384, torch.float32, weight.config)
+        assert torch.equal(moved.linear(x, None), expected)
+    shifted = torch.cat([torch.zeros(1), x[0]])[1:].view(1, -1)
+    assert torch.equal(weight.linear(shifted, None), expected)
+
+
+@needs_compiler
+def test_moved_loaded_and_copied_weights(kernel):
+    assert kernel()
+    layer = nn.Sequential(nn.Linear(128, 16))
+    other = quantize_(copy.deepcopy(layer).requires_grad_(False))
+    other[0].bias.data += 1
+    convert(prepare(layer) and layer)
+    x = torch.randn(1, 128)
+    before = layer(x)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), before)
+    layer.load_state_dict({k: v.clone() for k, v in twin.state_dict().items()}, assign=True)
+    with torch.no_grad():
+        layer[0].packed.codes.zero_()
+    assert torch.equal(layer(x)[0], layer[0].bias) and torch.equal(twin(x), before)
+
+
+@needs_compiler
+def test_two_threads_at_once_and_any_number_of_threads(kernel):
+    assert kernel()
+    weight, x = packed(515, 768, PoTConfig()), torch.randn(3, 768)
+    expected = weight.linear(x, None)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7, 2):
+            torch.set_num_threads(threads)
+            assert torch.equal(weight.linear(x, None), expected)
+    finally:
+        torch.set_num_threads(before)
+    wrong = []
+
+    def work():
+        for _ in range(300):
+            if not torch.equal(weight.linear(x, None), expected):
+                wrong.append(1)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for t in workers:
+        t.start()
+    for t in workers:
+        t.join(60)
+    assert not wrong and not any(t.is_alive() for t in workers)
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_does_its_work_alone():
+    code = (
+        "import os, sys, torch, pot\n"
+        "torch.set_num_threads(2)\n"
+        "layer = pot.quantize_(torch.nn.Linear(256, 64)).requires_grad_(False)\n"
+        "x = torch.randn(1, 256); y = layer(x)\n"
+        "pid = os.fork()\n"
+        "if pid == 0: os._exit(0 if torch.equal(layer(x), y) else 3)\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    env = os.environ | {"NANOPOT_KERNEL": ""}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=env, check=True, timeout=60)
+
+
+@needs_compiler
+def test_compile_and_export_see_one_operator(kernel):
+    assert kernel()
+    layer = quantize_(nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 8))).requires_grad_(False)
+    x = torch.randn(2, 128)
+    with torch.no_grad():
+        expected = layer(x)
+        exported = torch.export.export(layer, (x,))
+        assert str(exported.graph).count("nanopot.linear") == 2
+        assert torch.equal(exported.module()(x), expected)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x), expected)
+    torch.library.opcheck(torch.ops.nanopot.linear, op_inputs(layer[0].packed, x))
+
+
+def op_inputs(weight, x):
+    return x, weight.codes, weight.scale, weight.config.table(), weight.config.top, None
+
+
+@needs_compiler
+def test_loss_and_text_of_a_packed_model(kernel, house, sh, qat_run):
+    """Evaluation takes whole windows, so it is the unpacked product; a token at a time is the kernel's."""
+    import checkpoint
+
+    kernel("off")
+    plain, _ = checkpoint.load_model(str(house / qat_run))
+    assert kernel()
+    fast, _ = checkpoint.load_model(str(house / qat_run))
+    assert fast.lm_head.packed._fast and not plain.lm_head.packed._fast
+    x = torch.randint(0, 28, (1, 32))
+    with torch.no_grad():
+        assert torch.equal(plain(x), fast(x))
+        a, b = plain(x[:, :1]), fast(x[:, :1])
+    assert not torch.equal(a, b) and (a - b).abs().max() <= 1e-5 * a.abs().max()
+    assert len(sh(f"sample.py --ckpt={qat_run} --max_new_tokens=50 --prompt=the").stdout) == 54
+
+
+def test_without_a_compiler_or_the_folder(tmp_path):
+    """One message, and PyTorch's way."""
+    shutil.copy(ROOT / "pot.py", tmp_path)
+    code = (
+        "import torch, pot\n"
+        "model = pot.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.Linear(8, 3)), pot.PoTConfig(granularity='channel'))\n"
+        "x = torch.randn(1, 64)\n"
+        "h = torch.nn.functional.linear(x, model[0].weight, model[0].bias)\n"
+        "assert torch.equal(model(x), torch.nn.functional.linear(h, model[1].weight, model[1].bias))\n"
+    )
+
+    def run(**env):
+        env = os.environ | {"NANOPOT_KERNEL": ""} | env
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    assert run().count("packed weights are unpacked by PyTorch") == 1
+    (tmp_path / "kernels").mkdir()
+    shutil.copy(ROOT / "kernels" / "pot.cpp", tmp_path / "kernels")
+    stderr = run(PATH="/nowhere", CXX="")
+    assert stderr.count("packed weights are unpacked") == 1 and "there is no C++ compiler" in stderr
+    assert run(NANOPOT_KERNEL="off") == ""
+    if COMPILER:
+        (tmp_path / "kernels" / "pot.cpp").write_text("no C++")
+        assert run(XDG_CACHE_HOME=str(tmp_path / "cache")).count("packed weights are unpacked by PyTorch") == 1
+        assert not list((tmp_path / "cache" / "nanopot").iterdir())
+
+
+@needs_compiler
+def test_an_unknown_instruction_set(kernel):
+    with pytest.raises(ValueError, match="NANOPOT_KERNEL=sse: this machine has .*portable; or off"):
+        kernel("sse")
