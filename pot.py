@@ -21,6 +21,7 @@ Sections: grid, scale, fake quantization, layers, kernel, packing, prepare and c
 import copy
 import ctypes
 import functools
+import graphlib
 import hashlib
 import os
 import platform
@@ -824,8 +825,9 @@ def quantize_(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn=None)
 def calibrate(model: nn.Module, batches, progress=None) -> dict[str, tuple[float, float]]:
     """Chooses the codes of a prepared model by the inputs that its layers see, not by nearest level alone; in place.
 
-    batches: text, 16k tokens of it are usual, as the model takes it: model(batch), model(*batch) for a tuple or
-    model(**batch) for a mapping. progress(done, total), if given, is called after each set of layers.
+    batches: text, 16k tokens of it are usual, as the model takes it: model(batch), model(*batch) for a tuple or list,
+    model(**batch) for a mapping. For each of them an output of every finished block is kept in memory.
+    progress(done, total), if given, is called after each set of layers.
 
     First the weights of embeddings and those that several layers share (a tied head): weighted least squares gives
     them new scales. Then linear layers in the order of execution, on the inputs that they see once the layers before
@@ -834,7 +836,7 @@ def calibrate(model: nn.Module, batches, progress=None) -> dict[str, tuple[float
     it was.
 
     Returns {name: (before, after)}: squared error of a linear layer's output, relative to the squared output. Raises
-    ValueError if there is nothing to calibrate, or nothing to calibrate on.
+    ValueError if there is nothing to calibrate, or nothing to calibrate on, or if weights or inputs hold NaN or inf.
     """
     batches = list(batches)
     names = {m: name for name, m in model.named_modules() if isinstance(m, _PREPARED) and m.quantizer.enabled}
@@ -844,6 +846,7 @@ def calibrate(model: nn.Module, batches, progress=None) -> dict[str, tuple[float
         raise ValueError("there is no batch to calibrate on: pass some text, 16k tokens are usual")
     users = {}
     for layer in names:
+        _check(names[layer] or type(layer).__name__, _matrix(layer), layer.quantizer.config)
         users.setdefault(layer.quantizer, []).append(layer)
     shared = {q: layers for q, layers in users.items() if len(layers) > 1 or isinstance(layers[0], PoTEmbedding)}
     training = [m for m in model.modules() if m.training]
@@ -851,6 +854,9 @@ def calibrate(model: nn.Module, batches, progress=None) -> dict[str, tuple[float
     try:
         runner, errors = _Runner(model, batches, names), {}
         sets, calls, importance = _record(runner, names, shared)
+        for q, weight in importance.items():
+            if not torch.isfinite(weight).all():
+                raise ValueError(f"{names[shared[q][0]]}: its inputs hold NaN or inf: calibrate a model that works")
         for q, weight in importance.items():
             if q.config.scale == "mse":
                 q.scale = compute_scale(_matrix(shared[q][0]), q.config, weight)
@@ -870,21 +876,24 @@ def calibrate(model: nn.Module, batches, progress=None) -> dict[str, tuple[float
             m.training = True
 
 
-class _Stop(Exception):
-    """Ends a forward pass: nothing that comes later is of interest."""
+class _Stop(BaseException):
+    """Ends a forward pass: nothing that comes later is of interest. No Exception, as models may catch those."""
 
 
 class _Runner:
     """Runs a model over batches, without computing again what is known.
 
-    A module is finished when all prepared layers in it are: its outputs for a batch stay the same from then on. They are
-    kept until those of a finished module around it are, so a pass up to a layer of block n computes in block n alone.
+    A module is finished when all prepared layers in it are. What it returns before the first unfinished layer of a pass
+    stays the same from then on, and is kept until that of a finished module around it is. So a pass up to a layer of
+    block n computes in block n alone.
     """
 
     def __init__(self, model, batches, layers):
         self.model, self.batches = model, batches
         self.unfinished = {m: {d for d in m.modules() if d in layers} for m in model.modules()}
-        self.unfinished = {m: layers for m, layers in self.unfinished.items() if layers}
+        self.unfinished = {m: inside for m, inside in self.unfinished.items() if inside}
+        compiled = [m for m in model.modules() if hasattr(m, "_orig_mod")]
+        self.untouched = {d for m in compiled for d in m.modules()}  # torch.compile does not trace what follows here
         self.finished, self.outputs = [], {}
 
     def finish(self, layers):
@@ -893,31 +902,40 @@ class _Runner:
             self.unfinished[m] -= layers
             if not self.unfinished[m]:
                 del self.unfinished[m]
-                self.finished.append(m)
-
-    def run(self, layer, see):
-        """Calls see(batch index, inputs) before every call of layer; see may raise _Stop."""
-        for i, batch in enumerate(self.batches):
-            calls = {}
-            for m in self.finished:
-                m.forward = self._remembering(m, i, calls)  # of this instance, hiding that of the class
-            hook = layer.register_forward_pre_hook(lambda _, inputs, i=i: see(i, inputs[0]))
-            try:
-                self.call(batch)
-            except _Stop:
-                pass
-            finally:
-                hook.remove()
-                for m in self.finished:
-                    del m.forward
+                self.finished += [m] if m not in self.untouched else []
 
     def call(self, batch):
-        if isinstance(batch, tuple):
+        batch = copy.deepcopy(batch)  # a model may change it
+        if isinstance(batch, (tuple, list)):
             self.model(*batch)
         elif hasattr(batch, "keys"):
             self.model(**batch)
         else:
             self.model(batch)
+
+    def run(self, layer, see):
+        """Calls see(batch index, inputs) before every call of layer; see may raise _Stop."""
+        for i, batch in enumerate(self.batches):
+            self.settled, calls, hidden = True, {}, {}
+            hooks = [m.register_forward_pre_hook(self._unsettle) for m in self.unfinished if isinstance(m, _PREPARED)]
+            hooks.append(layer.register_forward_pre_hook(lambda _, inputs, i=i: see(i, inputs[0])))
+            try:
+                for m in self.finished:
+                    hidden[m] = vars(m).get("forward")  # hooks of other libraries may live there
+                    m.forward = self._remembering(m, i, calls)
+                self.call(batch)
+            except _Stop:
+                pass
+            finally:
+                for hook in hooks:
+                    hook.remove()
+                for m, forward in hidden.items():
+                    del m.forward
+                    if forward is not None:
+                        m.forward = forward
+
+    def _unsettle(self, module, inputs):
+        self.settled = False
 
     def _remembering(self, module, i, calls):
         compute = module.forward
@@ -925,56 +943,92 @@ class _Runner:
         def forward(*args, **kwargs):
             call = calls[module] = calls.get(module, -1) + 1
             known = self.outputs.setdefault((module, i), {})
-            if call not in known:
-                known[call] = compute(*args, **kwargs)
+            if call in known:
+                return copy.deepcopy(known[call])  # what comes next may work in place
+            before, earlier = _fingerprint(args, kwargs), dict(calls)
+            result = compute(*args, **kwargs)
+            if self.settled and before == _fingerprint(args, kwargs):  # else it did more than return something
+                known[call] = copy.deepcopy(result)
                 for inner in module.modules():
                     if inner is not module:
                         self.outputs.pop((inner, i), None)
-            return copy.deepcopy(known[call])  # what comes next may work in place
+                        calls[inner] = earlier.get(inner, -1)  # as in a pass that does not enter module
+            return result
 
         return forward
 
 
+def _fingerprint(args, kwargs):
+    """What changes if a module writes to its arguments."""
+    found = []
+    for a in (*args, *kwargs.values()):
+        values = a.values() if hasattr(a, "keys") else a if isinstance(a, list) else ()
+        found.append((a._version if isinstance(a, torch.Tensor) else None, [id(v) for v in values]))
+    return found
+
+
 def _record(runner, names, shared):
-    """One whole pass -> (sets of layers with the same input, in the order of their first calls; how often a batch calls
-    a layer, by (index, layer); importance of shared weights, by quantizer)."""
-    sets, calls, importance, last = [], {}, {}, None
+    """One whole pass -> (sets of layers with the same inputs, in the order of execution; how often a batch calls a layer,
+    by (index, layer); importance of shared weights, by quantizer)."""
+    inputs_of, calls, importance, number, last = {}, {}, {}, 0, None
+    before, previous = {}, None  # which layers a layer follows: a batch need not call all of them
 
     def see(layer, inputs):
-        nonlocal last
+        nonlocal number, last, previous
         x, q = inputs[0], layer.quantizer
         if q in shared:
             if not isinstance(layer, PoTEmbedding):  # an input feature counts by its mean square
-                importance[q] = importance.get(q, 0) + q.inputs(x).float().flatten(0, -2).square().sum(0)
+                importance[q] = importance.get(q, 0) + _rows(q, x).square().sum(0)
             elif all(isinstance(user, PoTEmbedding) for user in shared[q]):  # a row counts as often as it is read
                 importance[q] = importance.get(q, 0) + torch.bincount(x.flatten(), minlength=len(layer.weight))[:, None]
             return
-        same = last is not None and last[0] is x and last[1:] == (x._version, q.config.act_bits)
-        last = x, x._version, q.config.act_bits
-        if not any(layer in layers for layers in sets):
-            if same:
-                sets[-1].append(layer)
-            else:
-                sets.append([layer])
+        this = x, None if x.is_nested else x._version, q.config.act_bits
+        number += not (last is not None and last[0] is x and last[1:] == this[1:])
+        last = this
+        inputs_of.setdefault(layer, []).append(number)
+        if (i, layer) not in calls:
+            before.setdefault(layer, set()).update([previous] if previous is not None else [])
+            previous = layer
         calls[i, layer] = calls.get((i, layer), 0) + 1
 
     hooks = [layer.register_forward_pre_hook(see) for layer in names]
     try:
         for i in range(len(runner.batches)):
+            previous = None
             runner.call(runner.batches[i])
     finally:
         for hook in hooks:
             hook.remove()
-    return sets, calls, {q: _damped(weight.float()) for q, weight in importance.items() if weight.any()}
+    try:
+        order = list(graphlib.TopologicalSorter(before).static_order())
+    except graphlib.CycleError:  # batches that disagree
+        order = list(inputs_of)
+    sets = {}
+    for layer in order:
+        sets.setdefault(tuple(inputs_of[layer]), []).append(layer)
+    return list(sets.values()), calls, {q: _damped(weight.float()) for q, weight in importance.items() if weight.any()}
+
+
+def _rows(quantizer, x):
+    """Inputs of a layer as it sees them: (rows, in) float32."""
+    x = torch.cat(x.unbind()) if x.is_nested else x
+    return quantizer.inputs(x).float().reshape(-1, x.shape[-1])
+
+
+def _damped(diagonal):
+    return diagonal + _DAMPING * diagonal.mean()
+
+
+_DAMPING = 0.01  # of the mean square: what this text hardly uses another may use, and every Hessian has an inverse
 
 
 def _second_moment(runner, layer, calls):
     """Sum of x x^T (in, in) float32 over all inputs x of a layer."""
-    total = layer.weight.new_zeros(_matrix(layer).shape[1], _matrix(layer).shape[1], dtype=torch.float32)
-    seen = {}
+    n, seen = _matrix(layer).shape[1], {}
+    total = layer.weight.new_zeros(n, n, dtype=torch.float32)
 
     def see(i, x):
-        x = layer.quantizer.inputs(x).float().flatten(0, -2)
+        x = _rows(layer.quantizer, x)
         total.addmm_(x.t(), x)
         seen[i] = seen.get(i, 0) + 1
         if seen[i] == calls.get((i, layer)):

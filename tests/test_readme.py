@@ -82,4 +82,4 @@ def test_demo_script_names_real_files():
 
 def test_pot_py_needs_nothing_but_torch():
     imports = re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / "pot.py").read_text(), re.MULTILINE)
-    assert set(imports) <= {"torch", "copy", "dataclasses"}
+    assert set(imports) <= {"torch", *sys.stdlib_module_names}
