@@ -52,7 +52,7 @@ def save_training(folder: str, model: GPT, info: dict, **state):
 def load_training(folder: str) -> dict:
     """Training state as it was saved, on the CPU."""
     path = os.path.join(folder, TRAINING)
-    _require_folder(folder)
+    require_folder(folder)
     if not os.path.exists(path):
         what = (
             f"{MODEL} alone, which cannot be trained on"
@@ -83,7 +83,7 @@ def save_model(folder: str, model: GPT, info: dict) -> int:
 def file_size(folder: str | None, model: GPT, info: dict) -> int:
     """Bytes of the finished model's file in folder, or of the one that save_model would write; of GPT-2 from elsewhere,
     whose file may hold more, those of its tensors."""
-    if folder and (folder in HUB or _is_huggingface(folder)):
+    if folder and is_foreign(folder):
         return sum(t.nbytes for t in packed_state(model)[0].values())
     if folder and os.path.exists(os.path.join(folder, MODEL)):
         return os.path.getsize(os.path.join(folder, MODEL))
@@ -97,10 +97,8 @@ def load_model(folder: str) -> tuple[GPT, dict]:
     The finished model if there is one, else the one in training (fake-quantized if it is QAT). GPT-2 if the folder is in
     Hugging Face's format, or is no folder but one of the names in HUB.
     """
-    if not os.path.isdir(folder) and folder in HUB:
-        return _load_huggingface(_download(folder), folder)
-    if _is_huggingface(folder):
-        return _load_huggingface(folder, folder)
+    if is_foreign(folder):
+        return _load_huggingface(folder if os.path.isdir(folder) else _download(folder), folder)
     path = os.path.join(folder, MODEL)
     if not os.path.exists(path):
         state = load_training(folder)
@@ -133,7 +131,7 @@ def model_of(state: dict, quantized=True) -> GPT:
 
 def load_float(folder: str) -> tuple[GPT, dict]:
     """As load_model, but with float weights to fine-tune: those that a run in training holds, not their rounded values."""
-    if _is_huggingface(folder) or (not os.path.isdir(folder) and folder in HUB):
+    if is_foreign(folder):
         return load_model(folder)
     state = load_training(folder)
     return model_of(state, quantized=False), state["info"]
@@ -142,8 +140,9 @@ def load_float(folder: str) -> tuple[GPT, dict]:
 # --- GPT-2 in Hugging Face's format ---
 
 
-def _is_huggingface(folder):
-    return os.path.exists(os.path.join(folder, "config.json"))
+def is_foreign(folder: str) -> bool:
+    """Is it GPT-2 of Hugging Face's? A folder that is there goes before the hub's model of that name."""
+    return os.path.exists(os.path.join(folder, "config.json")) if os.path.isdir(folder) else folder in HUB
 
 
 def _download(name, offline=False):
@@ -152,7 +151,10 @@ def _download(name, offline=False):
 
     patterns = ["config.json", "model.safetensors"]
     try:
-        return snapshot_download(f"openai-community/{name}", allow_patterns=patterns, local_files_only=offline)
+        folder = snapshot_download(f"openai-community/{name}", allow_patterns=patterns, local_files_only=offline)
+        if not all(os.path.exists(os.path.join(folder, file)) for file in patterns):
+            raise FileNotFoundError("only a part of it is in the cache")
+        return folder
     except Exception as e:  # of requests, httpx or the hub, by version and by what is wrong with the network
         raise ValueError(
             f"cannot download {name} from the Hugging Face hub ({type(e).__name__}): check the network, or pass a folder "
@@ -165,8 +167,9 @@ def _load_huggingface(folder, name):
     try:
         with open(config, encoding="utf-8") as f:
             model = GPT.from_huggingface(json.load(f), _tensors(folder))
-    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as e:
-        raise ValueError(f"{name} is no GPT-2 that can be read: {e}") from None
+    except Exception as e:  # whatever its files make json, safetensors and torch raise
+        what = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
+        raise ValueError(f"{name} is no GPT-2 that can be read: {what}") from None
     if model.config.vocab_size < BPETokenizer.vocab_size:
         raise ValueError(
             f"{name} has a vocabulary of {model.config.vocab_size}, GPT-2's byte pairs need {BPETokenizer.vocab_size}: "
@@ -217,16 +220,24 @@ def _meta_gpt(info):
 
 
 def exists(folder: str) -> bool:
-    """Does the folder hold a checkpoint of any kind? Or is it a name of the hub's, downloaded before?"""
-    if folder in HUB and not os.path.isdir(folder):
-        try:
-            return bool(_download(folder, offline=True))
-        except ValueError:
-            return False
+    """Is there a checkpoint of any kind in the folder?"""
     return any(os.path.exists(os.path.join(folder, name)) for name in (TRAINING, MODEL, "config.json"))
 
 
-def _require_folder(folder):
+def is_at_hand(folder: str) -> bool:
+    """Can it be loaded without a download?"""
+    if os.path.isdir(folder) or folder not in HUB:
+        return exists(folder)
+    try:
+        return bool(_download(folder, offline=True))
+    except ValueError:
+        return False
+
+
+def require_folder(folder: str):
+    """Raises ValueError if it is neither a folder nor the name of a model on the hub."""
+    if folder in HUB:
+        return
     if not os.path.isdir(folder):
         raise ValueError(
             f"no folder {folder}: pass the out_dir of a training run, GPT-2 in Hugging Face's format, or {', '.join(HUB)}"

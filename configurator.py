@@ -54,6 +54,13 @@ def configure(settings, argv):
     return _build(settings, values)
 
 
+def check_minimum(settings, **least):
+    """Raises ValueError for a setting that is below the least value given for it; None is let pass."""
+    for key, value in least.items():
+        if getattr(settings, key) is not None and not getattr(settings, key) >= value:
+            raise ValueError(f"{key}={getattr(settings, key)} must be at least {value}")
+
+
 def _keys(cls, prefix=""):
     """Key -> (type, may it be None, default), for every field and every part of a field."""
     keys = {}

@@ -108,7 +108,7 @@ def read_documents(paths: str):
                     try:
                         text = json.loads(line)["text"]
                         text.encode()  # refuses what is no text, and half a surrogate pair
-                    except (ValueError, KeyError, TypeError, AttributeError) as e:
+                    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
                         raise ValueError(
                             f'{path}, line {number} is no {{"text": ...}} ({type(e).__name__}): mend or remove it'
                         ) from None
@@ -126,7 +126,9 @@ def write(folder, meta, pieces):
                 files[split].write(np.array(ids, dtype=np.uint16).tobytes())
                 counts[split] += len(ids)
         if not all(counts.values()):
-            raise ValueError(f"too little text to split into train, val and test: tokens would be {counts}")
+            raise ValueError(
+                f"too little text to split into train, val and test, which takes at least 11 documents: tokens would be {counts}"
+            )
         with open(os.path.join(folder, "meta.json.tmp"), "w") as f:
             json.dump(meta, f)
         for name in names:
@@ -152,7 +154,7 @@ def write_documents(folder, documents):
     Exact duplicates are left out first. One document in 20 goes to test and one to val until these hold HELD_OUT tokens
     each; all others go to train.
     """
-    bpe, seen = BPETokenizer(), set()
+    bpe, seen, number = BPETokenizer(), set(), 0
 
     def new(documents):
         for text in tqdm(documents, unit=" documents", disable=None):
@@ -162,7 +164,8 @@ def write_documents(folder, documents):
                 yield text
 
     def pieces():
-        number, held, texts = 0, {"test": 0, "val": 0}, new(documents)
+        nonlocal number
+        held, texts = {"test": 0, "val": 0}, new(documents)
         while batch := list(islice(texts, 256)):  # several at a time, as tiktoken encodes them side by side
             for ids in bpe.bpe.encode_ordinary_batch(batch):
                 split = {0: "test", 10: "val"}.get(number % 20, "train")
@@ -174,6 +177,7 @@ def write_documents(folder, documents):
                 yield split, ids + [bpe.end_of_text]
 
     write(folder, GPT2, pieces())
+    print(f"{number:,} documents, exact duplicates left out")
 
 
 HELD_OUT = 500_000  # tokens
@@ -221,9 +225,10 @@ def check_vocabulary(folder, theirs, name, meta):
 def windows(ids, block_size, batch_size):
     """Cuts ids into fixed windows, yields (x, y) int64 (batch, length): each position but the first is a target once."""
     n = (len(ids) - 1) // block_size * block_size
-    x = torch.from_numpy(ids[:n].astype(np.int64)).view(-1, block_size)
-    y = torch.from_numpy(ids[1 : n + 1].astype(np.int64)).view(-1, block_size)
-    yield from zip(x.split(batch_size), y.split(batch_size))
+    for start in range(0, n, batch_size * block_size):
+        end = min(start + batch_size * block_size, n)
+        piece = torch.from_numpy(ids[start : end + 1].astype(np.int64))
+        yield piece[:-1].view(-1, block_size), piece[1:].view(-1, block_size)
     if n < len(ids) - 1:  # the rest, a shorter window
         rest = torch.from_numpy(ids[n:].astype(np.int64))
         yield rest[None, :-1], rest[None, 1:]

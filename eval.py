@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import checkpoint
 import dataset
-from configurator import provenance, run
+from configurator import check_minimum, provenance, run
 from model import GPT
 from pot import PoTConfig, PoTQuantizer, calibrate, convert, prepare, sqnr
 
@@ -48,6 +48,7 @@ class Settings:
     sqnr: bool = False  # also print each layer's signal-to-quantization-noise ratio
     bertscore: str | None = None  # encoder, a name or folder: also score continuations; the papers': roberta-base
     bertscore_texts: int = 10  # continuations a model, 64 tokens after 64
+    bertscore_temperature: float = 0.8  # that they are drawn at; the papers': 0.5 to 0.8
     seed: int = 1337  # of calibration text, protocol "paper" and continuations
     json: str | None = None  # where to write the results; None: eval.json in the last folder
     device: str = "auto"  # "auto": cuda, mps or cpu; or one of them
@@ -57,6 +58,7 @@ def main(s: Settings):
     device = pick_device(s.device)
     folders = [f for f in s.ckpt.split(",") if f]
     check(s, folders)
+    scorer = load_scorer(s, device) if s.bertscore else None
     rows = []
     for folder in folders:
         model, info = checkpoint.load_model(folder)
@@ -68,22 +70,22 @@ def main(s: Settings):
     if s.pot:
         model, info = checkpoint.load_model(folders[0])  # anew, as measure has moved the other to the device
         name = s.dataset or info["settings"]["dataset"]
-        quantize(model.to(device), s.pot, s.calibrate_tokens, name, info["tokenizer"], s.seed, device)
+        ptq = quantize(model.to(device), s.pot, s.calibrate_tokens, name, info["tokenizer"], s.seed, device)
         if s.sqnr:
             print_sqnr(model, folders[0])
         convert(model).cpu()
-        info |= {"method": method(s.calibrate_tokens), "pot": asdict(s.pot), "origin": folders[0], "step": 0}
+        info |= {"method": ptq, "pot": asdict(s.pot), "origin": folders[0], "step": 0}
         if s.out_dir:
             checkpoint.save_model(s.out_dir, model, info | {"provenance": provenance()})
         rows.append(measure(s, model, info, s.out_dir, device))
     print_table(s, rows)
     if s.bertscore:
-        add_bertscore(s, rows, device)
+        add_bertscore(s, rows, scorer)
     results = {"rows": rows, "seeds": over_seeds(rows), **provenance()}
     for r in results["seeds"]:
         what = f"{r['method']}, {r['weights']}, {r['steps']} steps"
         print(f"mean of seeds {r['seeds']}: {what}: loss {r['loss_mean']:.4f} +- {r['loss_std']:.4f}")
-    kept = s.out_dir or (folders[-1] if os.path.isdir(folders[-1]) else ".")
+    kept = s.out_dir or ("." if checkpoint.is_foreign(folders[-1]) else folders[-1])
     path = s.json or os.path.join(kept, "eval.json")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "w") as f:
@@ -93,8 +95,11 @@ def main(s: Settings):
 
 
 def check(s, folders):
+    check_minimum(s, tokens=2, block_size=1, calibrate_tokens=0, seed=0, bertscore_texts=2, bertscore_temperature=0)
     if not folders:
         raise ValueError("pass at least one folder to --ckpt")
+    for folder in folders:
+        checkpoint.require_folder(folder)
     if s.pot and len(folders) != 1:
         raise ValueError("pot_ settings quantize one float checkpoint: pass one folder to --ckpt")
     for key in ("out_dir", "calibrate_tokens"):
@@ -106,8 +111,8 @@ def check(s, folders):
         raise ValueError(f"{s.out_dir} holds a checkpoint already: choose another --out_dir")
     if s.protocol not in ("windows", "paper"):
         raise ValueError(f"unknown protocol {s.protocol!r}: choose windows or paper")
-    if s.bertscore_texts < 2:
-        raise ValueError(f"bertscore_texts={s.bertscore_texts} has no spread: take at least 2")
+    if s.protocol == "paper" and s.block_size not in (None, 64):
+        raise ValueError(f"block_size={s.block_size}: protocol=paper has a context of 64, leave block_size out")
 
 
 def read(s, info, folder):
@@ -126,11 +131,12 @@ def read(s, info, folder):
 
 
 def quantize(model, pot, calibrate_tokens, name, tokenizer, seed, device):
-    """Prepares a float model in place, by GPTQ if there are tokens to calibrate on: windows of the training split."""
+    """Prepares a float model in place, by GPTQ if there are tokens to calibrate on: windows of the training split.
+    Returns the method's name."""
     start = time.time()
     prepare(model, pot)
     if not calibrate_tokens:
-        return
+        return "PTQ"
     if name is None:
         raise ValueError("--calibrate_tokens are taken from a data set: pass --dataset=openwebtext, say")
     ids, meta = dataset.load(os.path.join("data", name), "train")
@@ -153,10 +159,7 @@ def quantize(model, pot, calibrate_tokens, name, tokenizer, seed, device):
     if first:
         before, after = (statistics.mean(e) for e in zip(*errors))
         print(f"GPTQ: mean relative output error of the layers {before:.5f} -> {after:.5f}")
-
-
-def method(calibrate_tokens):
-    return f"PTQ, GPTQ on {calibrate_tokens:,} tokens" if calibrate_tokens else "PTQ"
+    return f"PTQ, GPTQ on {x.numel():,} tokens"
 
 
 def random_windows(ids, length, count, seed):
@@ -171,7 +174,7 @@ def measure(s, model, info, folder, device):
     """One row of the table; folder is None for a model that was not written."""
     ids, name = read(s, info, folder)
     reference, other = s.reference, None
-    if reference is None and info["origin"] and checkpoint.exists(info["origin"]):
+    if reference is None and info["origin"] and checkpoint.is_at_hand(info["origin"]):
         reference = info["origin"]
     model.to(device)
     if s.protocol == "paper":
@@ -184,7 +187,7 @@ def measure(s, model, info, folder, device):
         result = evaluate(model, ids, device, other, s.block_size)
     if s.bertscore:
         tokenizer = dataset.tokenizer_of(info["tokenizer"])
-        result |= continuations(model, ids, tokenizer, s.bertscore_texts, s.seed, device)
+        result |= continuations(s, model, ids, tokenizer, device)
     size = checkpoint.file_size(folder, model.to("cpu"), info)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(model.config).parameters())
@@ -213,7 +216,7 @@ def evaluate(model, ids, device="cpu", reference=None, block_size=None) -> dict:
     With a reference model also the mean KL divergence from it (nats) and how often both have the same likeliest token.
     Uses no random numbers and leaves the model in the mode that it was in.
     """
-    block_size = block_size or model.config.block_size
+    block_size = model.config.block_size if block_size is None else block_size
     if len(ids) < 2:
         raise ValueError(f"{len(ids)} tokens cannot be evaluated: pass at least 2")
     if not 1 <= block_size <= model.config.block_size:
@@ -282,8 +285,12 @@ def print_table(s, rows):
         "bytes": lambda r: f"{r['bytes']:,}",
     }
     first = rows[0]
+    if len({r["block_size"] for r in rows}) > 1:
+        columns["window"] = lambda r: str(r["block_size"])
     where = first["dataset"] + (f", {first['split']} split" if first["split"] else "")
     how = f"{first['tokens']:,} tokens in windows of {first['block_size']}"
+    if "window" in columns:
+        how = f"{first['tokens']:,} tokens"
     if s.protocol == "paper":
         how = "last position of 1,200 random windows of 64, with standard error"
     print(f"{where}, {how}")
@@ -311,44 +318,52 @@ def over_seeds(rows):
     return summary
 
 
-def continuations(model, ids, tokenizer, count, seed, device):
-    """What the model writes after `count` prompts of 64 tokens, 64 tokens each, top-k 200 (arXiv 2506.00315, section on
-    BERTScore, which samples at temperatures of 0.5 to 0.8); the same prompts and random numbers for every model."""
-    windows = random_windows(ids, 128, count, seed).to(device)
+def continuations(s, model, ids, tokenizer, device):
+    """What the model writes after prompts of 64 tokens, 64 tokens each, top-k 200 (the BERTScore of arXiv 2601.02298);
+    the same prompts and random numbers for every model."""
+    windows = random_windows(ids, 128, s.bertscore_texts, s.seed).to(device)
     written = []
     for i, x in enumerate(windows.split(10)):  # few at a time, as each has a KV cache
-        generator = torch.Generator(device).manual_seed(seed + i)
-        written += torch.cat(list(model.generate(x[:, :64], 64, 0.8, 200, generator)), dim=1).tolist()
-    texts = [
-        [tokenizer.decode_bytes(t).decode("utf-8", "replace") for t in ids]
-        for ids in (written, windows[:, 64:].tolist())
-    ]
-    # bert-score has no score for an empty text, with the present transformers
-    return dict(zip(("written", "true"), ([t if t.strip() else "." for t in side] for side in texts)))
+        generator = torch.Generator(device).manual_seed(s.seed + i)
+        new = model.generate(x[:, :64], 64, s.bertscore_temperature, 200, generator)
+        written += torch.cat(list(new), dim=1).tolist()
+    found = {}
+    for key, rows in (("written", written), ("true", windows[:, 64:].tolist())):
+        texts = [tokenizer.decode_bytes(row).decode("utf-8", "replace") for row in rows]
+        found[key] = [t if t.strip() else "." for t in texts]  # bert-score cannot score an empty text
+    return found
 
 
-def add_bertscore(s, rows, device):
-    """Puts the BERTScore of the rows' continuations against the true ones in their place, and prints a table.
-
-    Means with 95 % bootstrap intervals over the texts; the last column is paired: a row's F1 minus the first row's.
-    """
-    from bert_score import BERTScorer
-    from bert_score.utils import model2layers
+def load_scorer(s, device):
+    """bert-score's scorer for an encoder on the hub or in a folder, rescaled if bert-score has a baseline for it. A folder
+    called like an encoder that bert-score knows is taken for that."""
+    import bert_score
     from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    name = os.path.basename(os.path.normpath(s.bertscore)) if os.path.isdir(s.bertscore) else s.bertscore
+    baseline = os.path.join(os.path.dirname(bert_score.__file__), "rescale_baseline", "en", f"{name}.tsv")
     try:
         # The layer that bert-score recommends; of an encoder that it does not know, the last.
-        layers = model2layers.get(s.bertscore) or AutoConfig.from_pretrained(s.bertscore).num_hidden_layers
-        scorer = BERTScorer(s.bertscore, num_layers=layers, device=device, lang="en")
+        layers = bert_score.utils.model2layers.get(name) or AutoConfig.from_pretrained(s.bertscore).num_hidden_layers
+        return bert_score.BERTScorer(
+            s.bertscore, layers, device=device, lang="en", rescale_with_baseline=os.path.isfile(baseline), baseline_path=baseline
+        )  # fmt: skip
     except Exception as e:  # of transformers or the hub, by version and by what is wrong with the name or the network
         raise ValueError(
             f"cannot load the encoder {s.bertscore} ({type(e).__name__}): pass a name on the Hugging Face hub, with a "
             "network, or a folder that holds an encoder and its tokenizer"
         ) from None
-    scorer._rescale_with_baseline = rescaled = os.path.isfile(scorer.baseline_path)  # bert-score has some encoders'
+
+
+def add_bertscore(s, rows, scorer):
+    """Puts the BERTScore of the rows' continuations against the true ones in their place, and prints a table.
+
+    Means with 95 % bootstrap intervals over the texts; the last column is paired: a row's F1 minus the first row's.
+    """
+    layers, rescaled = scorer.num_layers, scorer.rescale_with_baseline
     draws = np.random.default_rng(s.seed).integers(s.bertscore_texts, size=(10_000, s.bertscore_texts))
 
     def interval(scores):  # mean, lower, upper

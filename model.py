@@ -129,11 +129,11 @@ class GPT(nn.Module):
 
     @classmethod
     def from_huggingface(cls, config: dict, tensors: dict[str, torch.Tensor]) -> "GPT":
-        """GPT-2 from what a Hugging Face folder holds: its config.json and its tensors, of which none is changed.
+        """GPT-2 from what a Hugging Face folder holds: its config.json and its tensors, which become the Parameters.
 
         Raises ValueError for another architecture and for tensors that are missing, unknown or of another shape.
         """
-        wanted = GPT2_CONFIG | {"n_inner": (None, 4 * config.get("n_embd", 0))}
+        wanted = GPT2_CONFIG | {"n_inner": (None, 4 * config.get("n_embd", 0)), "quantization_config": (None,)}
         for key, possible in wanted.items():
             if config.get(key, None if key == "model_type" else possible[0]) not in possible:
                 raise ValueError(f"{key} is {config.get(key)!r}, and only GPT-2's {possible[0]!r} is known here")
@@ -149,8 +149,10 @@ class GPT(nn.Module):
             name = name.removeprefix("transformer.")
             if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
                 continue  # the token table again; masks that old files carry
+            if not tensor.is_floating_point() or "transformer." + name in found:
+                raise ValueError(f"its tensor {name} is {tensor.dtype} or there twice")
             if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
-                tensor = tensor.t()  # there a layer's weight is (in, out)
+                tensor = tensor.mT  # there a layer's weight is (in, out)
             found["transformer." + name] = tensor.float().contiguous()
         found["lm_head.weight"] = found.get("transformer.wte.weight")
         expected = model.state_dict()
@@ -165,6 +167,8 @@ class GPT(nn.Module):
         return model
 
     def set_dropout(self, p: float):
+        if not 0 <= p < 1:
+            raise ValueError(f"dropout={p} must be at least 0 and below 1")
         self.config.dropout = p
         for module in self.modules():
             if isinstance(module, nn.Dropout):

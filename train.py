@@ -26,6 +26,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -34,8 +35,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import dataset
-from configurator import provenance, run
-from eval import evaluate, method, perplexity, pick_device, quantize
+from configurator import check_minimum, provenance, run
+from eval import evaluate, perplexity, pick_device, quantize
 from model import GPT, GPTConfig
 from pot import PoTConfig, convert
 
@@ -81,21 +82,13 @@ class Settings:
     compile: bool = True  # torch.compile, on CUDA only
 
 
-MINIMUM = {
-    "batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "eval_interval": 1,
-    "log_interval": 1,
-    "eval_tokens": 2,
-    "max_iters": 0,
-    "calibrate_tokens": 0,
-}
-
-
 def main(s: Settings):
-    for key, least in MINIMUM.items():
-        if getattr(s, key) is not None and getattr(s, key) < least:
-            raise ValueError(f"{key}={getattr(s, key)} must be at least {least}")
+    check_minimum(s, batch_size=1, gradient_accumulation_steps=1, block_size=1, eval_interval=1, log_interval=1)
+    check_minimum(s, eval_tokens=2, max_iters=0, calibrate_tokens=0, seed=0, warmup_iters=0, learning_rate=0, min_lr=0)
+    check_minimum(s, weight_decay=0, grad_clip=0, beta1=0, beta2=0)
+    for key in ("beta1", "beta2"):
+        if getattr(s, key) >= 1:
+            raise ValueError(f"{key}={getattr(s, key)} must be below 1")
     if s.calibrate_tokens and not s.pot:
         raise ValueError(
             "calibrate_tokens goes with pot_ settings, which quantize: pass --pot_bits=4, say, or leave it out"
@@ -112,7 +105,7 @@ def main(s: Settings):
     torch.manual_seed(s.seed)
     model, info, state = build(s, meta, device)
     model.to(device).train()
-    block_size = s.block_size or model.config.block_size
+    block_size = model.config.block_size if s.block_size is None else s.block_size
     for split, ids in (("train", data), ("val", val)):
         if len(ids) <= block_size:
             raise ValueError(
@@ -233,14 +226,16 @@ def main(s: Settings):
 
 def start_processes(device):
     """(number of this process, how many there are, its device): torchrun says so in the environment."""
-    if "RANK" not in os.environ:
+    keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if not all(key in os.environ for key in keys):
         return 0, 1, pick_device(device)
-    rank, world, local = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, world, local = (int(os.environ[key]) for key in keys)
     device = pick_device(device)
     if device == "cuda":
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first one validates
     return rank, world, device
 
 
@@ -328,8 +323,8 @@ def build(s: Settings, meta, device):
 def quantized(model, s, info, device):
     """The model as it starts to train, prepared if the settings ask for it."""
     if s.pot:
-        quantize(model.to(device), s.pot, s.calibrate_tokens, s.dataset, info["tokenizer"], s.seed, device)
-        info |= {"pot": asdict(s.pot), "method": "QAT" if s.max_iters else method(s.calibrate_tokens)}
+        ptq = quantize(model.to(device), s.pot, s.calibrate_tokens, s.dataset, info["tokenizer"], s.seed, device)
+        info |= {"pot": asdict(s.pot), "method": "QAT" if s.max_iters else ptq}
     return model, info, None
 
 
@@ -371,6 +366,7 @@ class Log:
     """Prints progress and keeps it in out_dir/log.jsonl, loss.png and wandb."""
 
     def __init__(self, s, step, resumed):
+        self.wandb = start_wandb(s) if s.wandb_log else None
         os.makedirs(s.out_dir, exist_ok=True)
         self.folder, self.path, self.entries = s.out_dir, os.path.join(s.out_dir, "log.jsonl"), []
         if resumed and os.path.exists(self.path):
@@ -379,11 +375,6 @@ class Log:
         with open(self.path + ".tmp", "w") as f:
             f.writelines(json.dumps(e) + "\n" for e in self.entries)
         os.replace(self.path + ".tmp", self.path)
-        self.wandb = None
-        if s.wandb_log:
-            import wandb
-
-            self.wandb = wandb.init(project=s.wandb_project, name=s.wandb_run_name or s.out_dir, config=asdict(s))
 
     def __call__(self, line, **entry):
         if line:
@@ -414,6 +405,18 @@ class Log:
 
             self.wandb.log({"result": wandb.Table(["", "value"], [list(row) for row in rows.items()])})
             self.wandb.finish()
+
+
+def start_wandb(s):
+    try:
+        import wandb
+
+        return wandb.init(project=s.wandb_project, name=s.wandb_run_name or s.out_dir, config=asdict(s))
+    except Exception as e:  # ImportError, or one of wandb's own
+        raise ValueError(
+            f"cannot log to wandb ({type(e).__name__}): `pip install wandb` and `wandb login`, or set WANDB_MODE=offline, "
+            "or leave --wandb_log out"
+        ) from None
 
 
 def _entry(line):

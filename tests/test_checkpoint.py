@@ -217,6 +217,15 @@ WTE = "transformer.wte.weight"
         (lambda f: edited(f, n_embd="many"), "is no GPT-2 that can be read"),
         (lambda f: without(f, WTE), "wte.weight is missing"),
         (lambda f: without(f, WTE, {WTE: torch.zeros(50257, 63)}), "wte.weight is of another shape"),
+        (lambda f: edited(f, quantization_config={"bits": 8}), "quantization_config is"),
+        (lambda f: edited(f, n_embd=10**12), "is no GPT-2 that can be read"),
+        (lambda f: without(f, WTE, {WTE: torch.zeros(50257, 64, dtype=torch.int32)}), "wte.weight is torch.int32"),
+        (lambda f: without(f, WTE, {WTE: torch.zeros(50257, 64), "wte.weight": torch.zeros(1)}), "or there twice"),
+        (
+            lambda f: (f / "model.safetensors").unlink() or (f / "model.safetensors").mkdir(),
+            "is no GPT-2 that can be read",
+        ),
+        (lambda f: (f / "config.json").write_text("[" * 99999), "is no GPT-2 that can be read"),
         (lambda f: (f / "config.json").write_text("{"), "is no GPT-2 that can be read"),
         (lambda f: (f / "config.json").write_text("[]"), "is no GPT-2 that can be read"),
         (lambda f: (f / "model.safetensors").write_bytes(b"short"), "is no GPT-2 that can be read"),
@@ -246,12 +255,16 @@ def test_names_of_the_hub(tmp_path, theirs, monkeypatch):
         checkpoint.load_model("gpt2-xl")
     with pytest.raises(ValueError, match="no folder gpt3: pass .* or gpt2, gpt2-medium, gpt2-large, gpt2-xl"):
         checkpoint.load_model("gpt3")
-    assert not checkpoint.exists("gpt2-xl")
+    assert not checkpoint.is_at_hand("gpt2-xl")
     kept = tmp_path / "hub" / "models--openai-community--gpt2-xl"  # as a download leaves it
     (kept / "refs").mkdir(parents=True)
     (kept / "refs" / "main").write_text("abc")
+    (kept / "snapshots" / "abc").mkdir(parents=True)
+    (kept / "snapshots" / "abc" / "vocab.json").write_text("{}")  # its tokenizer alone, which others asked for
+    with pytest.raises(ValueError, match="cannot download gpt2-xl"):
+        checkpoint.load_model("gpt2-xl")
     theirs.save_pretrained(kept / "snapshots" / "abc")
     model, _ = checkpoint.load_model("gpt2-xl")
-    assert torch.equal(model.transformer.wte.weight, theirs.transformer.wte.weight) and checkpoint.exists("gpt2-xl")
+    assert torch.equal(model.transformer.wte.weight, theirs.transformer.wte.weight) and checkpoint.is_at_hand("gpt2-xl")
     gpt2(vocab_size=50257, n_positions=64).save_pretrained("gpt2-xl")  # a folder of that name goes first
     assert checkpoint.load_model("gpt2-xl")[0].config.block_size == 64

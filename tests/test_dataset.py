@@ -133,8 +133,8 @@ def test_openwebtext_from_jsonl(tmp_path, monkeypatch):
         where = [split for split in dataset.SPLITS if found[split].count(f"document {i} ") == 1]
         assert where == [{0: "test", 10: "val"}.get(i % 20, "train")], i
     assert sum(f.count("document") for f in found.values()) == 50
-    prepare("openwebtext", tmp_path / "few", monkeypatch, input=str(tmp_path / "a.jsonl"), documents=12)
-    assert sum("".join(d).count("document") for d in documents(tmp_path / "few").values()) == 12
+    prepare("openwebtext", tmp_path / "same", monkeypatch, input=str(tmp_path / "a.jsonl"), documents=12)
+    assert documents(tmp_path / "same") == documents(tmp_path / "d")  # that is of the stream
 
 
 def test_held_out_text_is_bounded(tmp_path, monkeypatch):
@@ -162,6 +162,7 @@ def test_text_files_are_cut_into_documents(tmp_path):
         (b'["text"]', "line 2 is no .*TypeError"),
         (b'{"text": "\xff"}', "line 2 is no .*UnicodeDecodeError"),
         (b'{"text": "\\ud800"}', "line 2 is no .*UnicodeEncodeError"),
+        (b"[" * 200000, "line 2 is no .*RecursionError"),
     ],
 )
 def test_bad_lines_are_named_and_nothing_is_left(tmp_path, line, message):
@@ -183,12 +184,15 @@ def test_openwebtext_from_the_hub(tmp_path, monkeypatch):
 
     def load_dataset(*args, **kwargs):
         asked.append((args, kwargs))
-        return ({"text": f"document {i}"} for i in range(10**9))  # a stream: only as much is read as is asked for
+        # A stream: only as much is read as is asked for.
+        return ({"text": f"document {i}"} for i in range(400 if len(asked) == 2 else 10**9))
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     prepare("openwebtext", tmp_path, monkeypatch, documents=300)
     assert sum(len(docs) - 1 for docs in documents(tmp_path).values()) == 300
     ((name,), how) = asked[0]
+    prepare("openwebtext", tmp_path, monkeypatch, documents=300, all=True)
+    assert sum(len(docs) - 1 for docs in documents(tmp_path).values()) == 400
     assert name == "Skylion007/openwebtext" and how["streaming"] and how["revision"] == "refs/convert/parquet"
 
 

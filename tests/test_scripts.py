@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -137,6 +138,15 @@ def test_wandb_offline(house, sh):
     assert "validation loss" in table and all(value in done.stdout for value in table.values())
 
 
+def test_wandb_that_cannot_start(house, sh, monkeypatch):
+    def init(**kwargs):
+        raise RuntimeError("no API key")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    done = sh(f"train.py {TINY} --max_iters=1 --out_dir=out-no-wandb --wandb_log=True", ok=False)
+    assert "cannot log to wandb (RuntimeError)" in done.stderr and not (house / "out-no-wandb").exists()
+
+
 def test_two_processes_take_the_steps_of_one_with_twice_the_batch(house, sh, float_run):
     common = f"train.py --dataset=tiny --init_from={float_run} --pot_bits=4 --gradient_accumulation_steps=2"
     common += " --max_iters=6 --eval_interval=3 --log_interval=2 --learning_rate=1e-3"
@@ -183,7 +193,7 @@ def test_calibrated_training_starts_from_gptq(house, sh, float_run):
     assert "mean relative output error of the layers" in done.stdout
     done = sh(f"eval.py --ckpt={float_run} --out_dir=out-gptq1 {tokens}")
     float_row, gptq = last_json(done)["rows"]
-    assert gptq["method"] == "PTQ, GPTQ on 1,000 tokens"
+    assert gptq["method"] == "PTQ, GPTQ on 992 tokens"
     (house / "out-gptq2").mkdir()
     (house / "out-gptq2" / "ckpt.pt").write_bytes((house / "out-gptq0" / "ckpt.pt").read_bytes())
     a, b, c = (checkpoint.load_model(str(house / f"out-gptq{i}")) for i in range(3))
@@ -341,8 +351,8 @@ def test_bertscore(house, monkeypatch, capsys, float_run, qat_run):
     kept = {}
     continuations = evaluation.continuations
 
-    def keep(model, *args):
-        kept[len(kept)] = continuations(model, *args)
+    def keep(*args):
+        kept[len(kept)] = continuations(*args)
         return dict(kept[len(kept) - 1])
 
     monkeypatch.setattr(evaluation, "continuations", keep)
@@ -399,7 +409,7 @@ def test_gpt2_by_its_configs(house, sh):
     assert rows[1]["kl"] > 0 and rows[1]["bytes"] < 0.15 * rows[0]["bytes"]
     assert (house / "eval.json").exists() or (house / "out-gpt2-paper" / "eval.json").exists()
     done = sh("eval.py config/ptq_gpt2_pot4.py --tokens=300 --calibrate_tokens=200")
-    assert last_json(done)["rows"][1]["method"] == "PTQ, GPTQ on 200 tokens"
+    assert last_json(done)["rows"][1]["method"] == "PTQ, GPTQ on 192 tokens"
     rows = last_json(
         sh("eval.py --ckpt=out-gpt2-paper,out-gpt2-ptq4 --dataset=openwebtext --protocol=paper --split=train")
     )["rows"]
@@ -506,14 +516,25 @@ def test_text_is_streamed(house, float_run):
         ("eval.py --ckpt=gpt2", "pass --dataset=openwebtext, say, or --text FILE"),
         ("eval.py --ckpt=gpt2 --text=nowhere.txt", "nowhere.txt"),
         ("eval.py --ckpt=gpt2 --text=latin.txt", "latin.txt is not UTF-8 text"),
-        ("eval.py --ckpt=gpt2 --dataset=openwebtext --block_size=97", "block_size=97 must be at least 1 and fit the model's 96"),
+        ("eval.py --ckpt=gpt2 --dataset=openwebtext --block_size=97", "fit the model's 96"),
         ("eval.py --ckpt=gpt2 --dataset=tiny", "another vocabulary"),
         ("eval.py --ckpt={float} --protocol=papers", "unknown protocol 'papers'"),
         ("eval.py --ckpt={float} --protocol=paper", "protocol=paper takes a context of 64, this model has 32"),
         ("eval.py --ckpt={float} --calibrate_tokens=9", "--calibrate_tokens goes with pot_ settings"),
         ("eval.py --ckpt={float} --bertscore=nowhere/bert", "cannot load the encoder nowhere/bert"),
-        ("eval.py --ckpt={float} --bertscore=bert --bertscore_texts=1", "bertscore_texts=1 has no spread"),
-        ("eval.py --ckpt={float} --tokens=1", "1 tokens cannot be evaluated"),
+        ("eval.py --ckpt={float} --bertscore=bert --bertscore_texts=1", "bertscore_texts=1 must be at least 2"),
+        ("eval.py --ckpt={float} --tokens=1", "tokens=1 must be at least 2"),
+        ("eval.py --ckpt={float} --pot_bits=4 --calibrate_tokens=-5", "calibrate_tokens=-5 must be at least 0"),
+        ("eval.py --ckpt={float} --block_size=0", "block_size=0 must be at least 1"),
+        ("eval.py --ckpt={float},out-nowhere", "no folder out-nowhere"),
+        ("eval.py --ckpt=gpt2 --dataset=openwebtext --protocol=paper --block_size=32", "leave block_size out"),
+        ("eval.py --ckpt={float} --pot_bits=4 --out_dir=x --bertscore=nope", "cannot load the encoder nope"),
+        ("train.py --dataset=tiny --block_size=0 --out_dir=x", "block_size=0 must be at least 1"),
+        ("train.py --dataset=tiny --seed=-1 --out_dir=x", "seed=-1 must be at least 0"),
+        ("train.py --dataset=tiny --learning_rate=-1 --out_dir=x", "learning_rate=-1.0 must be at least 0"),
+        ("train.py --dataset=tiny --beta2=1 --out_dir=x", "beta2=1.0 must be below 1"),
+        ("train.py --dataset=tiny --dropout=1.5 --out_dir=x", "dropout=1.5 must be at least 0 and below 1"),
+        ("train.py --dataset=tiny --init_from={float} --dropout=1.5 --out_dir=x", "dropout=1.5 must be at least 0 and below 1"),
         ("bench.py --ckpt=gpt2 --block_size=97", "block_size=97 is more than the context of gpt2: 96"),
     ],
 )  # fmt: skip
