@@ -42,22 +42,30 @@ extern "C" struct PotWeight {
 
 namespace {
 
-float from_half(uint16_t h) {
-    const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 0x3FF;
-    if (exponent == 0) return (sign ? -1.0f : 1.0f) * float(fraction) * 0x1p-24f;
-    const uint32_t bits = sign | (exponent == 31 ? 255u << 23 : (exponent + 112) << 23) | (fraction << 13);
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-}
-
-// The value of the smallest level in each group of a row.
+// The value of the smallest level in each group of a row. Scales are positive and finite.
 void units(const PotWeight& w, int64_t row, float* out) {
     const int64_t start = w.scale_per_row ? row * w.groups : 0;
-    for (int64_t g = 0; g < w.groups; g++) {
-        const float s = w.scale_is_half ? from_half(static_cast<const uint16_t*>(w.scale)[start + g])
-                                        : static_cast<const float*>(w.scale)[start + g];
-        out[g] = s / w.top;
+    if (w.scale_is_half) {
+        const uint16_t* scale = static_cast<const uint16_t*>(w.scale) + start;
+        for (int64_t g = 0; g < w.groups; g++) {
+            const uint32_t bits = uint32_t(scale[g]) << 13;  // a half's exponent and fraction, in a float's place
+            float f;
+            std::memcpy(&f, &bits, 4);
+            out[g] = f * 0x1p112f / w.top;
+        }
+    } else {
+        const float* scale = static_cast<const float*>(w.scale) + start;
+        for (int64_t g = 0; g < w.groups; g++) out[g] = scale[g] / w.top;
+    }
+}
+
+// The same for each run of 64 columns, of which a group has one or more; the runs behind the last group's end read as it.
+void units_of_64(const PotWeight& w, int64_t row, float* unit, float* out) {
+    units(w, row, unit);
+    const int64_t runs = w.columns / 128 * 2, each = std::max<int64_t>(1, w.columns / w.groups / 64);
+    for (int64_t run = 0, g = 0, left = each; run < runs; run++, left--) {
+        if (left == 0 && g + 1 < w.groups) g++, left = each;
+        out[run] = unit[g];
     }
 }
 
@@ -139,10 +147,10 @@ void rows_portable(const Job& job, int64_t from, int64_t to) {
 
 // M rows of the weight side by side keep the adders busy while each waits for its last sum.
 template <int M, int N>
-AVX512 void block_avx512(const Job& job, int64_t r, const float* unit) {
+AVX512 void block_avx512(const Job& job, int64_t r, const float* const unit[], const float* const run[]) {
     const PotWeight& w = *job.w;
     const __m512 table = _mm512_loadu_ps(w.table);
-    const int64_t blocks = w.columns / 128, size = w.columns / w.groups;
+    const int64_t blocks = w.columns / 128;
     const uint8_t* p[M];
     __m512 sum[M][N];
     for (int m = 0; m < M; m++) {
@@ -151,13 +159,12 @@ AVX512 void block_avx512(const Job& job, int64_t r, const float* unit) {
     }
     for (int64_t b = 0; b < blocks; b++) {
         const float* x = job.x + 128 * b;
-        const int64_t low = 128 * b / size, high = (128 * b + 64) / size;
         __m512i code[M];
         __m512 half[M][2];
         for (int m = 0; m < M; m++) {
             code[m] = _mm512_loadu_si512(p[m] + 64 * b);
-            half[m][0] = _mm512_mul_ps(table, _mm512_set1_ps(unit[m * w.groups + low]));
-            half[m][1] = _mm512_mul_ps(table, _mm512_set1_ps(unit[m * w.groups + high]));
+            half[m][0] = _mm512_mul_ps(table, _mm512_set1_ps(run[m][2 * b]));
+            half[m][1] = _mm512_mul_ps(table, _mm512_set1_ps(run[m][2 * b + 1]));
         }
 #pragma GCC unroll 8
         for (int j = 0; j < 8; j++)
@@ -170,21 +177,27 @@ AVX512 void block_avx512(const Job& job, int64_t r, const float* unit) {
     for (int m = 0; m < M; m++)
         for (int i = 0; i < N; i++)
             job.y[i * job.y_stride + r + m] =
-                finish(job, r + m, i, _mm512_reduce_add_ps(sum[m][i]), unit + m * w.groups);
+                finish(job, r + m, i, _mm512_reduce_add_ps(sum[m][i]), unit[m]);
 }
 
 template <int N>
 AVX512 void rows_avx512_n(const Job& job, int64_t from, int64_t to) {
     const PotWeight& w = *job.w;
-    std::vector<float> unit(4 * w.groups);
+    const int64_t runs = w.columns / 128 * 2;
+    std::vector<float> all(4 * (w.groups + runs));
+    float *unit[4], *run[4];
+    for (int m = 0; m < 4; m++) {
+        unit[m] = all.data() + m * (w.groups + runs);
+        run[m] = unit[m] + w.groups;
+    }
     int64_t r = from;
     for (; r + 4 <= to; r += 4) {
-        for (int m = 0; m < 4; m++) units(w, r + m, unit.data() + m * w.groups);
-        block_avx512<4, N>(job, r, unit.data());
+        for (int m = 0; m < 4; m++) units_of_64(w, r + m, unit[m], run[m]);
+        block_avx512<4, N>(job, r, unit, run);
     }
     for (; r < to; r++) {
-        units(w, r, unit.data());
-        block_avx512<1, N>(job, r, unit.data());
+        units_of_64(w, r, unit[0], run[0]);
+        block_avx512<1, N>(job, r, unit, run);
     }
 }
 
@@ -203,16 +216,16 @@ AVX2 void rows_avx2_n(const Job& job, int64_t from, int64_t to) {
     const PotWeight& w = *job.w;
     const __m256 table = _mm256_loadu_ps(w.table);
     const __m256i sign = _mm256_set1_epi32(INT32_MIN);
-    const int64_t blocks = w.columns / 128, size = w.columns / w.groups;
-    std::vector<float> unit(w.groups);
+    const int64_t blocks = w.columns / 128;
+    std::vector<float> unit(w.groups), run(2 * blocks);
     for (int64_t r = from; r < to; r++) {
-        units(w, r, unit.data());
+        units_of_64(w, r, unit.data(), run.data());
         __m256 sum[N][2];
         for (int i = 0; i < N; i++) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
         for (int64_t b = 0; b < blocks; b++) {
             const float* x = job.x + 128 * b;
-            const __m256 half[2] = {_mm256_mul_ps(table, _mm256_set1_ps(unit[128 * b / size])),
-                                    _mm256_mul_ps(table, _mm256_set1_ps(unit[(128 * b + 64) / size]))};
+            const __m256 half[2] = {_mm256_mul_ps(table, _mm256_set1_ps(run[2 * b])),
+                                    _mm256_mul_ps(table, _mm256_set1_ps(run[2 * b + 1]))};
             const uint8_t* p = row_of(w, r) + 64 * b;
             const __m256i code[2] = {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
                                      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
@@ -250,13 +263,13 @@ void rows_avx2(const Job& job, int64_t from, int64_t to) {
 template <int N>
 void rows_neon_n(const Job& job, int64_t from, int64_t to) {
     const PotWeight& w = *job.w;
-    const int64_t blocks = w.columns / 128, size = w.columns / w.groups;
-    std::vector<float> unit(w.groups);
+    const int64_t blocks = w.columns / 128;
+    std::vector<float> unit(w.groups), run(2 * blocks);
     int8_t levels[16];
     for (int i = 0; i < 16; i++) levels[i] = int8_t(w.table[i]);
     const int8x16_t table = vld1q_s8(levels);
     for (int64_t r = from; r < to; r++) {
-        units(w, r, unit.data());
+        units_of_64(w, r, unit.data(), run.data());
         float total[N] = {};
         for (int64_t b = 0; b < blocks; b++) {
             uint32x4_t code[4];
@@ -280,7 +293,7 @@ void rows_neon_n(const Job& job, int64_t from, int64_t to) {
                 }
             }
             for (int i = 0; i < N; i++)
-                total[i] += vaddvq_f32(sum[i][0]) * unit[128 * b / size] + vaddvq_f32(sum[i][1]) * unit[(128 * b + 64) / size];
+                total[i] += vaddvq_f32(sum[i][0]) * run[2 * b] + vaddvq_f32(sum[i][1]) * run[2 * b + 1];
         }
         for (int i = 0; i < N; i++) job.y[i * job.y_stride + r] = finish(job, r, i, total[i], unit.data());
     }
@@ -333,8 +346,8 @@ const InstructionSet& instruction_set() {
 }
 
 // -----------------------------------------------------------------------------
-// Threads: workers spin for a moment after each job, as the next one usually follows at once and waking a sleeper takes
-// longer than a product; then they sleep, so that they take no time from other threads.
+// Threads: workers spin for some 20 us after each job, as waking a sleeper takes longer than a product; then they sleep, so
+// that they take no processor from torch's own threads.
 
 class Team {
   public:
@@ -370,7 +383,7 @@ class Team {
 
     void serve(int part, uint64_t seen) {
         for (;;) {
-            for (int spin = 0; spin < 20000 && epoch_.load(std::memory_order_acquire) == seen; spin++) pause();
+            for (int spin = 0; spin < 500 && epoch_.load(std::memory_order_acquire) == seen; spin++) pause();
             if (epoch_.load(std::memory_order_acquire) == seen) {
                 std::unique_lock<std::mutex> lock(sleep_);
                 sleeping_++;
