@@ -23,6 +23,7 @@ CONFIGS = [
 
 def gptq(w, scale, config, moment):
     """Optimal brain surgeon, feature by feature; w (out, in), moment (in, in) -> quantized weights, float64."""
+    dtype = w.dtype
     w, hessian = w.double().clone(), moment.double() + 0.01 * moment.double().diagonal().mean() * torch.eye(len(moment))
     levels = torch.tensor(config.levels(), dtype=torch.float64)
     levels = torch.cat([-levels.flip(0), levels])
@@ -31,12 +32,13 @@ def gptq(w, scale, config, moment):
     while left:
         j, inverse = left[0], torch.linalg.inv(hessian[left][:, left])
         unit = (scale.double() / config.top)[:, j // size].expand(len(w))
+        column = w[:, j].to(dtype).double()  # as the layer will hold it
         if config.grid == "paper":  # rounds in the log domain, after rounding to integers
-            a = (w[:, j] / unit).abs().round()
-            q = torch.where(a > 0, torch.exp2(a.log2().round()).clamp(max=config.top), 0) * w[:, j].sign() * unit
+            a = (column / unit).abs().round()
+            q = torch.where(a > 0, torch.exp2(a.log2().round()).clamp(max=config.top), 0) * column.sign() * unit
         else:
-            q = levels[(w[:, j, None] / unit[:, None] - levels).abs().argmin(1)] * unit
-        error = (w[:, j] - q) / inverse[0, 0]
+            q = levels[(column[:, None] / unit[:, None] - levels).abs().argmin(1)] * unit
+        error = (column - q) / inverse[0, 0]
         w[:, left] -= error[:, None] * inverse[0]
         w[:, j] = q
         left = left[1:]
@@ -101,6 +103,39 @@ def trained_net():
         loss.backward()
         optimizer.step()
     return net, x
+
+
+def test_a_layer_in_bfloat16_against_float64():
+    torch.manual_seed(0)
+    layer, x = nn.Sequential(nn.Linear(96, 200)).bfloat16(), inputs_like(96).bfloat16()
+    config = PoTConfig(terms=2, group_size=32)
+    prepare(layer, config)
+    w, scale = layer[0].weight.detach().clone(), layer[0].quantizer.scale
+    calibrate(layer, [x])
+    expected = gptq(w, scale, config, x.double().t() @ x.double()).bfloat16()
+    assert (layer[0].quantizer(layer[0].weight) == expected).float().mean() > 0.995
+
+
+def test_a_layer_that_would_lose_stays(monkeypatch):
+    layer, x = nn.Sequential(nn.Linear(64, 8)), torch.randn(99, 64)
+    prepare(layer)
+    w = layer[0].weight.detach().clone()
+    monkeypatch.setattr(pot, "_compensated", lambda w, *_: -w)
+    ((before, after),) = calibrate(layer, [x]).values()
+    assert before == after > 0 and torch.equal(layer[0].weight, w)
+
+
+def test_what_is_finished_is_not_computed_again(monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=5, n_head=2, n_embd=64))
+    prepare(model, PoTConfig())
+    seen = []
+    rows, gelu = pot.PoTQuantizer.rows, F.gelu
+    monkeypatch.setattr(pot.PoTQuantizer, "rows", lambda *a: seen.append("embedding") or rows(*a))
+    monkeypatch.setattr(F, "gelu", lambda *a, **k: seen.append("gelu") or gelu(*a, **k))
+    calibrate(model, [torch.randint(65, (8, 16))] * 3)
+    assert seen.count("embedding") == 3 * 2 * 2  # batches, tables, the first pass and one more
+    assert seen.count("gelu") == 3 * 5 * 3 - 3  # the first pass, for c_proj, with the block; but none follows the last
 
 
 def run(net, batch):
@@ -190,8 +225,13 @@ class Odd(nn.Module):
     def in_place(self, x):
         y = self.inside(x * 1.0)
         z = self.a(x)
-        y.relu_()
+        y.mul_(2)
         return self.b(y + z)
+
+    def changed_between(self, x):  # one tensor, but not one input
+        x = x * 1.0
+        y = self.a(x)
+        return self.c(y + self.b(x.mul_(torch.linspace(-2, 2, 32))))
 
     def writes(self, x):
         x = x * 1.0
@@ -238,6 +278,7 @@ class Inside(nn.Module):
         "again",
         "nested",
         "in_place",
+        "changed_between",
         "writes",
         "changes_its_input",
         "routed",
