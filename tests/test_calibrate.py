@@ -226,7 +226,7 @@ class Odd(nn.Module):
         y = self.inside(x * 1.0)
         z = self.a(x)
         y.mul_(2)
-        return self.b(y + z)
+        return self.d(torch.tanh(self.b(y + z)))
 
     def changed_between(self, x):  # one tensor, but not one input
         x = x * 1.0
