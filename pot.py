@@ -332,7 +332,7 @@ class _Scaled(nn.Module):
     change every weight."""
 
     def _apply(self, fn, recurse=True):
-        before = {name: b for name, b in self._buffers.items() if b.is_floating_point() and name != "_like"}
+        before = {n: b for n, b in self._buffers.items() if b is not None and b.is_floating_point() and n != "_like"}
         super()._apply(fn, recurse)
         for name, b in before.items():
             if self._buffers[name].dtype != b.dtype:
@@ -427,7 +427,7 @@ class _PotWeight(ctypes.Structure):
     """struct PotWeight of pot.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("codes", "scale")),
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "row_sums")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "groups")),
         *((name, ctypes.c_int32) for name in ("scale_per_row", "scale_is_half")),
         ("top", ctypes.c_float),
@@ -439,7 +439,7 @@ class _PotWeight(ctypes.Structure):
 def _kernel():
     """The library of kernels/pot.cpp, or None: then PyTorch unpacks weights, and one warning has said why.
 
-    NANOPOT_KERNEL=off does without it; the name of an instruction set (avx512, avx2, neon, portable) forces that one.
+    NANOPOT_KERNEL=off does without it; the name of an instruction set (amx, avx512, avx2, neon, portable) forces it.
     """
     wanted = os.environ.get("NANOPOT_KERNEL", "")
     if wanted == "off":
@@ -456,9 +456,11 @@ def _kernel():
         )
         return None
     weight, pointer, i64 = ctypes.POINTER(_PotWeight), ctypes.c_void_p, ctypes.c_int64
-    library.pot_linear.argtypes = [weight, pointer, pointer, i64, i64, pointer, i64, ctypes.c_int]
-    library.pot_unpack.argtypes = [weight, pointer, i64, pointer, ctypes.c_int]
-    library.pot_linear.restype = library.pot_unpack.restype = None
+    linear = [weight, pointer, pointer, i64, i64, pointer, i64, ctypes.c_int]
+    library.pot_linear.argtypes = library.pot_linear_tiles.argtypes = linear
+    library.pot_unpack.argtypes = [weight, pointer, i64, i64, pointer, ctypes.c_int]
+    library.pot_row_sums.argtypes = [weight, pointer]
+    library.pot_linear.restype = library.pot_unpack.restype = library.pot_row_sums.restype = None
     library.pot_instruction_sets.restype = ctypes.c_char_p
     if wanted and library.pot_choose(wanted.encode()):
         here = library.pot_instruction_sets().decode().replace(" ", ", ")
@@ -501,21 +503,33 @@ def _processor():
 
 
 def _kernel_linear(weight, x, bias):
-    """x (..., in) float32 times a _PotWeight, plus bias (out) float32 or None -> (..., out) float32."""
+    """x (..., in) float32 times a _PotWeight, plus bias (out) float32 or None -> (..., out) float32. With row_sums x is
+    rounded to 8 bits. Many rows are rounded to bfloat16 if torch.set_float32_matmul_precision("medium") allows it."""
+    library, threads = _kernel(), torch.get_num_threads()
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
     y = rows.new_empty(len(rows), weight.rows)
     bias_at = None if bias is None else bias.data_ptr()
-    _kernel().pot_linear(
-        weight, bias_at, rows.data_ptr(), len(rows), rows.stride(0), y.data_ptr(), weight.rows, torch.get_num_threads()
-    )
+    args = (weight, bias_at, rows.data_ptr(), len(rows), rows.stride(0), y.data_ptr(), weight.rows, threads)
+    if len(rows) <= _FEW_ROWS:
+        library.pot_linear(*args)
+    elif not (weight.row_sums or torch.get_float32_matmul_precision() == "medium") or library.pot_linear_tiles(*args):
+        rows = fake_quantize_activations(rows) if weight.row_sums else rows
+        for i in range(0, weight.rows, step := max(1, _SLICE // weight.columns)):
+            w = rows.new_empty(min(step, weight.rows - i), weight.columns)
+            library.pot_unpack(weight, None, i, len(w), w.data_ptr(), threads)
+            y[:, i : i + step] = F.linear(rows, w, None if bias is None else bias[i : i + step])
     return y.view(*x.shape[:-1], weight.rows)
 
 
-def _pot_weight(codes, scale, columns, table, top):
+_FEW_ROWS = 16  # with more, unpacking a weight once and one large product is quicker
+_SLICE = 2**22  # weights unpacked at a time: 16 MiB of float32, which all but the largest layers fit in
+
+
+def _pot_weight(codes, scale, row_sums, columns, table, top):
     return _PotWeight(
-        codes.data_ptr(), scale.data_ptr(), len(codes), columns, scale.shape[1], len(scale) > 1,
-        scale.dtype == torch.float16, top, (ctypes.c_float * 16)(*table.tolist()),
+        codes.data_ptr(), scale.data_ptr(), None if row_sums is None else row_sums.data_ptr(), len(codes), columns,
+        scale.shape[1], len(scale) > 1, scale.dtype == torch.float16, top, (ctypes.c_float * 16)(*table.tolist()),
     )  # fmt: skip
 
 
@@ -524,20 +538,18 @@ def _linear_op(
     x: torch.Tensor,
     codes: torch.Tensor,
     scale: torch.Tensor,
+    row_sums: torch.Tensor | None,
     table: torch.Tensor,
     top: float,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """The kernel as one operator, for torch.compile and torch.export."""
-    return _kernel_linear(_pot_weight(codes, scale, x.shape[-1], table, top), x, bias)
+    return _kernel_linear(_pot_weight(codes, scale, row_sums, x.shape[-1], table, top), x, bias)
 
 
 @_linear_op.register_fake
-def _(x, codes, scale, table, top, bias):
+def _(x, codes, scale, row_sums, table, top, bias):
     return x.new_empty(*x.shape[:-1], len(codes))
-
-
-_FEW_ROWS = 16  # with more, unpacking a weight once and one large product is quicker
 
 
 # -----------------------------------------------------------------------------
@@ -591,6 +603,18 @@ class PackedWeight(_Scaled):
             byte = torch.arange(256, dtype=torch.uint8, device=codes.device).view(256, 1)
             pairs = config.table().to(codes.device)[unpack_codes(byte, config.bits, 8 // config.bits).int()]
             self.register_buffer("_bytes", pairs, persistent=False)
+        # What integer sums of activations with a zero point take off.
+        sums = scale.new_empty(len(codes), dtype=torch.float32) if self._fast and config.act_bits else None
+        self.register_buffer("_row_sums", sums, persistent=False)
+        self._sum_rows()
+
+    def _sum_rows(self):
+        if self._row_sums is not None and self.codes.device.type == "cpu":
+            _kernel().pot_row_sums(self._weight(), self._row_sums.data_ptr())
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self._sum_rows()
 
     @classmethod
     @torch.no_grad()
@@ -609,7 +633,7 @@ class PackedWeight(_Scaled):
         """The weight (out, in) in its own dtype, or of its rows `index` (int tensor) alone (*index.shape, in)."""
         if index is None and self._fast and self.codes.device.type == "cpu" and not torch.compiler.is_compiling():
             out = torch.empty(len(self.codes), self.in_features)
-            _kernel().pot_unpack(self._weight(), None, len(out), out.data_ptr(), torch.get_num_threads())
+            _kernel().pot_unpack(self._weight(), None, 0, len(out), out.data_ptr(), torch.get_num_threads())
             return out.to(self._like.dtype)
         codes, scale = self.codes, self.scale
         if index is not None:
@@ -629,24 +653,28 @@ class PackedWeight(_Scaled):
         return _interleave(levels, (16, 8)) if bits == 4 else levels
 
     def linear(self, x, bias):
-        """F.linear with this weight. For a few rows of float32 the kernel does it, which adds up in another order."""
-        needs_grad = torch.is_grad_enabled() and x.requires_grad
+        """F.linear with this weight, and with inputs of 8 bits if the config says so. In float32 on a processor the
+        kernel does it, which adds up in another order."""
         if (
-            not self._fast or needs_grad or x.dtype != torch.float32 or x.numel() > _FEW_ROWS * self.in_features
-            or x.device.type != "cpu" or self.codes.device.type != "cpu" or x.shape[-1] != self.in_features
+            not self._fast or x.dtype != torch.float32 or x.device.type != "cpu" or self.codes.device.type != "cpu"
+            or x.shape[-1] != self.in_features or torch.is_grad_enabled() and x.requires_grad
         ):  # fmt: skip
-            return F.linear(x, self(), bias)
+            return F.linear(fake_quantize_activations(x) if self.config.act_bits else x, self(), bias)
         bias = None if bias is None else bias.float()
         if torch.compiler.is_compiling():
-            return torch.ops.nanopot.linear(x, self.codes, self.scale, self._bytes[:16, 0], self.config.top, bias)
+            config, table = self.config, self._bytes[:16, 0]
+            return torch.ops.nanopot.linear(x, self.codes, self.scale, self._row_sums, table, config.top, bias)
         return _kernel_linear(self._weight(), x, bias)
 
     def _weight(self):
         # Made anew when the tensors are others: moved, loaded, copied.
-        weight = self._pointers
-        if weight is None or (weight.codes, weight.scale) != (self.codes.data_ptr(), self.scale.data_ptr()):
+        weight, sums = self._pointers, None if self._row_sums is None else self._row_sums.data_ptr()
+        if (
+            weight is None
+            or (weight.codes, weight.scale, weight.row_sums) != (self.codes.data_ptr(), self.scale.data_ptr(), sums)
+        ):  # fmt: skip
             self._pointers = weight = _pot_weight(
-                self.codes, self.scale, self.in_features, self.config.table(), self.config.top
+                self.codes, self.scale, self._row_sums, self.in_features, self.config.table(), self.config.top
             )
         return weight
 
@@ -672,7 +700,6 @@ class PackedPoTLinear(nn.Module):
         return self.packed()
 
     def forward(self, x):
-        x = fake_quantize_activations(x) if self.packed.config.act_bits else x
         return self.packed.linear(x, self.bias)
 
 

@@ -253,7 +253,7 @@ def test_compile_and_export_see_one_operator(kernel):
 
 
 def op_inputs(weight, x):
-    return x, weight.codes, weight.scale, weight.config.table(), weight.config.top, None
+    return x, weight.codes, weight.scale, None, weight.config.table(), weight.config.top, None
 
 
 @needs_compiler
