@@ -207,24 +207,26 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, use_cache=True):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, use_cache=True, decode=None):
         """Yields max_new_tokens tokens (B, 1), each sampled from the top_k most likely after idx (B, T); greedy at
         temperature 0. Beyond block_size the context slides: positions shift with it, so that nothing cached stays valid
-        and the window is computed anew for every token."""
+        and the window is computed anew for every token. For a batch of one, decode(token, cache) -> logits (1,
+        vocab_size) may do what forward does for one token."""
         cache = KVCache(min(self.config.block_size, idx.shape[1] + max_new_tokens)) if use_cache else None
         new = idx
         for _ in range(max_new_tokens):
             if cache is not None and idx.shape[1] > self.config.block_size:
                 cache = None
             context = idx[:, -self.config.block_size :] if cache is None else new
-            logits = self(context, cache=cache)[:, -1, :].float()
-            if top_k is not None:
-                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                logits = logits.masked_fill(logits < kth, -torch.inf)
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
+            if decode is not None and cache is not None and cache.length > 0:
+                logits = decode(new, cache)
             else:
-                logits = (logits - logits.amax()) / temperature  # below 0, so that no temperature overflows
-                new = torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)
+                logits = self(context, cache=cache)[:, -1, :].float()
+            if temperature == 0:
+                new = logits.max(-1, keepdim=True).indices
+            else:
+                likely = logits.topk(logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1]))
+                logits = (likely.values - likely.values[:, :1]) / temperature  # below 0: no temperature overflows
+                new = likely.indices.gather(1, torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator))
             yield new
             idx = torch.cat([idx, new], dim=1)

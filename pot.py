@@ -436,15 +436,16 @@ class _PotWeight(ctypes.Structure):
 
 
 @functools.cache
-def _kernel():
-    """The library of kernels/pot.cpp, or None: then PyTorch unpacks weights, and one warning has said why.
+def _kernel(name="pot"):
+    """The library of kernels/pot.cpp, or of another file there that includes it. Or None: then PyTorch unpacks weights,
+    and one warning has said why.
 
     NANOPOT_KERNEL=off does without it; the name of an instruction set (amx, avx512, avx2, neon, portable) forces it.
     """
     wanted = os.environ.get("NANOPOT_KERNEL", "")
     if wanted == "off":
         return None
-    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels", "pot.cpp")
+    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels", name + ".cpp")
     try:
         library = ctypes.CDLL(_build(source))
     except (OSError, subprocess.CalledProcessError) as e:
@@ -475,12 +476,15 @@ def _build(source):
         raise OSError("there is no C++ compiler")
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     flags = ["-O3", native, "-std=c++17", "-shared", "-fPIC", "-pthread"]
-    with open(source, "rb") as f:
-        key = hashlib.sha256(f.read())
+    key = hashlib.sha256()
+    for path in [source, os.path.join(os.path.dirname(source), "pot.cpp")]:
+        with open(path, "rb") as f:
+            key.update(f.read())
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     key.update(repr((compiler, version, flags, _processor())).encode())
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    path = os.path.join(home, "nanopot", f"pot-{key.hexdigest()[:16]}.so")
+    name = os.path.splitext(os.path.basename(source))[0]
+    path = os.path.join(home, "nanopot", f"{name}-{key.hexdigest()[:16]}.so")
     if not os.path.exists(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         handle, built = tempfile.mkstemp(suffix=".so", dir=os.path.dirname(path))

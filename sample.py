@@ -15,6 +15,7 @@ import torch
 import checkpoint
 import dataset
 from configurator import run
+from decode import decoder_of
 from eval import pick_device
 
 
@@ -44,6 +45,7 @@ def main(s: Settings):
         raise ValueError("the prompt is empty: pass at least one character")
     ids = torch.tensor([tokenizer.encode(prompt)], device=device)
     model.to(device)
+    decode = decoder_of(model)
     generator = torch.Generator(device).manual_seed(s.seed)
     for _ in range(s.num_samples):
         print(prompt, end="", flush=True)
@@ -51,7 +53,7 @@ def main(s: Settings):
             time.time(),
             codecs.getincrementaldecoder("utf-8")("replace"),
         )  # a token may be part of a letter
-        for new in model.generate(ids, s.max_new_tokens, s.temperature, s.top_k, generator):
+        for new in model.generate(ids, s.max_new_tokens, s.temperature, s.top_k, generator, decode=decode):
             print(decoder.decode(tokenizer.decode_bytes(new[0].tolist())), end="", flush=True)
         speed = s.max_new_tokens / (time.time() - start)
         print(decoder.decode(b"", final=True), flush=True)

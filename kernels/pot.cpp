@@ -809,7 +809,7 @@ void rows_of_product(const Job& job, int64_t from, int64_t to) {
 #define POT_SPINS 500
 #endif
 
-void pause() {
+void relax() {
 #if defined(__x86_64__)
     _mm_pause();
 #elif defined(__aarch64__)
@@ -836,13 +836,13 @@ class Team {
         }
         if (sleeping_.load() > 0) wake_.notify_all();
         work(0, parts);
-        while (left_.load(std::memory_order_acquire) > 0) pause();
+        while (left_.load(std::memory_order_acquire) > 0) relax();
     }
 
   private:
     void serve(int part, uint64_t seen) {
         for (;;) {
-            for (int spin = 0; spin < POT_SPINS && epoch_.load(std::memory_order_acquire) == seen; spin++) pause();
+            for (int spin = 0; spin < POT_SPINS && epoch_.load(std::memory_order_acquire) == seen; spin++) relax();
             if (epoch_.load(std::memory_order_acquire) == seen) {
                 std::unique_lock<std::mutex> lock(sleep_);
                 sleeping_++;
