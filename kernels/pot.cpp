@@ -312,20 +312,25 @@ void rows_portable(const Job& job, int64_t from, int64_t to) {
     }
 }
 
-// One block: M rows of the weight from r on, whose units are loaded, times N rows of x from i on. Blocks of a kind:
-// [M rows instead of one][N - 1].
+// One block: rows of the weight from r on, whose units are loaded, times rows of x from i on. Of a kind there are blocks
+// of one row times one, and of M rows times 1, 2, 3 and 4.
 using Block = void (*)(const Job&, int64_t r, int64_t i, const Runs&);
-#define POT_BLOCKS(block, M) {{block<1, 1>, block<1, 2>, block<1, 3>, block<1, 4>}, \
-                              {block<M, 1>, block<M, 2>, block<M, 3>, block<M, 4>}}
+#define POT_BLOCKS(block, M) {block<1, 1>, block<M, 1>, block<M, 2>, block<M, 3>, block<M, 4>}
 
-void in_blocks(const Job& job, int64_t from, int64_t to, int64_t M, const Block (&blocks)[2][4]) {
+void in_blocks(const Job& job, int64_t from, int64_t to, int64_t M, const Block (&blocks)[5]) {
     Runs runs(*job.w, M);
     for (int64_t r = from, rows; r < to; r += rows) {
         rows = r + M <= to ? M : 1;
         runs.load(*job.w, r, rows);
-        for (int64_t i = 0; i < job.n; i += 4) blocks[rows == M][std::min<int64_t>(4, job.n - i) - 1](job, r, i, runs);
+        for (int64_t i = 0, n; i < job.n; i += n) {
+            n = rows == M ? std::min<int64_t>(4, job.n - i) : 1;
+            blocks[rows == M ? n : 0](job, r, i, runs);
+        }
     }
 }
+
+// Arrays of vectors stay in registers only where loops over them are unrolled.
+#define UNROLL _Pragma("GCC unroll 8")
 
 #if defined(__x86_64__)
 
@@ -340,27 +345,26 @@ AVX512 void block_avx512(const Job& job, int64_t r, int64_t i0, const Runs& runs
     const uint8_t* p = row_of(w, r);
     const float *x = job.x + i0 * job.x_stride, *unit[M];
     __m512 sum[M][N];
-    for (int m = 0; m < M; m++) {
+    UNROLL for (int m = 0; m < M; m++) {
         unit[m] = runs.of(m);
-        for (int i = 0; i < N; i++) sum[m][i] = _mm512_setzero_ps();
+        UNROLL for (int i = 0; i < N; i++) sum[m][i] = _mm512_setzero_ps();
     }
     for (int64_t b = 0; b < blocks; b++, p += 64, x += 128) {
         __m512i code[M];
         __m512 half[M][2];
-        for (int m = 0; m < M; m++) {
+        UNROLL for (int m = 0; m < M; m++) {
             code[m] = _mm512_loadu_si512(p + m * row_bytes);
-            for (int h = 0; h < 2; h++) half[m][h] = _mm512_mul_ps(table, _mm512_set1_ps(unit[m][2 * b + h]));
+            UNROLL for (int h = 0; h < 2; h++) half[m][h] = _mm512_mul_ps(table, _mm512_set1_ps(unit[m][2 * b + h]));
         }
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; j++)
-            for (int m = 0; m < M; m++) {
+        UNROLL for (int j = 0; j < 8; j++)
+            UNROLL for (int m = 0; m < M; m++) {
                 const __m512 v = _mm512_permutexvar_ps(_mm512_srli_epi32(code[m], 4 * j), half[m][j / 4]);
-                for (int i = 0; i < N; i++)
+                UNROLL for (int i = 0; i < N; i++)
                     sum[m][i] = _mm512_fmadd_ps(v, _mm512_loadu_ps(x + i * job.x_stride + 16 * j), sum[m][i]);
             }
     }
-    for (int m = 0; m < M; m++)
-        for (int i = 0; i < N; i++)
+    UNROLL for (int m = 0; m < M; m++)
+        UNROLL for (int i = 0; i < N; i++)
             job.y[(i0 + i) * job.y_stride + r + m] =
                 finish(job, r + m, i0 + i, _mm512_reduce_add_ps(sum[m][i]), &runs.unit[m * runs.groups]);
 }
@@ -375,32 +379,32 @@ AVX512 void block8_avx512(const Job& job, int64_t r, int64_t i0, const Runs& run
     const float* unit[M];
     const uint8_t* q[N];
     __m512 sum[M][N];
-    for (int i = 0; i < N; i++) q[i] = job.x8[i0 + i].mixed.data();
-    for (int m = 0; m < M; m++) {
+    UNROLL for (int i = 0; i < N; i++) q[i] = job.x8[i0 + i].mixed.data();
+    UNROLL for (int m = 0; m < M; m++) {
         unit[m] = runs.of(m);
-        for (int i = 0; i < N; i++) sum[m][i] = _mm512_setzero_ps();
+        UNROLL for (int i = 0; i < N; i++) sum[m][i] = _mm512_setzero_ps();
     }
     for (int64_t b = 0; b < blocks; b++, p += 64)
-        for (int m = 0; m < M; m++) {
+        UNROLL for (int m = 0; m < M; m++) {
             const __m512i code = _mm512_loadu_si512(p + m * row_bytes);
             const __m512i even = _mm512_shuffle_epi8(levels, _mm512_and_si512(code, low));
             const __m512i odd = _mm512_shuffle_epi8(levels, _mm512_and_si512(_mm512_srli_epi16(code, 4), low));
-            for (int i = 0; i < N; i++)
-                for (int h = 0; h < 2; h++) {
+            UNROLL for (int i = 0; i < N; i++)
+                UNROLL for (int h = 0; h < 2; h++) {
                     const uint8_t* at = q[i] + 256 * b + 128 * h;
                     __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(at), even);
                     dot = _mm512_dpbusd_epi32(dot, _mm512_loadu_si512(at + 64), odd);
                     sum[m][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(unit[m][2 * b + h]), sum[m][i]);
                 }
         }
-    for (int m = 0; m < M; m++)
-        for (int i = 0; i < N; i++)
+    UNROLL for (int m = 0; m < M; m++)
+        UNROLL for (int i = 0; i < N; i++)
             job.y[(i0 + i) * job.y_stride + r + m] =
                 finish(job, r + m, i0 + i, _mm512_reduce_add_ps(sum[m][i]), &runs.unit[m * runs.groups]);
 }
 
 void rows_avx512(const Job& job, int64_t from, int64_t to) {
-    static const Block in_float[2][4] = POT_BLOCKS(block_avx512, 4), in_8_bits[2][4] = POT_BLOCKS(block8_avx512, 4);
+    static const Block in_float[] = POT_BLOCKS(block_avx512, 4), in_8_bits[] = POT_BLOCKS(block8_avx512, 4);
     in_blocks(job, from, to, 4, job.x8 ? in_8_bits : in_float);
 }
 
@@ -420,23 +424,22 @@ AVX2 void block_avx2(const Job& job, int64_t r, int64_t i0, const Runs& runs) {
     const uint8_t* p = row_of(w, r);
     const float *x = job.x + i0 * job.x_stride, *unit = runs.of(0);
     __m256 sum[N][2];
-    for (int i = 0; i < N; i++) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
+    UNROLL for (int i = 0; i < N; i++) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
     for (int64_t b = 0; b < w.columns / 128; b++, p += 64, x += 128) {
         const __m256 half[2] = {_mm256_mul_ps(table, _mm256_set1_ps(unit[2 * b])),
                                 _mm256_mul_ps(table, _mm256_set1_ps(unit[2 * b + 1]))};
         const __m256i code[2] = {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
                                  _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; j++)
-            for (int k = 0; k < 2; k++) {  // words 0 to 7, 8 to 15
+        UNROLL for (int j = 0; j < 8; j++)
+            UNROLL for (int k = 0; k < 2; k++) {  // words 0 to 7, 8 to 15
                 const __m256 level = _mm256_permutevar8x32_ps(half[j / 4], _mm256_srli_epi32(code[k], 4 * j));
                 const __m256i minus = _mm256_and_si256(_mm256_slli_epi32(code[k], 28 - 4 * j), sign);
                 const __m256 v = _mm256_xor_ps(level, _mm256_castsi256_ps(minus));
-                for (int i = 0; i < N; i++)
+                UNROLL for (int i = 0; i < N; i++)
                     sum[i][k] = _mm256_fmadd_ps(v, _mm256_loadu_ps(x + i * job.x_stride + 16 * j + 8 * k), sum[i][k]);
             }
     }
-    for (int i = 0; i < N; i++)
+    UNROLL for (int i = 0; i < N; i++)
         job.y[(i0 + i) * job.y_stride + r] =
             finish(job, r, i0 + i, sum_of(_mm256_add_ps(sum[i][0], sum[i][1])), runs.unit.data());
 }
@@ -451,16 +454,16 @@ AVX2 void block8_avx2(const Job& job, int64_t r, int64_t i0, const Runs& runs) {
     const uint8_t* p = row_of(w, r);
     const float* unit = runs.of(0);
     __m256 sum[N];
-    for (int i = 0; i < N; i++) sum[i] = _mm256_setzero_ps();
+    UNROLL for (int i = 0; i < N; i++) sum[i] = _mm256_setzero_ps();
     for (int64_t b = 0; b < w.columns / 128; b++, p += 64)
-        for (int k = 0; k < 2; k++) {
+        UNROLL for (int k = 0; k < 2; k++) {
             const __m256i code = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32 * k));
             const __m256i by[2] = {_mm256_shuffle_epi8(levels, _mm256_and_si256(code, low)),
                                    _mm256_shuffle_epi8(levels, _mm256_and_si256(_mm256_srli_epi16(code, 4), low))};
-            for (int i = 0; i < N; i++)
-                for (int h = 0; h < 2; h++) {
+            UNROLL for (int i = 0; i < N; i++)
+                UNROLL for (int h = 0; h < 2; h++) {
                     __m256i dot = _mm256_setzero_si256();
-                    for (int odd = 0; odd < 2; odd++) {  // two products of 255 x 64 at most fit 16 bits
+                    UNROLL for (int odd = 0; odd < 2; odd++) {  // two products of 255 x 64 at most fit 16 bits
                         const uint8_t* at = job.x8[i0 + i].mixed.data() + 256 * b + 128 * h + 64 * odd + 32 * k;
                         const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
                         dot = _mm256_add_epi32(dot, _mm256_madd_epi16(_mm256_maddubs_epi16(q, by[odd]), ones));
@@ -468,12 +471,12 @@ AVX2 void block8_avx2(const Job& job, int64_t r, int64_t i0, const Runs& runs) {
                     sum[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(unit[2 * b + h]), sum[i]);
                 }
         }
-    for (int i = 0; i < N; i++)
+    UNROLL for (int i = 0; i < N; i++)
         job.y[(i0 + i) * job.y_stride + r] = finish(job, r, i0 + i, sum_of(sum[i]), runs.unit.data());
 }
 
 void rows_avx2(const Job& job, int64_t from, int64_t to) {
-    static const Block in_float[2][4] = POT_BLOCKS(block_avx2, 1), in_8_bits[2][4] = POT_BLOCKS(block8_avx2, 1);
+    static const Block in_float[] = POT_BLOCKS(block_avx2, 1), in_8_bits[] = POT_BLOCKS(block8_avx2, 1);
     in_blocks(job, from, to, 1, job.x8 ? in_8_bits : in_float);
 }
 
@@ -495,28 +498,28 @@ void block_neon(const Job& job, int64_t r, int64_t i0, const Runs& runs) {
     float total[N] = {};
     for (int64_t b = 0; b < w.columns / 128; b++, p += 64, x += 128) {
         uint32x4_t code[4];
-        for (int k = 0; k < 4; k++) code[k] = vreinterpretq_u32_u8(vld1q_u8(p + 16 * k));
+        UNROLL for (int k = 0; k < 4; k++) code[k] = vreinterpretq_u32_u8(vld1q_u8(p + 16 * k));
         float32x4_t sum[N][2];
-        for (int i = 0; i < N; i++) sum[i][0] = sum[i][1] = vdupq_n_f32(0);
-        for (int j = 0; j < 8; j++) {
+        UNROLL for (int i = 0; i < N; i++) sum[i][0] = sum[i][1] = vdupq_n_f32(0);
+        UNROLL for (int j = 0; j < 8; j++) {
             const int32x4_t shift = vdupq_n_s32(-4 * j);
             uint16x4_t narrow[4];
-            for (int k = 0; k < 4; k++) narrow[k] = vmovn_u32(vandq_u32(vshlq_u32(code[k], shift), vdupq_n_u32(15)));
+            UNROLL for (int k = 0; k < 4; k++) narrow[k] = vmovn_u32(vandq_u32(vshlq_u32(code[k], shift), vdupq_n_u32(15)));
             const uint8x16_t index = vcombine_u8(vmovn_u16(vcombine_u16(narrow[0], narrow[1])),
                                                  vmovn_u16(vcombine_u16(narrow[2], narrow[3])));
             const int8x16_t level = vqtbl1q_s8(table, index);
             const int16x8_t wide[2] = {vmovl_s8(vget_low_s8(level)), vmovl_s8(vget_high_s8(level))};
-            for (int k = 0; k < 4; k++) {
+            UNROLL for (int k = 0; k < 4; k++) {
                 const int16x4_t four = k & 1 ? vget_high_s16(wide[k / 2]) : vget_low_s16(wide[k / 2]);
                 const float32x4_t v = vcvtq_f32_s32(vmovl_s16(four));
-                for (int i = 0; i < N; i++)
+                UNROLL for (int i = 0; i < N; i++)
                     sum[i][j / 4] = vfmaq_f32(sum[i][j / 4], v, vld1q_f32(x + i * job.x_stride + 16 * j + 4 * k));
             }
         }
-        for (int i = 0; i < N; i++)
+        UNROLL for (int i = 0; i < N; i++)
             total[i] += vaddvq_f32(sum[i][0]) * unit[2 * b] + vaddvq_f32(sum[i][1]) * unit[2 * b + 1];
     }
-    for (int i = 0; i < N; i++)
+    UNROLL for (int i = 0; i < N; i++)
         job.y[(i0 + i) * job.y_stride + r] = finish(job, r, i0 + i, total[i], runs.unit.data());
 }
 
@@ -530,14 +533,14 @@ void block8_neon(const Job& job, int64_t r, int64_t i0, const Runs& runs) {
     float total[N] = {};
     for (int64_t b = 0; b < w.columns / 128; b++, p += 64) {
         int32x4_t dot[N][2];
-        for (int i = 0; i < N; i++) dot[i][0] = dot[i][1] = vdupq_n_s32(0);
-        for (int k = 0; k < 4; k++) {
+        UNROLL for (int i = 0; i < N; i++) dot[i][0] = dot[i][1] = vdupq_n_s32(0);
+        UNROLL for (int k = 0; k < 4; k++) {
             const uint8x16_t code = vld1q_u8(p + 16 * k);
             const int8x16_t by[2] = {vqtbl1q_s8(table, vandq_u8(code, vdupq_n_u8(15))),
                                      vqtbl1q_s8(table, vshrq_n_u8(code, 4))};
-            for (int i = 0; i < N; i++)
-                for (int h = 0; h < 2; h++)
-                    for (int odd = 0; odd < 2; odd++) {
+            UNROLL for (int i = 0; i < N; i++)
+                UNROLL for (int h = 0; h < 2; h++)
+                    UNROLL for (int odd = 0; odd < 2; odd++) {
                         const uint8x16_t q = vld1q_u8(job.x8[i0 + i].mixed.data() + 256 * b + 128 * h + 64 * odd + 16 * k);
                         const int16x8_t a = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(q)));
                         const int16x8_t c = vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(q)));
@@ -545,15 +548,15 @@ void block8_neon(const Job& job, int64_t r, int64_t i0, const Runs& runs) {
                         dot[i][h] = vpadalq_s16(dot[i][h], vmulq_s16(c, vmovl_s8(vget_high_s8(by[odd]))));
                     }
         }
-        for (int i = 0; i < N; i++)
-            for (int h = 0; h < 2; h++) total[i] += float(vaddvq_s32(dot[i][h])) * unit[2 * b + h];
+        UNROLL for (int i = 0; i < N; i++)
+            UNROLL for (int h = 0; h < 2; h++) total[i] += float(vaddvq_s32(dot[i][h])) * unit[2 * b + h];
     }
-    for (int i = 0; i < N; i++)
+    UNROLL for (int i = 0; i < N; i++)
         job.y[(i0 + i) * job.y_stride + r] = finish(job, r, i0 + i, total[i], runs.unit.data());
 }
 
 void rows_neon(const Job& job, int64_t from, int64_t to) {
-    static const Block in_float[2][4] = POT_BLOCKS(block_neon, 1), in_8_bits[2][4] = POT_BLOCKS(block8_neon, 1);
+    static const Block in_float[] = POT_BLOCKS(block_neon, 1), in_8_bits[] = POT_BLOCKS(block8_neon, 1);
     in_blocks(job, from, to, 1, job.x8 ? in_8_bits : in_float);
 }
 
@@ -644,7 +647,7 @@ AMX void tiles_of_weight(const Tiles& tiles, int64_t r, uint8_t* out, float* uni
         for (int i = 0; i < 16; i++) {
             const __m512i words = _mm512_i32gather_epi32(at, row_of(w, r) + c / 2 + 4 * i, 1);
             if (tiles.in8) {
-                for (int h = 0; h < 2; h++) {
+                UNROLL for (int h = 0; h < 2; h++) {
                     __m512i v = _mm512_and_si512(_mm512_srli_epi32(words, 16 * h), _mm512_set1_epi32(0xffff));
                     v = _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi32(v, 8)), _mm512_set1_epi32(0x00ff00ff));
                     v = _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi32(v, 4)), _mm512_set1_epi32(0x0f0f0f0f));
