@@ -50,7 +50,7 @@ class Barrier {
             return;
         }
         for (int spin = 0; phase_.load(std::memory_order_acquire) == phase; spin++)
-            spin < 10000 ? relax() : std::this_thread::yield();  // it may be waiting for this processor
+            spin < 1000 ? relax() : std::this_thread::yield();  // it may be waiting for this processor
     }
 
   private:

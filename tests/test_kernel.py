@@ -17,7 +17,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import pot
-from pot import PackedWeight, PoTConfig, compute_scale, convert, prepare, quantize_
+from decode import decoder_of
+from model import GPT, GPTConfig, KVCache
+from pot import PackedWeight, PoTConfig, compute_scale, convert, fake_quantize_activations, prepare, quantize_
 
 ROOT = Path(__file__).parent.parent
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -60,6 +62,9 @@ CONFIGS = [
     PoTConfig(grid="uniform", granularity="tensor"),
     PoTConfig(range=5, granularity="channel"),
     PoTConfig(bits=4, range=3, grid="paper", granularity="tensor", scale="absmax"),
+    PoTConfig(act_bits=8),
+    PoTConfig(act_bits=8, terms=2, granularity="channel"),
+    PoTConfig(act_bits=8, grid="uniform", group_size=32),
 ]
 SHAPES = [(1, 64), (5, 128), (33, 384), (64, 768), (7, 200), (3, 1000), (2, 1), (9, 77)]
 
@@ -77,21 +82,115 @@ def packed(out, columns, config, dtype=torch.float32):
 @pytest.mark.parametrize("out, columns", SHAPES)
 def test_products(kernel, name, config, out, columns):
     kernel("off")
-    weight = packed(out, columns, config)
-    expected = weight()
+    expected = packed(out, columns, config)()
     assert kernel(name)
-    weight._fast = True
+    weight = packed(out, columns, config)
     assert torch.equal(weight().view(torch.int32) & 0x7FFFFFFF, expected.view(torch.int32) & 0x7FFFFFFF)
     assert torch.equal(weight(), expected)  # to the bit, but for the sign of zeros
     for n in (1, 2, 3, 4, 5, 8, 16, 17, 33):
         x, bias = torch.randn(n, columns), torch.randn(out) if n % 2 else None
-        found = weight.linear(x, bias)
-        exact = F.linear(x.double(), expected.double(), None if bias is None else bias.double())
-        bound = F.linear(x.double().abs(), expected.double().abs()) + (0 if bias is None else bias.abs())
-        assert ((found - exact).abs() <= 2**-20 * bound).all(), n
-        if n <= 16:  # straight to the kernel, past the choice of a way
-            direct = pot._kernel_linear(weight._weight(), x, bias)
-            assert torch.equal(direct, found)
+        check_product(weight, expected, x, bias, fake_quantize_activations(x) if config.act_bits else x)
+
+
+def check_product(weight, expected, x, bias, seen):
+    """weight's product with x is that of its float weights `expected` with the activations `seen`."""
+    found = weight.linear(x, bias)
+    exact = F.linear(seen.double(), expected.double(), None if bias is None else bias.double())
+    bound = F.linear(seen.double().abs(), expected.double().abs(), None if bias is None else bias.double().abs())
+    assert ((found - exact).abs() <= 2**-20 * bound).all()
+
+
+@pytest.fixture
+def medium():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@needs_compiler
+@pytest.mark.skipif("amx" not in instruction_sets(), reason="no AMX")
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("out, columns", [(5, 128), (33, 384), (64, 768), (3, 1000), (9, 77), (100, 1600)])
+def test_products_of_many_rows_by_tiles(kernel, medium, config, out, columns):
+    """Weights enter them as they are, activations in bfloat16 or 8 bits."""
+    assert kernel("amx")
+    weight = packed(out, columns, config)
+    if config.granularity == "group" and config.group_size % 64:
+        pytest.skip("tiles need groups of a multiple of 64")
+    expected = weight()
+    for n in (17, 32, 33, 100):
+        x, bias = torch.randn(n, columns + 3)[:, :columns], torch.randn(out) if n % 2 else None
+        check_product(weight, expected, x, bias, fake_quantize_activations(x) if config.act_bits else x.bfloat16())
+    for bad in (torch.nan, torch.inf):
+        x = torch.randn(20, columns)
+        x[7, columns // 2] = bad
+        rows = weight.linear(x, None).isfinite().all(1)
+        assert rows.sum() == 19 and not rows[7]
+
+
+def by_shifts(q, level):
+    """q times a level, by shifts, additions and a sign."""
+    size, total, shift = abs(level), 0, 0
+    while size:
+        if size & 1:
+            total += q << shift
+        size, shift = size >> 1, shift + 1
+    return -total if level < 0 else total
+
+
+@every_set
+@pytest.mark.parametrize("terms, group_size", [(1, 64), (2, 128), (1, 12), (2, 7)])
+def test_8_bit_activations_are_integer_sums(kernel, name, terms, group_size):
+    """Codes, zero points and sums, bit by bit. Units of 1 and activations on whole numbers leave nothing to round."""
+    library = kernel(name)
+    columns, out = 6 * group_size, 9
+    config = PoTConfig(terms=terms, group_size=group_size, act_bits=8)
+    torch.manual_seed(columns)
+    codes = torch.randint(16, (out, columns), dtype=torch.uint8)
+    scale = torch.full((out, 6), config.top).half()
+    weight = PackedWeight(pot.pack_codes(codes, 4), scale, columns, torch.float32, config)
+    for zero in (0, 1, 100, 128, 254, 255):
+        q = torch.randint(256, (columns,))
+        q[0], q[1] = 0, 255
+        x = (q - zero).float()
+        found, step, z = torch.zeros(columns, dtype=torch.uint8), ctypes.c_float(), ctypes.c_int32()
+        library.pot_quantize.argtypes = [ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 3]
+        assert (
+            library.pot_quantize(x.data_ptr(), columns, found.data_ptr(), ctypes.addressof(step), ctypes.addressof(z))
+            == 0
+        )
+        assert (step.value, z.value) == (1, zero) and torch.equal(found.long(), q)
+        levels = config.table()[codes.long()].int().tolist()
+        sums = [
+            sum(by_shifts(a, level) - by_shifts(zero, level) for a, level in zip(q.tolist(), row)) for row in levels
+        ]
+        assert weight.linear(x.view(1, -1), None).tolist() == [sums]
+
+
+@needs_compiler
+def test_8_bit_activations_round_as_the_fake_quantization(kernel):
+    library = kernel()
+    library.pot_quantize.argtypes = [ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 3]
+    torch.manual_seed(0)
+    for i in range(300):
+        x = torch.randn(1, 77) * 10.0 ** torch.randint(-6, 6, (1,)) + (i % 3) * torch.randn(1)
+        x = {5: x.abs(), 6: -x.abs(), 7: x * 0, 8: x * 1e-42}.get(i % 10, x)
+        q, step, z = torch.zeros(77, dtype=torch.uint8), ctypes.c_float(), ctypes.c_int32()
+        assert library.pot_quantize(x.data_ptr(), 77, q.data_ptr(), ctypes.addressof(step), ctypes.addressof(z)) == 0
+        assert torch.equal((q.float() - z.value) * step.value, fake_quantize_activations(x)[0])
+
+
+@needs_compiler
+def test_8_bit_activations_that_are_not_finite(kernel):
+    assert kernel()
+    weight = packed(33, 256, PoTConfig(act_bits=8))
+    for n in (3, 20):
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            x = torch.randn(n, 256)
+            x[1, 70] = bad
+            rows = weight.linear(x, None).isnan()
+            assert rows[1].all() and rows.sum() == 33
 
 
 @every_set
@@ -256,6 +355,61 @@ def op_inputs(weight, x):
     return x, weight.codes, weight.scale, None, weight.config.table(), weight.config.top, None
 
 
+def random_gpt(config, shape):
+    torch.manual_seed(shape.n_embd)
+    model = GPT(shape)
+    for p in model.parameters():
+        p.data += torch.randn_like(p) * 0.1
+    return quantize_(model.eval().requires_grad_(False), config)
+
+
+@every_set
+@pytest.mark.parametrize(
+    "config", [PoTConfig(), PoTConfig(terms=2, granularity="channel"), PoTConfig(act_bits=8)], ids=str
+)
+@pytest.mark.parametrize(
+    "shape", [GPTConfig(40, 101, 3, 4, 128), GPTConfig(40, 300, 2, 3, 192, bias=False), GPTConfig(40, 50, 1, 1, 64)]
+)
+def test_decode_step(kernel, name, config, shape):
+    """A token at a time in one call, beside the model's own layers."""
+    assert kernel(name)
+    model = random_gpt(config, shape)
+    decode = decoder_of(model)
+    ids = torch.randint(shape.vocab_size, (1, 40))
+    one, other = KVCache(40), KVCache(40)
+    model(ids[:, :3], cache=one)
+    model(ids[:, :3], cache=other)
+    errors = []
+    for i in range(3, 40):
+        expected, found = model(ids[:, i : i + 1], cache=one)[:, -1], decode(ids[:, i : i + 1], other)
+        assert found.shape == expected.shape and other.length == i + 1
+        errors.append((found - expected).abs().max() / expected.abs().max())
+    # An activation on the edge between two of 256 steps may fall either way.
+    assert torch.stack(errors).quantile(0.5 if config.act_bits else 1.0) < (1e-2 if config.act_bits else 1e-5)
+    with pytest.raises(ValueError, match="context of 40"):
+        decode(ids[:, :1], other)
+    with pytest.raises(ValueError, match="vocabulary"):
+        decode(torch.tensor([[shape.vocab_size]]), KVCache(3))
+    if not config.act_bits:
+        for prompt in (ids[:, :1], ids[:, :30]):  # the second slides beyond the context
+            a, b = (torch.cat(list(model.generate(prompt, 15, temperature=0, decode=d))) for d in (None, decode))
+            assert torch.equal(a, b)
+
+
+@needs_compiler
+def test_what_cannot_be_decoded_in_one_call(kernel):
+    shape = GPTConfig(16, 50, 1, 2, 64)
+    assert kernel() and decoder_of(random_gpt(PoTConfig(), shape))
+    assert decoder_of(GPT(shape)) is None and decoder_of(prepare(model := GPT(shape)) and model) is None
+    assert decoder_of(random_gpt(PoTConfig(bits=3), shape)) is None
+    assert decoder_of(random_gpt(PoTConfig(), shape).bfloat16()) is None
+    mixed = GPT(shape)
+    prepare(mixed, filter_fn=lambda name, module: "mlp" not in name)
+    assert decoder_of(convert(mixed)) is None
+    kernel("off")
+    assert decoder_of(random_gpt(PoTConfig(), shape)) is None
+
+
 @needs_compiler
 def test_loss_and_text_of_a_packed_model(kernel, house, sh, qat_run):
     """Evaluation takes whole windows, so it is the unpacked product; a token at a time is the kernel's."""
@@ -307,3 +461,32 @@ def test_without_a_compiler_or_the_folder(tmp_path):
 def test_an_unknown_instruction_set(kernel):
     with pytest.raises(ValueError, match="NANOPOT_KERNEL=sse: this machine has .*portable; or off"):
         kernel("sse")
+
+
+def build_and_run(tmp_path, compiler, flags, *emulator):
+    program = str(tmp_path / "kernel")
+    built = subprocess.run(
+        [compiler, *flags, "-std=c++17", "-pthread", str(ROOT / "tests" / "kernel.cpp"), "-o", program],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if built.returncode and "sanitize" in " ".join(flags) and "error:" not in built.stderr:
+        pytest.skip("the compiler has no sanitizers")
+    assert built.returncode == 0, built.stderr[-2000:]
+    done = subprocess.run([*emulator, program], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@needs_compiler
+def test_no_kernel_leaves_its_buffers(tmp_path):
+    flags = ["-O1", "-g", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    assert "portable: largest error" in build_and_run(tmp_path, COMPILER, flags)
+
+
+@pytest.mark.skipif(
+    not (shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64")),
+    reason="needs the Debian packages g++-aarch64-linux-gnu and qemu-user",
+)
+def test_neon_under_emulation(tmp_path):
+    out = build_and_run(tmp_path, "aarch64-linux-gnu-g++", ["-O2", "-static"], "qemu-aarch64")
+    assert "neon: largest error" in out

@@ -1,0 +1,225 @@
+// The kernels against sums in double, on every instruction set of the machine: products with float32 and 8-bit
+// activations, tiles, unpacking and GPT-2's decode step. Buffers have just the size they need, so that a build with
+// -fsanitize=address,undefined sees whoever leaves them. tests/test_kernel.py builds and runs it, so and for 64-bit ARM:
+//
+//     aarch64-linux-gnu-g++ -O2 -std=c++17 -static -pthread tests/kernel.cpp -o kernel && qemu-aarch64 ./kernel
+
+#include "../kernels/decode.cpp"
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+
+std::mt19937 random_bits(1);
+
+float normal() { return std::normal_distribution<float>()(random_bits); }
+
+template <class T>
+struct Buffer {  // on the heap, at an odd place unless T needs another
+    std::unique_ptr<char[]> raw;
+    int64_t size;
+    T* data;
+
+    explicit Buffer(int64_t n) : raw(new char[n * sizeof(T) + (sizeof(T) == 1)]), size(n) {
+        data = reinterpret_cast<T*>(raw.get() + (sizeof(T) == 1));
+        for (int64_t i = 0; i < n; i++) data[i] = T();
+    }
+};
+
+struct Matrix {
+    Buffer<uint8_t> codes;
+    Buffer<uint16_t> half;
+    Buffer<float> single, sums;
+    PotWeight w{};
+
+    Matrix(int64_t rows, int64_t columns, int64_t groups, bool per_row, bool is_half, bool in8, int grid)
+        : codes(rows * ((columns + 1) / 2)), half(is_half ? groups * (per_row ? rows : 1) : 0),
+          single(is_half ? 0 : groups * (per_row ? rows : 1)), sums(rows) {
+        static const float levels[3][8] = {{0, 1, 2, 4, 8, 16, 32, 64}, {0, 1, 2, 3, 4, 6, 8, 12}, {0, 1, 2, 3, 4, 5, 6, 7}};
+        for (int64_t i = 0; i < codes.size; i++) codes.data[i] = uint8_t(random_bits());
+        if (columns % 2)  // the last half byte of a row is padding, and zero
+            for (int64_t r = 0; r < rows; r++) codes.data[(r + 1) * ((columns + 1) / 2) - 1] &= 15;
+        for (int64_t i = 0; i < half.size; i++) half.data[i] = uint16_t(0x2c00 + random_bits() % 0x800);
+        for (int64_t i = 0; i < single.size; i++) single.data[i] = 0.01f + random_bits() % 100 * 1e-3f;
+        w.codes = codes.data;
+        w.scale = is_half ? static_cast<const void*>(half.data) : single.data;
+        w.rows = rows, w.columns = columns, w.groups = groups;
+        w.scale_per_row = per_row, w.scale_is_half = is_half;
+        w.top = levels[grid][7];
+        for (int i = 0; i < 8; i++) w.table[i] = levels[grid][i], w.table[8 + i] = -levels[grid][i];
+        if (in8) pot_row_sums(&w, sums.data), w.row_sums = sums.data;
+    }
+
+    double scale(int64_t r, int64_t c) const {
+        const int64_t i = (w.scale_per_row ? r * w.groups : 0) + c / (w.columns / w.groups);
+        if (!w.scale_is_half) return single.data[i];
+        return std::ldexp(1024 + (half.data[i] & 1023), (half.data[i] >> 10) - 25);
+    }
+
+    int code(int64_t r, int64_t c) const {
+        const uint8_t* row = codes.data + r * ((w.columns + 1) / 2);
+        if (c >= w.columns / 128 * 128) return row[c / 2] >> 4 * (c & 1) & 15;
+        const int64_t in = c % 128, word = in % 16, nibble = in / 16;
+        return row[c / 128 * 64 + 4 * word + nibble / 2] >> 4 * (nibble & 1) & 15;
+    }
+
+    double value(int64_t r, int64_t c) const { return w.table[code(r, c)] * scale(r, c) / w.top; }
+};
+
+double worst = 0;
+
+void check(double found, double expected, double bound, double tolerance, const char* what) {
+    const double error = std::fabs(found - expected) / (bound + 1e-30);
+    worst = std::max(worst, error);
+    if (!(error <= tolerance)) {
+        std::printf("%s: %g instead of %g\n", what, found, expected);
+        std::exit(1);
+    }
+}
+
+float bf16(float f) {
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+
+void products(const Matrix& m, int64_t n, bool tiles) {
+    const PotWeight& w = m.w;
+    Buffer<float> x(n * w.columns), y(n * w.rows), bias(w.rows), unpacked(w.rows * w.columns);
+    for (int64_t i = 0; i < x.size; i++) x.data[i] = normal() + 0.3f;
+    for (int64_t i = 0; i < bias.size; i++) bias.data[i] = normal();
+    if (tiles && pot_linear_tiles(&w, bias.data, x.data, n, w.columns, y.data, w.rows, 2) == -1) return;
+    if (!tiles) pot_linear(&w, bias.data, x.data, n, w.columns, y.data, w.rows, 2);
+    pot_unpack(&w, nullptr, 0, w.rows, unpacked.data, 2);
+    for (int64_t r = 0; r < w.rows; r++)
+        for (int64_t c = 0; c < w.columns; c++)
+            check(unpacked.data[r * w.columns + c], m.value(r, c), std::fabs(m.value(r, c)), 1e-6, "unpacked");
+    for (int64_t i = 0; i < n; i++) {
+        std::vector<double> seen(w.columns);
+        Buffer<uint8_t> q(w.columns);
+        float scale = 0;
+        int32_t zero = 0;
+        if (w.row_sums && pot_quantize(x.data + i * w.columns, w.columns, q.data, &scale, &zero)) std::exit(1);
+        for (int64_t c = 0; c < w.columns; c++) {
+            const float f = x.data[i * w.columns + c];
+            seen[c] = w.row_sums ? double(scale) * (q.data[c] - zero) : tiles ? bf16(f) : f;
+            if (w.row_sums && !(std::fabs(seen[c] - f) <= 0.51 * scale)) return check(seen[c], f, 0, 0, "8 bits");
+        }
+        for (int64_t r = 0; r < w.rows; r++) {
+            double sum = bias.data[r], bound = std::fabs(sum);
+            for (int64_t c = 0; c < w.columns; c++)
+                sum += m.value(r, c) * seen[c], bound += std::fabs(m.value(r, c) * seen[c]);
+            check(y.data[i * w.rows + r], sum, bound, 3e-6, tiles ? "tiles" : "product");
+        }
+    }
+}
+
+// Two layers over a few tokens, each token's logits beside those of double arithmetic on the same weights.
+void decode_step(bool in8) {
+    const int64_t E = 128, heads = 4, size = E / heads, vocabulary = 67, context = 9, layers = 2;
+    std::vector<std::unique_ptr<Matrix>> matrices;
+    std::vector<std::unique_ptr<Buffer<float>>> floats;
+    auto matrix = [&](int64_t rows, int64_t columns) {
+        matrices.push_back(std::make_unique<Matrix>(rows, columns, columns / 64, true, true, in8, 0));
+        return matrices.back()->w;
+    };
+    auto room = [&](int64_t n, float by, float mean) {
+        floats.push_back(std::make_unique<Buffer<float>>(n));
+        for (int64_t i = 0; i < n; i++) floats.back()->data[i] = mean + by * normal();
+        return floats.back()->data;
+    };
+    auto norm = [&] { return GptNorm{room(E, 0.1f, 1), room(E, 0.1f, 0)}; };
+    auto linear = [&](int64_t rows, int64_t columns) { return GptLinear{matrix(rows, columns), room(rows, 0.1f, 0)}; };
+    std::vector<GptLayer> all;
+    for (int64_t l = 0; l < layers; l++)
+        all.push_back({norm(), norm(), linear(3 * E, E), linear(E, E), linear(4 * E, E), linear(E, 4 * E),
+                       room(E * context, 0, 0), room(E * context, 0, 0)});
+    Gpt gpt{layers, heads, E, context, matrix(vocabulary, E), matrix(context, E), norm(), linear(vocabulary, E), all.data()};
+
+    auto value = [&](const PotWeight& w, int64_t r, int64_t c) {
+        for (auto& m : matrices)
+            if (m->w.codes == w.codes) return m->value(r, c);
+        std::abort();
+    };
+    using Vector = std::vector<double>;
+    auto normed = [&](const GptNorm& n, const Vector& x) {
+        double mean = 0, square = 0;
+        for (double f : x) mean += f / E;
+        for (double f : x) square += (f - mean) * (f - mean) / E;
+        Vector y(E);
+        for (int64_t i = 0; i < E; i++) y[i] = (x[i] - mean) / std::sqrt(square + 1e-5) * n.weight[i] + n.bias[i];
+        return y;
+    };
+    auto times = [&](const GptLinear& l, const Vector& x) {
+        Vector y(l.weight.rows);
+        for (int64_t r = 0; r < l.weight.rows; r++) {
+            y[r] = l.bias[r];
+            for (int64_t c = 0; c < l.weight.columns; c++) y[r] += value(l.weight, r, c) * x[c];
+        }
+        return y;
+    };
+    std::vector<std::vector<Vector>> keys(layers), values(layers);
+    for (int64_t t = 0; t < context; t++) {
+        const int64_t token = random_bits() % vocabulary;
+        Buffer<float> logits(vocabulary);
+        gpt_decode(&gpt, token, t, logits.data, 1 + t % 3);
+        Vector x(E);
+        for (int64_t i = 0; i < E; i++) x[i] = value(gpt.wte, token, i) + value(gpt.wpe, t, i);
+        for (int64_t l = 0; l < layers; l++) {
+            const Vector qkv = times(all[l].c_attn, normed(all[l].ln_1, x));
+            keys[l].emplace_back(qkv.begin() + E, qkv.begin() + 2 * E);
+            values[l].emplace_back(qkv.begin() + 2 * E, qkv.end());
+            Vector attended(E);
+            for (int64_t h = 0; h < heads; h++) {
+                Vector p(t + 1);
+                double sum = 0;
+                for (int64_t u = 0; u <= t; u++) {
+                    for (int64_t i = h * size; i < (h + 1) * size; i++) p[u] += qkv[i] * keys[l][u][i];
+                    sum += p[u] = std::exp(p[u] / std::sqrt(double(size)));
+                }
+                for (int64_t u = 0; u <= t; u++)
+                    for (int64_t i = h * size; i < (h + 1) * size; i++) attended[i] += p[u] / sum * values[l][u][i];
+            }
+            const Vector a = times(all[l].attn_c_proj, attended);
+            for (int64_t i = 0; i < E; i++) x[i] += a[i];
+            Vector hidden = times(all[l].c_fc, normed(all[l].ln_2, x));
+            for (double& f : hidden) f *= 0.5 * (1 + std::tanh(std::sqrt(2 / M_PI) * (f + 0.044715 * f * f * f)));
+            const Vector b = times(all[l].mlp_c_proj, hidden);
+            for (int64_t i = 0; i < E; i++) x[i] += b[i];
+        }
+        const Vector expected = times(gpt.lm_head, normed(gpt.ln_f, x));
+        double largest = 0;
+        for (double f : expected) largest = std::max(largest, std::fabs(f));
+        for (int64_t i = 0; i < vocabulary; i++)  // 8-bit activations are another function: near it, no more
+            check(logits.data[i], expected[i], largest, in8 ? 0.1 : 1e-5, "decode");
+    }
+}
+
+int main() {
+    const std::string names = pot_instruction_sets();
+    for (size_t start = 0, end; start < names.size(); start = end + 1) {
+        end = std::min(names.find(' ', start), names.size());
+        const std::string name = names.substr(start, end - start);
+        if (pot_choose(name.c_str())) return 1;
+        worst = 0;
+        for (int64_t columns : {1, 7, 64, 77, 128, 192, 200, 384})
+            for (int64_t rows : {1, 6, 33})
+                for (int64_t size : {0, 32, 64, 128}) {
+                    if (size && columns % size) continue;
+                    const int pick = int(random_bits() % 6);
+                    for (bool in8 : {false, true}) {
+                        const Matrix m(rows, columns, size ? columns / size : 1, size || pick % 2, pick < 3, in8, pick % 3);
+                        for (int64_t n : {1, 2, 3, 4, 5}) products(m, n, false);
+                        for (int64_t n : {17, 33}) products(m, n, true);
+                    }
+                }
+        std::printf("%s: largest error of a product %.1e of what is summed", name.c_str(), worst);
+        decode_step(true);
+        worst = 0;
+        decode_step(false);
+        std::printf(", of a decode step %.1e of the largest logit\n", worst);
+    }
+}
