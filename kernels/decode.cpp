@@ -60,19 +60,13 @@ class Barrier {
 
 // Loops below have no branches and sixteen sums, so that compilers make vectors of them.
 
-float total(const float (&part)[16]) {
-    float sum = 0;
-    for (float f : part) sum += f;
-    return sum;
-}
-
 float dot(const float* a, const float* b, int64_t n) {
     float part[16] = {}, rest = 0;
     int64_t i = 0;
     for (; i + 16 <= n; i += 16)
         for (int k = 0; k < 16; k++) part[k] += a[i + k] * b[i + k];
     for (; i < n; i++) rest += a[i] * b[i];
-    return total(part) + rest;
+    return sum_of(part) + rest;
 }
 
 // exp with the polynomial of Cephes' expf, to some 2 ulp.
@@ -98,10 +92,10 @@ inline float exponential(float x) {
 void layer_norm(const GptNorm& norm, const float* x, int64_t n, float* y) {
     float part[16] = {};
     for (int64_t i = 0; i < n; i++) part[i % 16] += x[i];
-    const float mean = total(part) / n;
+    const float mean = sum_of(part) / n;
     float square[16] = {};
     for (int64_t i = 0; i < n; i++) square[i % 16] += (x[i] - mean) * (x[i] - mean);
-    const float scale = 1 / std::sqrt(total(square) / n + 1e-5f);
+    const float scale = 1 / std::sqrt(sum_of(square) / n + 1e-5f);
     for (int64_t i = 0; i < n; i++) y[i] = (x[i] - mean) * scale * norm.weight[i];
     if (norm.bias)
         for (int64_t i = 0; i < n; i++) y[i] += norm.bias[i];
@@ -127,7 +121,7 @@ void attend(const GptLayer& layer, int64_t head, int64_t capacity, int64_t size,
     }
     for (int64_t t = 0; t < n; t++) score[t] = exponential(score[t] - highest);
     for (int64_t t = 0; t < n; t++) sum[t % 16] += score[t];
-    const float over = 1 / total(sum);
+    const float over = 1 / sum_of(sum);
     for (int64_t i = 0; i < size; i++) out[i] = 0;
     for (int64_t t = 0; t < n; t++)
         for (int64_t i = 0; i < size; i++) out[i] += score[t] * v[t * size + i];

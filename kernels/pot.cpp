@@ -83,28 +83,15 @@ void units(const PotWeight& w, int64_t row, int64_t n, float* out) {
 
 bool aligned_groups(const PotWeight& w) { return w.groups == 1 || w.columns / w.groups % 64 == 0; }
 
-// The units of each run of 64 columns, of which a group has one or more, in the whole blocks of 128.
+// Units of some rows, and the group of each run of 64 columns in the whole blocks of 128.
 struct Runs {
-    std::vector<float> unit, run;
-    int64_t groups, runs, each;
+    std::vector<float> unit;
+    std::vector<int32_t> group;
 
-    Runs(const PotWeight& w, int64_t rows) : groups(w.groups), runs(w.columns / 128 * 2) {
-        each = groups == 1 ? runs + 1 : w.columns / groups / 64;
-        unit.resize(rows * groups);
-        if (each > 1) run.resize(rows * runs);
+    Runs(const PotWeight& w, int64_t rows) : unit(rows * w.groups), group(w.columns / 128 * 2) {
+        const int64_t size = w.columns / w.groups;
+        for (size_t k = 0; k < group.size(); k++) group[k] = int32_t(64 * k / size);
     }
-
-    void load(const PotWeight& w, int64_t row, int64_t n) {
-        units(w, row, n, unit.data());
-        if (each > 1)
-            for (int64_t i = 0; i < n; i++)
-                for (int64_t k = 0, g = 0, left = each; k < runs; k++, left--) {
-                    if (left == 0) g++, left = each;
-                    run[i * runs + k] = unit[i * groups + g];
-                }
-    }
-
-    const float* of(int64_t i) const { return each > 1 ? &run[i * runs] : &unit[i * groups]; }
 };
 
 const uint8_t* row_of(const PotWeight& w, int64_t row) { return w.codes + row * ((w.columns + 1) / 2); }
@@ -223,6 +210,12 @@ void decode(const PotWeight& w, int64_t row, float* unit, float* out) {
 // The fast kernels take groups that are a multiple of 64 columns, or one group: half a block shares a scale. They take
 // rows of the weight four at a time, and of x up to four, so that what was decoded is used as often.
 
+float sum_of(const float (&part)[16]) {
+    float sum = 0;
+    for (float f : part) sum += f;
+    return sum;
+}
+
 struct Job {
     const PotWeight* w;
     const float* bias;  // or null
@@ -233,28 +226,27 @@ struct Job {
     int64_t y_stride;
 };
 
-// What the whole blocks of 128 leave over, the activations' scale and the bias; returns y.
-float finish(const Job& job, int64_t row, int64_t i, float sum, const float* unit) {
+// The product with the columns that whole blocks of 128 leave over.
+float tail(const Job& job, int64_t row, int64_t i, const float* unit) {
     const PotWeight& w = *job.w;
-    const int64_t whole = w.columns / 128 * 128;
-    if (whole < w.columns) {
-        const Bytes bytes(w);
-        const uint8_t* p = row_of(w, row) + whole / 2;
-        const int64_t size = w.columns / w.groups, n = w.columns - whole;
-        const float* x = job.x + i * job.x_stride + whole;
-        float value[128], part[16] = {};
-        for (int64_t c = 0; c < 128; c++) value[c] = 0;
-        for (int64_t k = 0; k < (n + 1) / 2; k++) {
-            value[2 * k] = float(bytes.level(p[k] & 15));
-            value[2 * k + 1] = float(bytes.level(p[k] >> 4));
-        }
-        for (int64_t c = 0; c < n; c++) {
-            value[c] *= unit[(whole + c) / size];
-            part[c % 16] += value[c] * (job.x8 ? job.x8[i].q[whole + c] : x[c]);
-        }
-        for (float f : part) sum += f;
+    const int64_t whole = w.columns / 128 * 128, size = w.columns / w.groups, n = w.columns - whole;
+    const Bytes bytes(w);
+    const uint8_t* p = row_of(w, row) + whole / 2;
+    const float* x = job.x + i * job.x_stride + whole;
+    float value[128] = {}, part[16] = {};
+    for (int64_t k = 0; k < (n + 1) / 2; k++) {
+        value[2 * k] = float(bytes.level(p[k] & 15));
+        value[2 * k + 1] = float(bytes.level(p[k] >> 4));
     }
-    if (job.x8) sum = job.x8[i].scale * (sum - float(job.x8[i].zero) * w.row_sums[row]);
+    for (int64_t c = 0; c < n; c++)
+        part[c % 16] += value[c] * unit[(whole + c) / size] * (job.x8 ? job.x8[i].q[whole + c] : x[c]);
+    return sum_of(part);
+}
+
+// y, of the sum over whole blocks of 128.
+inline float finish(const Job& job, int64_t row, int64_t i, float sum, const float* unit) {
+    if (job.w->columns % 128) sum += tail(job, row, i, unit);
+    if (job.x8) sum = job.x8[i].scale * (sum - float(job.x8[i].zero) * job.w->row_sums[row]);
     return job.bias ? sum + job.bias[row] : sum;
 }
 
@@ -305,7 +297,7 @@ void rows_portable(const Job& job, int64_t from, int64_t to) {
                 for (; c + 16 <= w.columns; c += 16)
                     for (int k = 0; k < 16; k++) part[k] += row[c + k] * x[c + k];
                 for (; c < w.columns; c++) total += row[c] * x[c];
-                for (float p : part) total += p;
+                total += sum_of(part);
             }
             job.y[i * job.y_stride + r] = job.bias ? total + job.bias[r] : total;
         }
@@ -321,7 +313,7 @@ void in_blocks(const Job& job, int64_t from, int64_t to, int64_t M, const Block 
     Runs runs(*job.w, M);
     for (int64_t r = from, rows; r < to; r += rows) {
         rows = r + M <= to ? M : 1;
-        runs.load(*job.w, r, rows);
+        units(*job.w, r, rows, runs.unit.data());
         for (int64_t i = 0, n; i < job.n; i += n) {
             n = rows == M ? std::min<int64_t>(4, job.n - i) : 1;
             blocks[rows == M ? n : 0](job, r, i, runs);
@@ -337,24 +329,45 @@ void in_blocks(const Job& job, int64_t from, int64_t to, int64_t M, const Block 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")))
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 
+// Processors fetch ahead by themselves, but not far enough for codes that are used as fast as they come.
+inline void ahead(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p + 6144), _MM_HINT_T0); }
+
+template <int M, int N>
+AVX512 inline void finish_avx512(const Job& job, int64_t r, int64_t i0, const __m512 (&sum)[M][N], const float* unit) {
+    UNROLL for (int i = 0; i < N; i++) {
+        float total[4];
+        if (M == 4) {  // four sums at once
+            __m256 half[4];
+            UNROLL for (int m = 0; m < 4; m++)
+                half[m] = _mm256_add_ps(_mm512_castps512_ps256(sum[m % M][i]), _mm512_extractf32x8_ps(sum[m % M][i], 1));
+            const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+            _mm_storeu_ps(total, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+        } else {
+            total[0] = _mm512_reduce_add_ps(sum[0][i]);
+        }
+        for (int m = 0; m < M; m++)
+            job.y[(i0 + i) * job.y_stride + r + m] = finish(job, r + m, i0 + i, total[m], unit + m * job.w->groups);
+    }
+}
+
 template <int M, int N>
 AVX512 void block_avx512(const Job& job, int64_t r, int64_t i0, const Runs& runs) {
     const PotWeight& w = *job.w;
     const __m512 table = _mm512_loadu_ps(w.table);
     const int64_t blocks = w.columns / 128, row_bytes = (w.columns + 1) / 2;
     const uint8_t* p = row_of(w, r);
-    const float *x = job.x + i0 * job.x_stride, *unit[M];
+    const float *x = job.x + i0 * job.x_stride, *unit = runs.unit.data();
+    const int32_t* group = runs.group.data();
     __m512 sum[M][N];
-    UNROLL for (int m = 0; m < M; m++) {
-        unit[m] = runs.of(m);
+    UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int i = 0; i < N; i++) sum[m][i] = _mm512_setzero_ps();
-    }
     for (int64_t b = 0; b < blocks; b++, p += 64, x += 128) {
         __m512i code[M];
         __m512 half[M][2];
         UNROLL for (int m = 0; m < M; m++) {
             code[m] = _mm512_loadu_si512(p + m * row_bytes);
-            UNROLL for (int h = 0; h < 2; h++) half[m][h] = _mm512_mul_ps(table, _mm512_set1_ps(unit[m][2 * b + h]));
+            ahead(p + m * row_bytes);
+            UNROLL for (int h = 0; h < 2; h++) half[m][h] = _mm512_mul_ps(table, _mm512_set1_ps(unit[m * w.groups + group[2 * b + h]]));
         }
         UNROLL for (int j = 0; j < 8; j++)
             UNROLL for (int m = 0; m < M; m++) {
@@ -363,10 +376,7 @@ AVX512 void block_avx512(const Job& job, int64_t r, int64_t i0, const Runs& runs
                     sum[m][i] = _mm512_fmadd_ps(v, _mm512_loadu_ps(x + i * job.x_stride + 16 * j), sum[m][i]);
             }
     }
-    UNROLL for (int m = 0; m < M; m++)
-        UNROLL for (int i = 0; i < N; i++)
-            job.y[(i0 + i) * job.y_stride + r + m] =
-                finish(job, r + m, i0 + i, _mm512_reduce_add_ps(sum[m][i]), &runs.unit[m * runs.groups]);
+    finish_avx512<M, N>(job, r, i0, sum, unit);
 }
 
 template <int M, int N>
@@ -376,17 +386,17 @@ AVX512 void block8_avx512(const Job& job, int64_t r, int64_t i0, const Runs& run
     const __m512i low = _mm512_set1_epi8(15);
     const int64_t blocks = w.columns / 128, row_bytes = (w.columns + 1) / 2;
     const uint8_t* p = row_of(w, r);
-    const float* unit[M];
+    const float* unit = runs.unit.data();
+    const int32_t* group = runs.group.data();
     const uint8_t* q[N];
     __m512 sum[M][N];
     UNROLL for (int i = 0; i < N; i++) q[i] = job.x8[i0 + i].mixed.data();
-    UNROLL for (int m = 0; m < M; m++) {
-        unit[m] = runs.of(m);
+    UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int i = 0; i < N; i++) sum[m][i] = _mm512_setzero_ps();
-    }
     for (int64_t b = 0; b < blocks; b++, p += 64)
         UNROLL for (int m = 0; m < M; m++) {
             const __m512i code = _mm512_loadu_si512(p + m * row_bytes);
+            ahead(p + m * row_bytes);
             const __m512i even = _mm512_shuffle_epi8(levels, _mm512_and_si512(code, low));
             const __m512i odd = _mm512_shuffle_epi8(levels, _mm512_and_si512(_mm512_srli_epi16(code, 4), low));
             UNROLL for (int i = 0; i < N; i++)
@@ -394,13 +404,11 @@ AVX512 void block8_avx512(const Job& job, int64_t r, int64_t i0, const Runs& run
                     const uint8_t* at = q[i] + 256 * b + 128 * h;
                     __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(at), even);
                     dot = _mm512_dpbusd_epi32(dot, _mm512_loadu_si512(at + 64), odd);
-                    sum[m][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(unit[m][2 * b + h]), sum[m][i]);
+                    sum[m][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(unit[m * w.groups + group[2 * b + h]]),
+                                                sum[m][i]);
                 }
         }
-    UNROLL for (int m = 0; m < M; m++)
-        UNROLL for (int i = 0; i < N; i++)
-            job.y[(i0 + i) * job.y_stride + r + m] =
-                finish(job, r + m, i0 + i, _mm512_reduce_add_ps(sum[m][i]), &runs.unit[m * runs.groups]);
+    finish_avx512<M, N>(job, r, i0, sum, unit);
 }
 
 void rows_avx512(const Job& job, int64_t from, int64_t to) {
@@ -422,12 +430,13 @@ AVX2 void block_avx2(const Job& job, int64_t r, int64_t i0, const Runs& runs) {
     const __m256 table = _mm256_loadu_ps(w.table);
     const __m256i sign = _mm256_set1_epi32(INT32_MIN);
     const uint8_t* p = row_of(w, r);
-    const float *x = job.x + i0 * job.x_stride, *unit = runs.of(0);
+    const float *x = job.x + i0 * job.x_stride, *unit = runs.unit.data();
     __m256 sum[N][2];
     UNROLL for (int i = 0; i < N; i++) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
     for (int64_t b = 0; b < w.columns / 128; b++, p += 64, x += 128) {
-        const __m256 half[2] = {_mm256_mul_ps(table, _mm256_set1_ps(unit[2 * b])),
-                                _mm256_mul_ps(table, _mm256_set1_ps(unit[2 * b + 1]))};
+        const __m256 half[2] = {_mm256_mul_ps(table, _mm256_set1_ps(unit[runs.group[2 * b]])),
+                                _mm256_mul_ps(table, _mm256_set1_ps(unit[runs.group[2 * b + 1]]))};
+        ahead(p);
         const __m256i code[2] = {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
                                  _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
         UNROLL for (int j = 0; j < 8; j++)
@@ -441,7 +450,7 @@ AVX2 void block_avx2(const Job& job, int64_t r, int64_t i0, const Runs& runs) {
     }
     UNROLL for (int i = 0; i < N; i++)
         job.y[(i0 + i) * job.y_stride + r] =
-            finish(job, r, i0 + i, sum_of(_mm256_add_ps(sum[i][0], sum[i][1])), runs.unit.data());
+            finish(job, r, i0 + i, sum_of(_mm256_add_ps(sum[i][0], sum[i][1])), unit);
 }
 
 template <int M, int N>
@@ -452,7 +461,7 @@ AVX2 void block8_avx2(const Job& job, int64_t r, int64_t i0, const Runs& runs) {
     const __m256i levels = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(level)));
     const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
     const uint8_t* p = row_of(w, r);
-    const float* unit = runs.of(0);
+    const float* unit = runs.unit.data();
     __m256 sum[N];
     UNROLL for (int i = 0; i < N; i++) sum[i] = _mm256_setzero_ps();
     for (int64_t b = 0; b < w.columns / 128; b++, p += 64)
@@ -468,11 +477,11 @@ AVX2 void block8_avx2(const Job& job, int64_t r, int64_t i0, const Runs& runs) {
                         const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
                         dot = _mm256_add_epi32(dot, _mm256_madd_epi16(_mm256_maddubs_epi16(q, by[odd]), ones));
                     }
-                    sum[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(unit[2 * b + h]), sum[i]);
+                    sum[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(unit[runs.group[2 * b + h]]), sum[i]);
                 }
         }
     UNROLL for (int i = 0; i < N; i++)
-        job.y[(i0 + i) * job.y_stride + r] = finish(job, r, i0 + i, sum_of(sum[i]), runs.unit.data());
+        job.y[(i0 + i) * job.y_stride + r] = finish(job, r, i0 + i, sum_of(sum[i]), unit);
 }
 
 void rows_avx2(const Job& job, int64_t from, int64_t to) {
@@ -494,7 +503,7 @@ void block_neon(const Job& job, int64_t r, int64_t i0, const Runs& runs) {
     const PotWeight& w = *job.w;
     const int8x16_t table = levels_neon(w);
     const uint8_t* p = row_of(w, r);
-    const float *x = job.x + i0 * job.x_stride, *unit = runs.of(0);
+    const float *x = job.x + i0 * job.x_stride, *unit = runs.unit.data();
     float total[N] = {};
     for (int64_t b = 0; b < w.columns / 128; b++, p += 64, x += 128) {
         uint32x4_t code[4];
@@ -517,10 +526,10 @@ void block_neon(const Job& job, int64_t r, int64_t i0, const Runs& runs) {
             }
         }
         UNROLL for (int i = 0; i < N; i++)
-            total[i] += vaddvq_f32(sum[i][0]) * unit[2 * b] + vaddvq_f32(sum[i][1]) * unit[2 * b + 1];
+            total[i] += vaddvq_f32(sum[i][0]) * unit[runs.group[2 * b]] + vaddvq_f32(sum[i][1]) * unit[runs.group[2 * b + 1]];
     }
     UNROLL for (int i = 0; i < N; i++)
-        job.y[(i0 + i) * job.y_stride + r] = finish(job, r, i0 + i, total[i], runs.unit.data());
+        job.y[(i0 + i) * job.y_stride + r] = finish(job, r, i0 + i, total[i], unit);
 }
 
 // q times a level needs 16 bits, with a sign: bytes are widened first.
@@ -529,7 +538,7 @@ void block8_neon(const Job& job, int64_t r, int64_t i0, const Runs& runs) {
     const PotWeight& w = *job.w;
     const int8x16_t table = levels_neon(w);
     const uint8_t* p = row_of(w, r);
-    const float* unit = runs.of(0);
+    const float* unit = runs.unit.data();
     float total[N] = {};
     for (int64_t b = 0; b < w.columns / 128; b++, p += 64) {
         int32x4_t dot[N][2];
@@ -549,10 +558,10 @@ void block8_neon(const Job& job, int64_t r, int64_t i0, const Runs& runs) {
                     }
         }
         UNROLL for (int i = 0; i < N; i++)
-            UNROLL for (int h = 0; h < 2; h++) total[i] += float(vaddvq_s32(dot[i][h])) * unit[2 * b + h];
+            UNROLL for (int h = 0; h < 2; h++) total[i] += float(vaddvq_s32(dot[i][h])) * unit[runs.group[2 * b + h]];
     }
     UNROLL for (int i = 0; i < N; i++)
-        job.y[(i0 + i) * job.y_stride + r] = finish(job, r, i0 + i, total[i], runs.unit.data());
+        job.y[(i0 + i) * job.y_stride + r] = finish(job, r, i0 + i, total[i], unit);
 }
 
 void rows_neon(const Job& job, int64_t from, int64_t to) {
