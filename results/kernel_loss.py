@@ -1,0 +1,62 @@
+"""
+Does a packed model lose anything to the kernel? Test loss of one model, fake-quantized and through each way of the kernel.
+
+    python results/kernel_loss.py out-pydoc-char data/pydoc_char
+"""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import checkpoint
+import dataset
+from configurator import provenance
+from decode import decoder_of
+from eval import evaluate
+from model import KVCache
+from pot import PoTConfig, convert, prepare
+
+TOKENS = 20_000  # of the test split; for the decode step, which takes one at a time, too
+
+
+def by_single_tokens(model, ids):
+    """Loss with every token but a window's first through the fused decode step."""
+    decode, T, total = decoder_of(model), model.config.block_size, 0.0
+    for x, y in dataset.windows(ids, T, 1):
+        cache = KVCache(T)
+        logits = [model(x[:, :1], cache=cache)[:, -1]] + [decode(x[:, i : i + 1], cache) for i in range(1, x.shape[1])]
+        total += F.cross_entropy(torch.cat(logits), y[0], reduction="sum").item()
+    return total / (len(ids) - 1)
+
+
+@torch.no_grad()
+def main(folder, data):
+    model, _ = checkpoint.load_model(folder)
+    ids = dataset.load(data, "test")[0][: TOKENS + 1]
+    rows = []
+    for config in (PoTConfig(), PoTConfig(terms=2), PoTConfig(act_bits=8)):
+        fake = copy.deepcopy(model)
+        prepare(fake, config)
+        packed = convert(copy.deepcopy(fake))
+        losses = {"fake-quantized": evaluate(fake, ids)["loss"], "windows": evaluate(packed, ids)["loss"]}
+        losses["single tokens"] = by_single_tokens(packed, ids)
+        torch.set_float32_matmul_precision("medium")
+        losses["windows, tiles"] = evaluate(packed, ids)["loss"]
+        torch.set_float32_matmul_precision("highest")
+        for way, loss in losses.items():
+            rows.append({"weights": str(config), "way": way, "loss": loss, "minus": loss - losses["fake-quantized"]})
+            print(f"{config!s:<50} {way:<16} {loss:.6f} {rows[-1]['minus']:+.1e}", flush=True)
+    origin = {"command": " ".join(["python", *sys.argv]), "tokens": len(ids) - 1} | provenance()
+    path = Path(__file__).with_suffix(".json")
+    path.write_text(json.dumps({"rows": rows, **origin}, indent=1))
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
