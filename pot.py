@@ -1197,23 +1197,24 @@ def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: di
         bias = None
         if cls is not PoTEmbedding and module.bias is not None:
             bias = tensors.pop(f"{name}.bias", None)
-            if bias is None or bias.shape != (rows,):
+            if bias is None or bias.shape != (rows,) or not bias.is_floating_point():
                 raise ValueError(
-                    f"{name}.bias: missing, or not of shape ({rows},): the file is incomplete or of another model"
+                    f"{name}.bias: missing, or no floats of shape ({rows},): the file is incomplete or of another model"
                 )
         layer = PackedPoTEmbedding(packed[key]) if cls is PoTEmbedding else PackedPoTLinear(packed[key], bias)
         replaced[module] = layer.train(module.training)
     model = _replace(model, replaced)
 
     # What is left are float tensors: biases were taken above, so LayerNorms and layers that were not quantized.
-    tensors |= {alias: tensors[target] for alias, target in aliases.items() if target in tensors}
+    for alias, target in aliases.items():
+        if target not in tensors:
+            raise ValueError(f"{target}, which {alias} shares, is missing: the file is incomplete or of another model")
+        tensors[alias] = tensors[target]
     done = {id(t) for layer in replaced.values() for t in layer.state_dict(keep_vars=True).values()}
     wanted = {name: t for name, t in model.state_dict(keep_vars=True).items() if id(t) not in done}
     for name in wanted.keys() | tensors.keys():
-        if name not in tensors or name not in wanted or tensors[name].shape != wanted[name].shape:
-            what = (
-                "missing" if name not in tensors else "not in the model" if name not in wanted else "of another shape"
-            )
+        if name not in tensors or name not in wanted or _kind(tensors[name]) != _kind(wanted[name]):
+            what = "missing" if name not in tensors else "not in the model" if name not in wanted else "of another kind"
             raise ValueError(f"{name} is {what}: the file is incomplete or of another model")
     model.load_state_dict(tensors, strict=False, assign=True)
     for alias, target in aliases.items():
@@ -1225,6 +1226,10 @@ def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: di
                 f"{name} is no part of a state_dict, so a meta model cannot get it from a file: build the model without meta"
             )
     return model
+
+
+def _kind(tensor):
+    return tensor.shape, tensor.is_floating_point()
 
 
 def _check_packed(key, codes, scale, rows, columns, config):

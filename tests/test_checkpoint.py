@@ -4,11 +4,11 @@ import huggingface_hub.constants
 import pytest
 import torch
 from conftest import gpt2
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 import checkpoint
 from model import GPT, GPTConfig
-from pot import PoTConfig, convert, prepare
+from pot import PoTConfig, convert, prepare, quantize_
 
 INFO = {
     "tokenizer": {"tokenizer": "char", "chars": "abc"},
@@ -99,8 +99,6 @@ def test_truncated_and_foreign_files(tmp_path):
     (tmp_path / "ckpt.pt").write_bytes(good)
     checkpoint.save_model(folder, gpt(), INFO)
     good = (tmp_path / "model.safetensors").read_bytes()
-    from safetensors.torch import save
-
     for content in (
         good[: len(good) // 2],
         b"",
@@ -111,6 +109,40 @@ def test_truncated_and_foreign_files(tmp_path):
         (tmp_path / "model.safetensors").write_bytes(content)
         with pytest.raises(ValueError, match="model.safetensors is truncated, damaged or not of nanoPoT"):
             checkpoint.load_model(folder)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """Content of a packed model's file, and its logits."""
+    folder, model = tmp_path_factory.mktemp("packed"), quantize_(gpt())
+    checkpoint.save_model(str(folder), model, INFO)
+    return (folder / "model.safetensors").read_bytes(), model(X)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (None, lambda c: c[:-1]),
+        (None, lambda c: c + b"x"),
+        (None, lambda c: c[:100]),
+        (None, lambda c: (2**40).to_bytes(8, "little") + c[8:]),
+        (None, lambda c: c[:-4096]),  # a page, which a mapped file would miss
+        (b'"data_offsets":[0,', b'"data_offsets":[4,'),
+        (b'"shape":[192]', b'"shape":[193]'),
+        (b'c_attn.bias":{"dtype":"F32"', b'c_attn.bias":{"dtype":"I32"'),
+        (b'ln_f.weight":{"dtype":"F32"', b'ln_f.weight":{"dtype":"I32"'),
+        (b'.codes":{"dtype":"U8"', b'.codes":{"dtype":"I8"'),
+        (b'n_layer\\":2', b'n_layer\\":3'),
+        (b'lm_head.packed.codes\\"', b'lm_heat.packed.codes\\"'),
+        (b'lm_head.packed.scale\\"', b'lm_heat.packed.scale\\"'),
+    ],
+)
+def test_damaged_packed_files(tmp_path, packed, old, new):
+    content, _ = packed
+    assert old is None or old in content
+    (tmp_path / "model.safetensors").write_bytes(content.replace(old, new, 1) if old else new(content))
+    with pytest.raises(ValueError, match="model.safetensors is truncated, damaged or not of nanoPoT"):
+        checkpoint.load_model(str(tmp_path))
 
 
 def test_info_that_lacks_something_is_refused(tmp_path):
