@@ -96,6 +96,9 @@ def load_model(folder: str) -> tuple[GPT, dict]:
 
     The finished model if there is one, else the one in training (fake-quantized if it is QAT). GPT-2 if the folder is in
     Hugging Face's format, or is no folder but one of the names in HUB.
+
+    A finished model's tensors are its mapped file, copied where they are written to: as long as they are in use, replace
+    the file, as save_model does, and do not write into it.
     """
     if is_foreign(folder):
         return _load_huggingface(folder if os.path.isdir(folder) else _download(folder), folder)
@@ -108,14 +111,14 @@ def load_model(folder: str) -> tuple[GPT, dict]:
             info = json.loads(f.metadata()["nanopot"])
             _require(info)
             tensors = {name: f.get_tensor(name) for name in f.keys()}
-            return load_packed(_meta_gpt(info), tensors, info["packed"]).eval(), info
+            return load_packed(GPT.meta(GPTConfig(**info["model_args"])), tensors, info["packed"]).eval(), info
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path} is truncated, damaged or not of nanoPoT: {e}") from None
 
 
 def model_of(state: dict, quantized=True) -> GPT:
     """Model of a training state, in eval mode; quantized=False leaves its float weights unquantized."""
-    model = _meta_gpt(state["info"])
+    model = GPT.meta(GPTConfig(**state["info"]["model_args"]))
     weights = state["model"]
     if state["info"]["pot"] and quantized:
         prepare(model, PoTConfig(**state["info"]["pot"]))
@@ -211,12 +214,6 @@ def _require(info):
     for key in ("model_args", "tokenizer", "method", "pot", "origin", "step", "settings"):
         info[key]
     info["settings"]["dataset"], info["settings"]["seed"]
-
-
-def _meta_gpt(info):
-    # On the meta device nothing is allocated or initialized that loading would overwrite.
-    with torch.device("meta"):
-        return GPT(GPTConfig(**info["model_args"]))
 
 
 def exists(folder: str) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 
 @dataclass
@@ -107,6 +108,14 @@ GPT2_CONFIG = {
 }
 
 
+class _NoInit(TorchFunctionMode):
+    """Leaves out what nn.init does. On the meta device it has nothing to fill, and normal_ would import torch's compiler
+    for that: 90 MB and seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return None if getattr(func, "__module__", None) == nn.init.__name__ else func(*args, **(kwargs or {}))
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -128,6 +137,12 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5)
 
     @classmethod
+    def meta(cls, config: GPTConfig) -> "GPT":
+        """The structure alone, on the meta device: nothing is allocated or initialized that loading would overwrite."""
+        with torch.device("meta"), _NoInit():
+            return cls(config)
+
+    @classmethod
     def from_huggingface(cls, config: dict, tensors: dict[str, torch.Tensor]) -> "GPT":
         """GPT-2 from what a Hugging Face folder holds: its config.json and its tensors, which become the Parameters.
 
@@ -142,8 +157,7 @@ class GPT(nn.Module):
             shape["block_size"] = config["n_positions"]
         except KeyError as e:
             raise ValueError(f"its config.json has no {e.args[0]}") from None
-        with torch.device("meta"):
-            model = cls(GPTConfig(**shape))
+        model = cls.meta(GPTConfig(**shape))
         found = {}
         for name, tensor in tensors.items():
             name = name.removeprefix("transformer.")

@@ -1,9 +1,11 @@
+import copy
 import json
+import warnings
 
 import huggingface_hub.constants
 import pytest
 import torch
-from conftest import gpt2
+from conftest import anonymous, gpt2
 from safetensors.torch import load_file, save, save_file
 
 import checkpoint
@@ -143,6 +145,35 @@ def test_damaged_packed_files(tmp_path, packed, old, new):
     (tmp_path / "model.safetensors").write_bytes(content.replace(old, new, 1) if old else new(content))
     with pytest.raises(ValueError, match="model.safetensors is truncated, damaged or not of nanoPoT"):
         checkpoint.load_model(str(tmp_path))
+
+
+def test_loading_copies_no_weights(tmp_path):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=50000, n_layer=1, n_head=2, n_embd=512))
+    size = checkpoint.save_model(str(tmp_path), quantize_(model, PoTConfig(scale="absmax")), INFO)
+    assert size > 15e6
+    load = f"m, _ = checkpoint.load_model({str(tmp_path)!r})"
+    assert anonymous("import checkpoint", load) < 5e6  # nor does it import torch's compiler, 70 MB
+
+
+def test_loaded_weights_can_be_written_to(tmp_path, packed):
+    content, y = packed
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, info = checkpoint.load_model(str(tmp_path))
+    same, half = copy.deepcopy(model), copy.deepcopy(model).half()
+    checkpoint.save_model(str(tmp_path), model, info)  # in place of the file that it was read from
+    assert path.read_bytes() == content and torch.equal(model(X), y)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.zero_()
+    assert not model(X).any() and path.read_bytes() == content
+    assert torch.equal(same(X), y) and (half(X) - y).abs().max() < 0.05 * y.abs().max()
+    again, _ = checkpoint.load_model(str(tmp_path))
+    again.load_state_dict(model.state_dict())
+    assert not again(X).any() and torch.equal(checkpoint.load_model(str(tmp_path))[0](X), y)
 
 
 def test_info_that_lacks_something_is_refused(tmp_path):

@@ -63,8 +63,17 @@ def test_top_k_one_is_greedy():
 def test_tied_head_and_parameter_count():
     model = gpt()
     assert model.lm_head.weight is model.transformer.wte.weight
-    with torch.device("meta"):
-        assert sum(p.numel() for p in GPT(GPTConfig()).parameters()) == 124_439_808
+    assert sum(p.numel() for p in GPT.meta(GPTConfig()).parameters()) == 124_439_808
+
+
+def test_meta_has_the_structure_alone():
+    model, state = gpt(), torch.get_rng_state()
+    meta = GPT.meta(model.config)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert meta.lm_head.weight is meta.transformer.wte.weight
+    ours, theirs = meta.state_dict(), model.state_dict()
+    assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
+    assert all(t.is_meta for t in ours.values())
 
 
 @pytest.mark.parametrize("bad", [dict(n_embd=33), dict(n_layer=0), dict(dropout=1.0)])
