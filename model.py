@@ -200,8 +200,9 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) -> logits (B, T, vocab_size); with targets (B, T) -> (logits, mean loss in nats).
+    def forward(self, idx, targets=None, cache=None, last=False):
+        """idx (B, T) -> logits (B, T, vocab_size), of the last position alone (B, 1, vocab_size) if last; with targets
+        (B, T) -> (logits, mean loss in nats).
 
         With a KVCache, idx continues the tokens that the cache has seen. Raises ValueError beyond block_size.
         """
@@ -213,7 +214,7 @@ class GPT(nn.Module):
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
         for block in self.transformer.h:
             x = block(x, cache)
-        logits = self.lm_head(self.transformer.ln_f(x))
+        logits = self.lm_head(self.transformer.ln_f(x[:, -1:] if last else x))
         if cache is not None:
             cache.length += T
         if targets is None:
@@ -235,7 +236,7 @@ class GPT(nn.Module):
             if decode is not None and cache is not None and cache.length > 0:
                 logits = decode(new, cache)
             else:
-                logits = self(context, cache=cache)[:, -1, :].float()
+                logits = self(context, cache=cache, last=True)[:, -1, :].float()
             if temperature == 0:
                 new = logits.max(-1, keepdim=True).indices
             else:

@@ -60,6 +60,20 @@ def test_top_k_one_is_greedy():
     )
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_logits_of_the_last_position(cached):
+    model, x = gpt(), torch.randint(0, 65, (2, 16))
+    seen, caches = [], [KVCache(16), KVCache(16)] if cached else [None, None]
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))
+    for part in x.split([9, 1, 6], dim=1):
+        every, last = model(part, cache=caches[0]), model(part, cache=caches[1], last=True)
+        assert torch.allclose(last, every[:, -1:], atol=1e-6)
+    assert seen == [9, 1, 1, 1, 6, 1]
+    seen.clear()
+    list(model.generate(x, 3, use_cache=cached))
+    assert seen == [1, 1, 1]
+
+
 def test_tied_head_and_parameter_count():
     model = gpt()
     assert model.lm_head.weight is model.transformer.wte.weight
