@@ -3,6 +3,7 @@ A data set is a folder: train.bin, val.bin and test.bin (token ids, uint16) and 
 data/ write such folders; training and evaluation read them here.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -56,6 +57,9 @@ class BPETokenizer:
                 f"cannot download GPT-2's byte pairs ({type(e).__name__}): connect once, or copy a cache of tiktoken's "
                 "from a machine that has it and set TIKTOKEN_CACHE_DIR to it"
             ) from None
+        # tiktoken's table lies in Rust. The one in Python that it was made from is of no use: 8 MB.
+        self.bpe._mergeable_ranks = None
+        gc.collect()
 
     def encode(self, text: str) -> list[int]:
         return self.bpe.encode(text, allowed_special="all")
