@@ -461,7 +461,7 @@ def _kernel(name="pot"):
     library.pot_linear.argtypes = library.pot_linear_tiles.argtypes = linear
     library.pot_unpack.argtypes = [weight, pointer, i64, i64, pointer, ctypes.c_int]
     library.pot_row_sums.argtypes = [weight, pointer]
-    library.pot_linear.restype = library.pot_unpack.restype = library.pot_row_sums.restype = None
+    library.pot_linear.restype = library.pot_row_sums.restype = None
     library.pot_instruction_sets.restype = ctypes.c_char_p
     if wanted and library.pot_choose(wanted.encode()):
         here = library.pot_instruction_sets().decode().replace(" ", ", ")
@@ -506,9 +506,9 @@ def _processor():
     return platform.processor()
 
 
-def _kernel_linear(weight, x, bias):
+def _kernel_linear(weight, x, bias, bfloat16):
     """x (..., in) float32 times a _PotWeight, plus bias (out) float32 or None -> (..., out) float32. With row_sums x is
-    rounded to 8 bits. Many rows are rounded to bfloat16 if torch.set_float32_matmul_precision("medium") allows it."""
+    rounded to 8 bits; with bfloat16 many rows of it may be rounded to that."""
     library, threads = _kernel(), torch.get_num_threads()
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
@@ -517,7 +517,7 @@ def _kernel_linear(weight, x, bias):
     args = (weight, bias_at, rows.data_ptr(), len(rows), rows.stride(0), y.data_ptr(), weight.rows, threads)
     if len(rows) <= _FEW_ROWS:
         library.pot_linear(*args)
-    elif not (weight.row_sums or torch.get_float32_matmul_precision() == "medium") or library.pot_linear_tiles(*args):
+    elif not (weight.row_sums or bfloat16) or library.pot_linear_tiles(*args):
         rows = fake_quantize_activations(rows) if weight.row_sums else rows
         for i in range(0, weight.rows, step := max(1, _SLICE // weight.columns)):
             w = rows.new_empty(min(step, weight.rows - i), weight.columns)
@@ -546,13 +546,14 @@ def _linear_op(
     table: torch.Tensor,
     top: float,
     bias: torch.Tensor | None,
+    bfloat16: bool,
 ) -> torch.Tensor:
     """The kernel as one operator, for torch.compile and torch.export."""
-    return _kernel_linear(_pot_weight(codes, scale, row_sums, x.shape[-1], table, top), x, bias)
+    return _kernel_linear(_pot_weight(codes, scale, row_sums, x.shape[-1], table, top), x, bias, bfloat16)
 
 
 @_linear_op.register_fake
-def _(x, codes, scale, row_sums, table, top, bias):
+def _(x, codes, scale, row_sums, table, top, bias, bfloat16):
     return x.new_empty(*x.shape[:-1], len(codes))
 
 
@@ -593,20 +594,26 @@ def _interleave(codes, shape):
     return torch.cat([blocks, codes[:, whole:]], dim=1)
 
 
+@functools.cache
+def _levels_of_bytes(config):
+    """(256, 8 / bits) float32: where a byte holds whole codes, one look-up decodes all of them."""
+    table, bits = config.table().tolist(), config.bits
+    return torch.tensor([[table[byte >> k & (2**bits - 1)] for k in range(0, 8, bits)] for byte in range(256)])
+
+
 class PackedWeight(_Scaled):
     """Codes and scale of one weight: all that is left of it. Layers that shared the weight share this object."""
 
     def __init__(self, codes, scale, in_features, dtype, config: PoTConfig):
         super().__init__()
         self.in_features, self.config = in_features, config
+        self.bfloat16 = False  # see allow_bfloat16
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
         self.register_buffer("_like", codes.new_empty(0, dtype=dtype), persistent=False)  # .half() changes its dtype
         self._fast = config.bits == 4 and _kernel() is not None
-        if 8 % config.bits == 0:  # whole codes in a byte: one look-up decodes all of them
-            byte = torch.arange(256, dtype=torch.uint8, device=codes.device).view(256, 1)
-            pairs = config.table().to(codes.device)[unpack_codes(byte, config.bits, 8 // config.bits).int()]
-            self.register_buffer("_bytes", pairs, persistent=False)
+        if 8 % config.bits == 0:
+            self.register_buffer("_bytes", _levels_of_bytes(config).to(codes.device), persistent=False)
         # What integer sums of activations with a zero point take off.
         sums = scale.new_empty(len(codes), dtype=torch.float32) if self._fast and config.act_bits else None
         self.register_buffer("_row_sums", sums, persistent=False)
@@ -635,10 +642,8 @@ class PackedWeight(_Scaled):
 
     def forward(self, index=None):
         """The weight (out, in) in its own dtype, or of its rows `index` (int tensor) alone (*index.shape, in)."""
-        if index is None and self._fast and self.codes.device.type == "cpu" and not torch.compiler.is_compiling():
-            out = torch.empty(len(self.codes), self.in_features)
-            _kernel().pot_unpack(self._weight(), None, 0, len(out), out.data_ptr(), torch.get_num_threads())
-            return out.to(self._like.dtype)
+        if self._fast and self.codes.device.type == "cpu" and not torch.compiler.is_compiling():
+            return self._unpack(index).to(self._like.dtype)
         codes, scale = self.codes, self.scale
         if index is not None:
             codes, scale = codes[index.flatten()], scale if len(scale) == 1 else scale[index.flatten()]
@@ -648,6 +653,17 @@ class PackedWeight(_Scaled):
             torch.mul(self._levels(codes[start : start + len(o)]).reshape(o.shape), unit, out=o)
             start += len(o)
         return out if index is None else out.view(*index.shape, self.in_features)
+
+    def _unpack(self, index):
+        library, threads, rows = _kernel(), torch.get_num_threads(), len(self.codes)
+        if index is None:
+            out = torch.empty(rows, self.in_features)
+            library.pot_unpack(self._weight(), None, 0, rows, out.data_ptr(), threads)
+            return out
+        at, out = index.long().contiguous(), torch.empty(*index.shape, self.in_features)
+        if library.pot_unpack(self._weight(), at.data_ptr(), 0, at.numel(), out.data_ptr(), threads):
+            raise IndexError(f"an index is out of range: there are {rows} rows")
+        return out
 
     def _levels(self, codes):
         bits, n = self.config.bits, self.in_features
@@ -667,8 +683,9 @@ class PackedWeight(_Scaled):
         bias = None if bias is None else bias.float()
         if torch.compiler.is_compiling():
             config, table = self.config, self._bytes[:16, 0]
-            return torch.ops.nanopot.linear(x, self.codes, self.scale, self._row_sums, table, config.top, bias)
-        return _kernel_linear(self._weight(), x, bias)
+            tensors = self.codes, self.scale, self._row_sums, table
+            return torch.ops.nanopot.linear(x, *tensors, config.top, bias, self.bfloat16)
+        return _kernel_linear(self._weight(), x, bias, self.bfloat16)
 
     def _weight(self):
         # Made anew when the tensors are others: moved, loaded, copied.
@@ -720,6 +737,14 @@ class PackedPoTEmbedding(nn.Module):
 
     def forward(self, index):
         return self.packed(index)
+
+
+def allow_bfloat16(model: nn.Module):
+    """Lets a packed model's products of more than 16 rows round their inputs, not the weights, to bfloat16 where the
+    processor has AMX tiles for that. It reads a prompt several times as fast; what it does to the loss, the README says."""
+    for module in model.modules():
+        if isinstance(module, PackedWeight):
+            module.bfloat16 = True
 
 
 # -----------------------------------------------------------------------------
@@ -1246,7 +1271,8 @@ def _check_packed(key, codes, scale, rows, columns, config):
             raise ValueError(
                 f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shapes[part]} {dtypes[0]}: the file is damaged"
             )
-    if not (torch.isfinite(scale) & (scale > 0)).all():
+    low, high = scale.aminmax()  # NaN if there is one
+    if not (low > 0 and high < torch.inf):
         raise ValueError(
             f"{key.removesuffix('codes')}scale holds a value that is no positive number: the file is damaged"
         )

@@ -17,6 +17,7 @@ import dataset
 from configurator import run
 from decode import decoder_of
 from eval import pick_device
+from pot import allow_bfloat16
 
 
 @dataclass
@@ -46,6 +47,7 @@ def main(s: Settings):
     ids = torch.tensor([tokenizer.encode(prompt)], device=device)
     model.to(device)
     decode = decoder_of(model)
+    allow_bfloat16(model)  # for the prompt, if it is packed
     generator = torch.Generator(device).manual_seed(s.seed)
     for _ in range(s.num_samples):
         print(prompt, end="", flush=True)

@@ -743,13 +743,14 @@ AMX void product_of_tiles(Tiles& tiles, int64_t i, int64_t r, const uint8_t* b, 
     }
 }
 
-// Rows from ... to of the weight. So many are decoded at a time that they stay in the second cache.
+// Rows from ... to of the weight. If x does not stay in the second cache, so many are decoded at a time that they do.
 AMX void rows_by_tiles(Tiles& tiles, int64_t from, int64_t to) {
     const PotWeight& w = *tiles.job->w;
     struct alignas(64) { uint8_t palette = 1, start = 0, none[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; } config;
     for (int t = 0; t < 8; t++) config.bytes[t] = 64, config.rows[t] = 16;
     _tile_loadconfig(&config);
-    const int64_t bytes = tiles.steps * 1024, panels = std::max<int64_t>(2, (768 << 10) / bytes / 2 * 2);
+    const int64_t bytes = tiles.steps * 1024, room = tiles.a.size() < 1 << 19 ? 0 : 768 << 10;
+    const int64_t panels = std::max<int64_t>(2, room / bytes / 2 * 2);
     std::vector<uint8_t> b(panels * bytes);
     std::vector<float> unit(panels * w.groups * 16);
     for (int64_t r = from; r < to; r += 16 * panels) {
@@ -935,14 +936,18 @@ int pot_linear_tiles(const PotWeight* w, const float* bias, const float* x, int6
     return 0;
 }
 
-// out (n, columns) = rows index[0 ... n - 1] of the weight in float32, or from ... from + n - 1 if index is null.
-void pot_unpack(const PotWeight* w, const int64_t* index, int64_t from, int64_t n, float* out, int threads) {
+// out (n, columns) = rows index[0 ... n - 1] of the weight in float32, or from ... from + n - 1 if index is null. Returns
+// -1, having done nothing, if an index is out of range.
+int pot_unpack(const PotWeight* w, const int64_t* index, int64_t from, int64_t n, float* out, int threads) {
+    for (int64_t i = 0; index && i < n; i++)
+        if (index[i] < 0 || index[i] >= w->rows) return -1;
     team().run(threads, [&](int part, int parts) {
         const Share rows(n, 4, part, parts);
         std::vector<float> unit(w->groups);
         for (int64_t i = rows.from; i < rows.to; i++)
             decode(*w, index ? index[i] : from + i, unit.data(), out + i * w->columns);
     });
+    return 0;
 }
 
 // out (rows) = sum over each row of unit * level, summed in integers within a group.

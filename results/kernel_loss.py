@@ -20,7 +20,7 @@ from configurator import provenance
 from decode import decoder_of
 from eval import evaluate
 from model import KVCache
-from pot import PoTConfig, convert, prepare
+from pot import PoTConfig, allow_bfloat16, convert, prepare
 
 TOKENS = 20_000  # of the test split; for the decode step, which takes one at a time, too
 
@@ -46,9 +46,8 @@ def main(folder, data):
         packed = convert(copy.deepcopy(fake))
         losses = {"fake-quantized": evaluate(fake, ids)["loss"], "windows": evaluate(packed, ids)["loss"]}
         losses["single tokens"] = by_single_tokens(packed, ids)
-        torch.set_float32_matmul_precision("medium")
+        allow_bfloat16(packed)
         losses["windows, tiles"] = evaluate(packed, ids)["loss"]
-        torch.set_float32_matmul_precision("highest")
         for way, loss in losses.items():
             rows.append({"weights": str(config), "way": way, "loss": loss, "minus": loss - losses["fake-quantized"]})
             print(f"{config!s:<50} {way:<16} {loss:.6f} {rows[-1]['minus']:+.1e}", flush=True)

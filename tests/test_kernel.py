@@ -19,7 +19,16 @@ import torch.nn.functional as F
 import pot
 from decode import decoder_of
 from model import GPT, GPTConfig, KVCache
-from pot import PackedWeight, PoTConfig, compute_scale, convert, fake_quantize_activations, prepare, quantize_
+from pot import (
+    PackedWeight,
+    PoTConfig,
+    allow_bfloat16,
+    compute_scale,
+    convert,
+    fake_quantize_activations,
+    prepare,
+    quantize_,
+)
 
 ROOT = Path(__file__).parent.parent
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -100,24 +109,17 @@ def check_product(weight, expected, x, bias, seen):
     assert ((found - exact).abs() <= 2**-20 * bound).all()
 
 
-@pytest.fixture
-def medium():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 @needs_compiler
 @pytest.mark.skipif("amx" not in instruction_sets(), reason="no AMX")
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("out, columns", [(5, 128), (33, 384), (64, 768), (3, 1000), (9, 77), (100, 1600)])
-def test_products_of_many_rows_by_tiles(kernel, medium, config, out, columns):
+def test_products_of_many_rows_by_tiles(kernel, config, out, columns):
     """Weights enter them as they are, activations in bfloat16 or 8 bits."""
     assert kernel("amx")
     weight = packed(out, columns, config)
     if config.granularity == "group" and config.group_size % 64:
         pytest.skip("tiles need groups of a multiple of 64")
+    allow_bfloat16(weight)
     expected = weight()
     for n in (17, 32, 33, 100):
         x, bias = torch.randn(n, columns + 3)[:, :columns], torch.randn(out) if n % 2 else None
@@ -352,7 +354,7 @@ def test_compile_and_export_see_one_operator(kernel):
 
 
 def op_inputs(weight, x):
-    return x, weight.codes, weight.scale, None, weight.config.table(), weight.config.top, None
+    return x, weight.codes, weight.scale, None, weight.config.table(), weight.config.top, None, False
 
 
 def random_gpt(config, shape):
