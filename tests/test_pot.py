@@ -531,6 +531,13 @@ def test_load_packed_refuses_what_does_not_fit():
         load(tensors | {f"{key}.packed.codes": tensors[f"{key}.packed.codes"].float()})
     with pytest.raises(ValueError, match="no positive number"):
         load(tensors | {f"{key}.packed.scale": tensors[f"{key}.packed.scale"] * torch.nan})
+    for name in (f"{key}.bias", "transformer.ln_f.weight"):
+        with pytest.raises(ValueError, match="no floats|of another kind"):
+            load(tensors | {name: tensors[name].int()})
+    for alias in metadata["aliases"]:
+        others = {a: t for a, t in metadata["aliases"].items() if a != alias}
+        with pytest.raises(ValueError, match="is missing"):
+            load(m=metadata | {"aliases": others | {"unknown." + alias: metadata["aliases"][alias]}})
     with pytest.raises(ValueError, match="stranger is not in the model"):
         load(tensors | {"stranger": torch.zeros(1)})
     with pytest.raises(ValueError, match="of shape"):
