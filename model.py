@@ -67,8 +67,9 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(self.layer, k, v)
             if past > 0 and T > 1:  # the i-th new token sees the past and the new ones up to itself
                 mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        first = k.shape[2] == T  # nothing cached before: plain causal attention; a single later token sees everything
-        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=first)
+        # Nothing cached before: plain causal attention. A single token sees everything. bool, as T may be a symbol.
+        causal = bool(T > 1 and mask is None)
+        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=causal)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 

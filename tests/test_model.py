@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 
 from model import GPT, GPTConfig, KVCache
@@ -51,6 +52,18 @@ def test_cached_tokens_equal_uncached(prompt, how):
         generator = torch.Generator().manual_seed(1)
         runs.append(torch.cat(list(model.generate(x, 25, generator=generator, use_cache=use_cache, **how)), 1))
     assert torch.equal(*runs) and runs[0].shape == (2, 25)
+
+
+def test_compiled_whole_and_once_for_all_lengths():
+    model, x = gpt(), torch.randint(0, 65, (1, 16))
+    counter = torch._dynamo.testing.CompileCounter()  # runs what dynamo traced: needs no compiler
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for n in (4, 7, 9):
+            cache = KVCache(16)
+            parts = [compiled(part, cache=cache) for part in x.split([n] + [1] * (16 - n), dim=1)]
+            assert torch.allclose(torch.cat(parts, dim=1), model(x), atol=1e-5)
+    assert counter.frame_count == 3  # a prompt, a token, a prompt of another length
 
 
 def test_top_k_one_is_greedy():
