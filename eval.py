@@ -189,8 +189,7 @@ def measure(s, model, info, folder, device):
         tokenizer = dataset.tokenizer_of(info["tokenizer"])
         result |= continuations(s, model, ids, tokenizer, device)
     size = checkpoint.file_size(folder, model.to("cpu"), info)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in GPT(model.config).parameters())
+    parameters = sum(p.numel() for p in GPT.meta(model.config).parameters())
     return {
         "ckpt": folder or "(not kept)",
         "method": info["method"],

@@ -475,7 +475,7 @@ def _build(source):
     if compiler is None:
         raise OSError("there is no C++ compiler")
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    flags = ["-O3", native, "-std=c++17", "-shared", "-fPIC", "-pthread"]
+    flags = ["-O3", native, "-std=c++17", "-shared", "-fPIC", "-pthread", "-ldl"]
     key = hashlib.sha256()
     for path in [source, os.path.join(os.path.dirname(source), "pot.cpp")]:
         with open(path, "rb") as f:
@@ -515,9 +515,11 @@ def _kernel_linear(weight, x, bias, bfloat16):
     y = rows.new_empty(len(rows), weight.rows)
     bias_at = None if bias is None else bias.data_ptr()
     args = (weight, bias_at, rows.data_ptr(), len(rows), rows.stride(0), y.data_ptr(), weight.rows, threads)
-    if len(rows) <= _FEW_ROWS:
+    if len(rows) > _TILE and (weight.row_sums or bfloat16) and library.pot_linear_tiles(*args) == 0:
+        pass
+    elif len(rows) <= _FEW_ROWS:
         library.pot_linear(*args)
-    elif not (weight.row_sums or bfloat16) or library.pot_linear_tiles(*args):
+    else:
         rows = fake_quantize_activations(rows) if weight.row_sums else rows
         for i in range(0, weight.rows, step := max(1, _SLICE // weight.columns)):
             w = rows.new_empty(min(step, weight.rows - i), weight.columns)
@@ -526,7 +528,8 @@ def _kernel_linear(weight, x, bias, bfloat16):
     return y.view(*x.shape[:-1], weight.rows)
 
 
-_FEW_ROWS = 16  # with more, unpacking a weight once and one large product is quicker
+_TILE = 16  # rows of a tile: what is no more than one gains little
+_FEW_ROWS = 64  # with more, unpacking a weight once and one large product is quicker
 _SLICE = 2**22  # weights unpacked at a time: 16 MiB of float32, which all but the largest layers fit in
 
 

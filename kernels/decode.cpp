@@ -7,8 +7,6 @@
 #define POT_SPINS 5000  // there is little between two tokens that wants the processor
 #include "pot.cpp"
 
-#include <memory>
-
 extern "C" {
 
 struct GptNorm {

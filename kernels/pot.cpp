@@ -20,6 +20,8 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <dlfcn.h>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -592,21 +594,29 @@ bool has_amx() {
     return here;
 }
 
+// Room for tiles, whose rows are to lie in one cache line each.
+struct Aligned {
+    std::unique_ptr<uint8_t[]> raw;
+    uint8_t* data;
+
+    explicit Aligned(int64_t bytes) : raw(new uint8_t[bytes + 63]) {
+        data = raw.get() + (-reinterpret_cast<uintptr_t>(raw.get()) & 63);
+    }
+};
+
 struct Tiles {
     const Job* job;
     bool in8;
-    int64_t steps;                           // tiles in a row of x, or of the weight
-    std::vector<uint8_t> a;                  // rows of x in tiles: [n / 16][steps][16][64]
-    std::vector<float> scale, zero;          // of x in 8 bits
+    int64_t steps;                   // tiles in a row of x, or of the weight
+    int64_t n;                       // rows of x, in whole pairs of tiles
+    Aligned a;                       // x: [n / 16][steps][16][64]
+    std::vector<float> scale, zero;  // of x in 8 bits
 
-    explicit Tiles(const Job& j) : job(&j), in8(j.w->row_sums), steps((j.w->columns + 63) / 64 * (in8 ? 1 : 2)) {
-        const int64_t n = (j.n + 31) / 32 * 32;
-        a.resize(n * steps * 64);
-        scale.resize(n);
-        zero.resize(n);
-    }
+    explicit Tiles(const Job& j)
+        : job(&j), in8(j.w->row_sums), steps((j.w->columns + 63) / 64 * (in8 ? 1 : 2)), n((j.n + 31) / 32 * 32),
+          a(n * steps * 64), scale(n), zero(n) {}
 
-    uint8_t* row(int64_t i, int64_t step) { return &a[((i / 16 * steps + step) * 16 + i % 16) * 64]; }
+    uint8_t* row(int64_t i, int64_t step) { return &a.data[((i / 16 * steps + step) * 16 + i % 16) * 64]; }
 };
 
 AMX void tiles_of_x(Tiles* tiles, int64_t from, int64_t to) {
@@ -614,7 +624,10 @@ AMX void tiles_of_x(Tiles* tiles, int64_t from, int64_t to) {
     std::vector<float> x(padded);
     std::vector<uint8_t> q(padded);
     for (int64_t i = from; i < to; i++) {
-        std::memcpy(x.data(), tiles->job->x + i * tiles->job->x_stride, 4 * columns);
+        if (i < tiles->job->n)
+            std::memcpy(x.data(), tiles->job->x + i * tiles->job->x_stride, 4 * columns);
+        else
+            std::fill(x.begin(), x.end(), 0.0f);
         if (tiles->in8) {
             int32_t zero = 0;
             if (!quantize(x.data(), columns, q.data(), &tiles->scale[i], &zero)) tiles->scale[i] = NAN;
@@ -749,17 +762,17 @@ AMX void rows_by_tiles(Tiles& tiles, int64_t from, int64_t to) {
     struct alignas(64) { uint8_t palette = 1, start = 0, none[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; } config;
     for (int t = 0; t < 8; t++) config.bytes[t] = 64, config.rows[t] = 16;
     _tile_loadconfig(&config);
-    const int64_t bytes = tiles.steps * 1024, room = tiles.a.size() < 1 << 19 ? 0 : 768 << 10;
+    const int64_t bytes = tiles.steps * 1024, room = tiles.n * tiles.steps * 64 < 1 << 19 ? 0 : 768 << 10;
     const int64_t panels = std::max<int64_t>(2, room / bytes / 2 * 2);
-    std::vector<uint8_t> b(panels * bytes);
+    const Aligned b(panels * bytes);
     std::vector<float> unit(panels * w.groups * 16);
     for (int64_t r = from; r < to; r += 16 * panels) {
         const int64_t here = (std::min(panels * 16, to - r) + 31) / 32 * 2;
         for (int64_t p = 0; p < here; p++)
-            tiles_of_weight(tiles, std::min(r + 16 * p, w.rows - 1), &b[p * bytes], &unit[p * w.groups * 16]);
+            tiles_of_weight(tiles, std::min(r + 16 * p, w.rows - 1), b.data + p * bytes, &unit[p * w.groups * 16]);
         for (int64_t i = 0; i < tiles.job->n; i += 32)
             for (int64_t p = 0; p < here; p += 2)
-                product_of_tiles(tiles, i, r + 16 * p, &b[p * bytes], &unit[p * w.groups * 16]);
+                product_of_tiles(tiles, i, r + 16 * p, b.data + p * bytes, &unit[p * w.groups * 16]);
     }
     _tile_release();
 }
@@ -815,8 +828,8 @@ void rows_of_product(const Job& job, int64_t from, int64_t to) {
 }
 
 // -----------------------------------------------------------------------------
-// Threads: workers spin for some 20 us after each job, as waking a sleeper takes longer than a product; then they sleep, so
-// that they take no processor from torch's own threads.
+// Threads: torch's own, where GNU's OpenMP is in this process, as two pools take the processors from each other. Else
+// workers that spin for some 20 us after each job, as waking a sleeper takes longer than a product, and then sleep.
 
 #ifndef POT_SPINS
 #define POT_SPINS 500
@@ -830,14 +843,39 @@ void relax() {
 #endif
 }
 
+// What GCC makes of `#pragma omp parallel`, found in the process rather than linked, which would bring a second pool.
+struct OpenMP {
+    void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags) = nullptr;
+    int (*part)() = nullptr;
+    int (*parts)() = nullptr;
+
+    static const OpenMP& get() {
+        static const OpenMP one = [] {
+            OpenMP o;
+            o.part = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+            o.parts = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
+            if (o.part && o.parts)
+                o.parallel = reinterpret_cast<decltype(o.parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+            return o;
+        }();
+        return one;
+    }
+};
+
 class Team {
   public:
     // Calls work(part, parts) once for each part, this thread's included. One job at a time: a second caller gets
     // parts = 1 and does its work alone.
     template <class Work>
     void run(int parts, const Work& work) {
+        if (parts <= 1 || getpid() != process_) return work(0, 1);  // a forked process has none of the workers
+        if (OpenMP::get().parallel) {
+            OpenMP::get().parallel([](void* w) { (*static_cast<const Work*>(w))(OpenMP::get().part(), OpenMP::get().parts()); },
+                                   const_cast<Work*>(&work), unsigned(parts), 0);
+            return;
+        }
         std::unique_lock<std::mutex> only(busy_, std::try_to_lock);
-        if (parts <= 1 || !only || getpid() != process_) return work(0, 1);  // a forked process has none of the workers
+        if (!only) return work(0, 1);
         while (int(workers_.size()) < parts - 1)
             workers_.emplace_back(&Team::serve, this, int(workers_.size()) + 1, epoch_.load());
         work_ = [](const void* w, int part, int all) { (*static_cast<const Work*>(w))(part, all); };
@@ -925,7 +963,7 @@ int pot_linear_tiles(const PotWeight* w, const float* bias, const float* x, int6
     const Job job{w, bias, x, n, x_stride, nullptr, y, y_stride};
     Tiles tiles(job);
     team().run(threads, [&](int part, int parts) {
-        const Share rows(n, 1, part, parts);
+        const Share rows(tiles.n, 1, part, parts);
         tiles_of_x(&tiles, rows.from, rows.to);
     });
     team().run(threads, [&](int part, int parts) {
@@ -972,6 +1010,19 @@ void pot_row_sums(const PotWeight* w, float* out) {
 // q (columns) of a row x, with its scale and zero point; 0, or -1 if there are none as x holds NaN or infinities.
 int pot_quantize(const float* x, int64_t columns, uint8_t* q, float* scale, int32_t* zero) {
     return quantize(x, columns, q, scale, zero) ? 0 : -1;
+}
+
+// Reads a buffer, as quickly as can be, and returns what nobody needs: for bench.py, to know the memory's bandwidth.
+uint64_t pot_read(const uint64_t* buffer, int64_t n, int threads) {
+    std::atomic<uint64_t> all{0};
+    team().run(threads, [&](int part, int parts) {
+        const Share mine(n, 64, part, parts);
+        uint64_t sum[64] = {};
+        for (int64_t i = mine.from; i + 64 <= mine.to; i += 64)
+            for (int k = 0; k < 64; k++) sum[k] ^= buffer[i + k];
+        for (uint64_t one : sum) all ^= one;
+    });
+    return all;
 }
 
 // Names of the instruction sets that this machine has, the best first, with spaces between.

@@ -22,7 +22,7 @@ FEWER = {
     "train.py": "--max_iters=4 --eval_interval=2 --eval_tokens=500 --batch_size=2 --gradient_accumulation_steps=1",
     "eval.py": "--tokens=500",
     "sample.py": "--max_new_tokens=20",
-    "bench.py": "--n_layer=1 --n_head=1 --n_embd=64 --vocab_size=99 --rounds=2 --steps=1",
+    "bench.py": "--ckpt=gpt2 --compile=False --rounds=2 --new_tokens=4 --prompt_tokens=20 --steps=1 --block_size=16",
 }
 # Other tests run these; minutes of training; an encoder from the hub.
 NOT_HERE = re.compile(

@@ -417,9 +417,54 @@ def test_gpt2_by_its_configs(house, sh):
     for folder in ("gpt2", "out-gpt2-ptq4"):
         done = sh(f"sample.py --ckpt={folder} --prompt=Hello --max_new_tokens=5 --top_k=256")
         assert done.stdout.startswith("Hello")
-    sh("bench.py --ckpt=gpt2 --rounds=2 --steps=1 --block_size=16 --batch_size=2")
     model, info = checkpoint.load_model(str(house / "out-gpt2-pot4"))
     assert model.config.block_size == 96 and info["origin"] == "gpt2"  # trained on windows of 64, the context stays
+
+
+def test_bench_of_speed(house, sh, monkeypatch):
+    def compile(self, **kwargs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    settings = torch.get_float32_matmul_precision(), torch.backends.quantized.engine
+    done = sh("bench.py --ckpt=gpt2 --rounds=2 --new_tokens=4 --prompt_tokens=20 --vocab_multiple=64 --json=speed.json")
+    assert settings == (torch.get_float32_matmul_precision(), torch.backends.quantized.engine)
+    found = json.loads((house / "speed.json").read_text())
+    assert found["vocab_size"] == 50304 and found["threads"] == 2 and found["read_gb_s"] > 0 and found["machine"]
+    assert found["left_out"] == {f"{f}, compiled": "RuntimeError: no compiler" for f in ("float32", "bfloat16")}
+    rows = {r["name"]: r for r in found["rows"]}
+    assert list(rows) == ["float32", "float32-best", "bfloat16", "int8", "int4", "pot4", "pot4-int8"]
+    exact = 4 * (50304 * 64 + 2 * (12 * 64**2 + 13 * 64) + 2 * 64)  # position table left out
+    for name, row in rows.items():
+        assert name in done.stdout and set(row["ways"]) == {"decode", "prompt"}
+        assert row["bytes_per_token"] < row["file_bytes"] and row["peak_bytes"] > 0
+        for kind in ("decode", "prompt"):
+            lower, upper = row[f"{kind}_tok_s_quartiles"]
+            assert 0 < lower <= row[f"{kind}_tok_s"] <= upper
+            # Of two rounds, the median ratio is the mean of both.
+            ways = {(w["format"], w["way"]): w[kind] for w in found["ways"]}
+            rates = ways["float32" if name.startswith("float") else name, row["ways"][kind]]
+            assert sum(r / b for r, b in zip(rates, ways["float32", "eager"])) / 2 == pytest.approx(
+                row[f"{kind}_ratio"]
+            )
+    assert rows["float32"]["bytes_per_token"] == rows["float32-best"]["bytes_per_token"] == exact
+    assert rows["bfloat16"]["bytes_per_token"] == exact / 2
+    assert exact / 8 < rows["pot4"]["bytes_per_token"] < exact / 7 > rows["int4"]["bytes_per_token"]
+    assert rows["float32"]["decode_ratio"] == rows["float32-best"]["decode_ratio_best"] == 1
+
+
+def test_bench_does_not_time_what_is_wrong(sh, monkeypatch):
+    import bench
+
+    monkeypatch.setitem(bench.TOLERANCE, "bfloat16", 1e-9)
+    done = sh("bench.py --ckpt=gpt2 --compile=False --new_tokens=4 --prompt_tokens=20", ok=False)
+    assert "bfloat16 eager: its logits are off by" in done.stderr
+
+
+def test_bench_of_qat(house, sh):
+    sh("bench.py --what=qat --ckpt=gpt2 --rounds=2 --steps=1 --block_size=16 --batch_size=2")
+    found = json.loads((house / "results" / "bench_qat.json").read_text())
+    assert [r["name"] for r in found["rows"]] == ["float32", "PoT 4 bits, groups of 64"] and found["tokens"] == 32
 
 
 def test_letters_of_several_tokens_are_streamed_whole(house, monkeypatch, capsys):
@@ -535,7 +580,11 @@ def test_text_is_streamed(house, float_run):
         ("train.py --dataset=tiny --beta2=1 --out_dir=x", "beta2=1.0 must be below 1"),
         ("train.py --dataset=tiny --dropout=1.5 --out_dir=x", "dropout=1.5 must be at least 0 and below 1"),
         ("train.py --dataset=tiny --init_from={float} --dropout=1.5 --out_dir=x", "dropout=1.5 must be at least 0 and below 1"),
-        ("bench.py --ckpt=gpt2 --block_size=97", "block_size=97 is more than the context of gpt2: 96"),
+        ("bench.py --what=qat --ckpt=gpt2 --block_size=97", "block_size=97 is more than the context of gpt2: 96"),
+        ("bench.py --ckpt=gpt2 --prompt_tokens=97", "prompt_tokens=97 is more than the context of 96"),
+        ("bench.py --ckpt={qat}", "is quantized (QAT): pass the float checkpoint"),
+        ("bench.py --model=gpt3", "choose speed or qat, and one of gpt2, gpt2-medium"),
+        ("bench.py --rounds=1", "rounds=1 has no spread"),
     ],
 )  # fmt: skip
 def test_errors(house, float_run, qat_run, monkeypatch, capsys, command, message):
