@@ -707,6 +707,9 @@ AMX void product_of_tiles(Tiles& tiles, int64_t i, int64_t r, const uint8_t* b, 
     const int64_t per = tiles.in8 ? 64 : 32, steps = tiles.steps, size = w.columns / w.groups;
     const uint8_t *a[2] = {tiles.row(i, 0), tiles.row(i + 16, 0)}, *b1 = b + steps * 1024;
     alignas(64) float sum[32][32] = {}, part[2][2][16][16];
+    const int64_t rows = std::min<int64_t>(32, w.rows - r), last = std::min<int64_t>(32, job.n - i);
+    for (int64_t m = 0; m < last; m++)  // every row of y lies in another page: to wait for them would take half the time
+        for (int64_t c = 0; c < rows; c += 16) __builtin_prefetch(job.y + (i + m) * job.y_stride + r + c, 1);
     for (int64_t s = 0, end, g; s < steps; s = end) {
         g = std::min(s * per / size, w.groups - 1);
         end = std::min(steps, w.groups > 1 ? (g + 1) * size / per : s + 16);  // 1,024 columns of integers are exact in float
@@ -745,13 +748,17 @@ AMX void product_of_tiles(Tiles& tiles, int64_t i, int64_t r, const uint8_t* b, 
             }
         }
     }
-    const int64_t rows = std::min<int64_t>(32, w.rows - r);
-    for (int64_t m = 0; m < std::min<int64_t>(32, job.n - i); m++) {
-        float* y = job.y + (i + m) * job.y_stride + r;
-        for (int64_t c = 0; c < rows; c++) {
-            float f = sum[m][c];
-            if (tiles.in8) f = tiles.scale[i + m] * (f - tiles.zero[i + m] * w.row_sums[r + c]);
-            y[c] = job.bias ? f + job.bias[r + c] : f;
+    for (int right = 0; right < 2 && 16 * right < rows; right++) {
+        const int64_t c = r + 16 * right;
+        const __mmask16 here = __mmask16((1u << std::min<int64_t>(16, rows - 16 * right)) - 1);
+        const __m512 bias = job.bias ? _mm512_maskz_loadu_ps(here, job.bias + c) : _mm512_setzero_ps();
+        const __m512 row_sums = tiles.in8 ? _mm512_maskz_loadu_ps(here, w.row_sums + c) : _mm512_setzero_ps();
+        for (int64_t m = 0; m < last; m++) {
+            __m512 v = _mm512_load_ps(&sum[m][16 * right]);
+            if (tiles.in8)
+                v = _mm512_mul_ps(_mm512_set1_ps(tiles.scale[i + m]),
+                                  _mm512_fnmadd_ps(_mm512_set1_ps(tiles.zero[i + m]), row_sums, v));
+            _mm512_mask_storeu_ps(job.y + (i + m) * job.y_stride + c, here, _mm512_add_ps(v, bias));
         }
     }
 }
