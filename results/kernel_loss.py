@@ -51,9 +51,8 @@ def main(folder, data):
         for way, loss in losses.items():
             rows.append({"weights": str(config), "way": way, "loss": loss, "minus": loss - losses["fake-quantized"]})
             print(f"{config!s:<50} {way:<16} {loss:.6f} {rows[-1]['minus']:+.1e}", flush=True)
-    origin = {"command": " ".join(["python", *sys.argv]), "tokens": len(ids) - 1} | provenance()
     path = Path(__file__).with_suffix(".json")
-    path.write_text(json.dumps({"rows": rows, **origin}, indent=1))
+    path.write_text(json.dumps({"rows": rows, "tokens": len(ids) - 1, **provenance()}, indent=1))
     print(f"written to {path}")
 
 

@@ -33,9 +33,10 @@ def main(folder, new_tokens=128):
 
     file = os.path.getsize(os.path.join(folder, "model.safetensors"))
     print(f"{above / 1e6:.1f} MB above the {before / 1e6:.1f} MB of torch; the file has {file / 1e6:.1f} MB")
-    origin = {"command": " ".join(["python", *sys.argv])} | provenance()
     path = Path(__file__).parent / f"memory_{new_tokens}.json"
-    path.write_text(json.dumps({"torch_bytes": before, "above_bytes": above, "file_bytes": file, **origin}, indent=1))
+    path.write_text(
+        json.dumps({"torch_bytes": before, "above_bytes": above, "file_bytes": file, **provenance()}, indent=1)
+    )
     print(f"written to {path}")
 
 
