@@ -616,7 +616,7 @@ class PackedWeight(_Scaled):
         self.register_buffer("_like", codes.new_empty(0, dtype=dtype), persistent=False)  # .half() changes its dtype
         self._fast = config.bits == 4 and _kernel() is not None
         if 8 % config.bits == 0:
-            self.register_buffer("_bytes", _levels_of_bytes(config).to(codes.device), persistent=False)
+            self.register_buffer("_bytes", _levels_of_bytes(config).to(codes.device, copy=True), persistent=False)
         # What integer sums of activations with a zero point take off.
         sums = scale.new_empty(len(codes), dtype=torch.float32) if self._fast and config.act_bits else None
         self.register_buffer("_row_sums", sums, persistent=False)
