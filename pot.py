@@ -1147,13 +1147,6 @@ def _compensated(w, scale, config, moment):
     return result[order.argsort()].t().to(w.dtype)
 
 
-def _damped(diagonal):
-    return diagonal + _DAMPING * diagonal.mean()
-
-
-_DAMPING = 0.01  # of the mean square: what this text hardly uses another may use, and every Hessian has an inverse
-
-
 # -----------------------------------------------------------------------------
 # State: what a file of a packed model holds
 

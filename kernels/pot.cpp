@@ -949,7 +949,7 @@ struct Share {
 extern "C" {
 
 // y (n, rows) = x (n, columns) times the weight transposed, plus bias (rows) if it is not null. Rows of x and y lie
-// x_stride and y_stride floats apart. With row_sums x is rounded to 8 bits first. Meant for some 16 rows at most.
+// x_stride and y_stride floats apart. With row_sums x is rounded to 8 bits first. Meant for some 64 rows at most.
 void pot_linear(const PotWeight* w, const float* bias, const float* x, int64_t n, int64_t x_stride, float* y,
                 int64_t y_stride, int threads) {
     std::vector<Row8> x8(w->row_sums ? n : 0);
