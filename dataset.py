@@ -119,6 +119,25 @@ def read_documents(paths: str):
                     yield text
 
 
+def stream_documents(hub, splits=("train",), revision=None):
+    """Yields the documents of a data set on the Hugging Face hub that has a column text."""
+    import datasets
+
+    try:
+        for split in splits:
+            for row in datasets.load_dataset(hub, revision=revision, split=split, streaming=True):
+                yield row["text"]
+    except Exception as e:  # of datasets, the hub, requests or httpx, by version and by what is wrong with the network
+        raise ValueError(
+            f"cannot stream {hub} from the Hugging Face hub ({type(e).__name__}): check the network, or get the text "
+            "another way and pass it with --input FILE.jsonl"
+        ) from None
+
+
+# Its main branch was a loading script, which datasets 4 no longer runs; the hub keeps a conversion.
+OPENWEBTEXT = {"hub": "Skylion007/openwebtext", "revision": "refs/convert/parquet"}
+
+
 def write(folder, meta, pieces):
     """Writes a data set whole or not at all, and prints what it holds. pieces: (split, token ids), in any order."""
     names = [f"{split}.bin" for split in SPLITS] + ["meta.json"]

@@ -79,6 +79,7 @@ class Settings:
     wandb_run_name: str | None = None  # wandb run; None: out_dir
     # machine
     device: str = "auto"  # "auto": cuda, mps or cpu; or one of them
+    dtype: str = "auto"  # of products while training: bfloat16, float16, float32; "auto": on CUDA the first that it has, else float32
     compile: bool = True  # torch.compile, on CUDA only
 
 
@@ -93,6 +94,8 @@ def main(s: Settings):
         raise ValueError(
             "calibrate_tokens goes with pot_ settings, which quantize: pass --pot_bits=4, say, or leave it out"
         )
+    if s.dtype not in ("auto", "bfloat16", "float16", "float32"):
+        raise ValueError(f"unknown dtype {s.dtype!r}: choose auto, bfloat16, float16 or float32")
     origin = provenance()  # now: the code may be another when a long run ends
     rank, world, device = start_processes(s.device)
     cuda = device.startswith("cuda")
@@ -112,11 +115,12 @@ def main(s: Settings):
                 f"data/{s.dataset}/{split}.bin holds {len(ids)} tokens, a context of {block_size} needs more: lower block_size"
             )
     optimizer = make_optimizer(model, s, device)
-    autocast, scaler = nullcontext(), torch.amp.GradScaler(enabled=False)
-    if cuda:
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        autocast = torch.autocast("cuda", dtype)
-        scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    dtype = s.dtype
+    if dtype == "auto":
+        dtype = "float32" if not cuda else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    kind_of_device = torch.device(device).type
+    autocast = nullcontext() if dtype == "float32" else torch.autocast(kind_of_device, getattr(torch, dtype))
+    scaler = torch.amp.GradScaler(kind_of_device, enabled=dtype == "float16")
     step = info["step"]
     if state is not None:
         hyper = [{k: group[k] for k in ("weight_decay", "betas")} for group in optimizer.param_groups]

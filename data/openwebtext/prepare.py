@@ -19,8 +19,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(here)))
 import dataset  # noqa: E402
 from configurator import check_minimum, run  # noqa: E402
 
-HUB = "Skylion007/openwebtext"
-
 
 @dataclass
 class Settings:
@@ -31,23 +29,8 @@ class Settings:
 
 def main(s: Settings):
     check_minimum(s, documents=1)
-    documents = dataset.read_documents(s.input) if s.input else islice(stream(), None if s.all else s.documents)
-    dataset.write_documents(here, documents)
-
-
-def stream():
-    import datasets
-
-    try:
-        # Its main branch was a loading script, which datasets 4 no longer runs; the hub keeps a conversion.
-        rows = datasets.load_dataset(HUB, revision="refs/convert/parquet", split="train", streaming=True)
-        for row in rows:
-            yield row["text"]
-    except Exception as e:  # of datasets, the hub, requests or httpx, by version and by what is wrong with the network
-        raise ValueError(
-            f"cannot stream {HUB} from the Hugging Face hub ({type(e).__name__}): check the network, or get the text "
-            "another way and pass it with --input FILE.jsonl"
-        ) from None
+    streamed = islice(dataset.stream_documents(**dataset.OPENWEBTEXT), None if s.all else s.documents)
+    dataset.write_documents(here, dataset.read_documents(s.input) if s.input else streamed)
 
 
 if __name__ == "__main__":
