@@ -7,6 +7,7 @@ GPT-2's decode step in one call, by kernels/decode.cpp: for packed models on a p
 """
 
 import ctypes
+import threading
 
 import torch
 
@@ -50,18 +51,24 @@ def decoder_of(model: GPT) -> "Decoder | None":
     tensors = [*model.parameters(), *(p.codes for p in packed)]
     if layers or not all(p._fast and p._like.dtype == torch.float32 for p in packed):
         return None
-    if not all(t.device.type == "cpu" and (t.dtype in (torch.float32, torch.uint8)) for t in tensors):
+    if not all(
+        t.device.type == "cpu" and t.dtype in (torch.float32, torch.uint8) and t.is_contiguous() for t in tensors
+    ):
         return None
-    library = pot._kernel("decode")
-    return Decoder(model, library) if library else None
+    library = pot._kernel()
+    return Decoder(model, library) if hasattr(library, "gpt_decode") else None
 
 
 class Decoder:
     """decode(token, cache): logits (1, vocab_size) of what follows token (1, 1), which continues the cache, as
-    model(token, cache=cache) computes them up to the order of summation. For a batch of one."""
+    model(token, cache=cache) computes them up to the order of summation. For a batch of one.
+
+    It holds the tensors that the model has now: make another one after moving, casting or assigning weights. Raises
+    ValueError for a token, or a cache, that does not fit. Threads may call it at once; they take turns."""
 
     def __init__(self, model: GPT, library: ctypes.CDLL):
-        self.model, self.cache = model, None
+        self.model, self.lock = model, threading.Lock()
+        self.kept = [t.detach() for t in (*model.parameters(), *model.buffers())]  # pointers into these are kept below
         self.step = library.gpt_decode
         self.step.argtypes = [ctypes.POINTER(_Gpt), ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int]
         self.step.restype = None
@@ -87,14 +94,25 @@ class Decoder:
                 f"token {token} at position {cache.length} does not fit a vocabulary of {config.vocab_size}, a cache of "
                 f"{cache.capacity} and a context of {config.block_size}"
             )
-        if cache is not self.cache:
-            self.cache, self.gpt.capacity = cache, cache.capacity
-            for i, layer in enumerate(self.layers):
-                layer.keys, layer.values = (t.data_ptr() for t in cache.layers[i])
+        shape = (1, config.n_head, cache.capacity, config.n_embd // config.n_head)
+        layers = [cache.layers.get(i) for i in range(config.n_layer)]
+        if not all(kept and all(map(_is_plain, kept)) and kept[0].shape == kept[1].shape == shape for kept in layers):
+            raise ValueError(
+                f"the cache does not hold float32 keys and values of shape {shape} for {config.n_layer} layers on the CPU: "
+                "let the model itself read the first tokens, a batch of one"
+            )
         logits = torch.empty(1, self.gpt.lm_head.weight.rows)
-        self.step(self.gpt, token, cache.length, logits.data_ptr(), torch.get_num_threads())
+        with self.lock:
+            self.gpt.capacity = cache.capacity
+            for layer, kept in zip(self.layers, layers):
+                layer.keys, layer.values = (t.data_ptr() for t in kept)
+            self.step(self.gpt, token, cache.length, logits.data_ptr(), torch.get_num_threads())
         cache.length += 1
         return logits
+
+
+def _is_plain(tensor):
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def _norm(norm):

@@ -341,7 +341,8 @@ class _Scaled(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if prefix + "scale" in state_dict:
-            self.scale = self.scale.to(state_dict[prefix + "scale"].dtype)
+            dtype = state_dict[prefix + "scale"].dtype
+            self.scale = self.scale.to(dtype if dtype == torch.float16 else torch.float32)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -436,23 +437,32 @@ class _PotWeight(ctypes.Structure):
 
 
 @functools.cache
-def _kernel(name="pot"):
-    """The library of kernels/pot.cpp, or of another file there that includes it. Or None: then PyTorch unpacks weights,
-    and one warning has said why.
+def _kernel():
+    """The library of kernels/pot.cpp, or of decode.cpp, which includes it, if that lies there: one team of threads does
+    for both. Or None: then PyTorch unpacks weights, and one warning has said why.
 
     NANOPOT_KERNEL=off does without it; the name of an instruction set (amx, avx512, avx2, neon, portable) forces it.
     """
     wanted = os.environ.get("NANOPOT_KERNEL", "")
     if wanted == "off":
         return None
-    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels", name + ".cpp")
+    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels")
+    source = os.path.join(folder, "decode.cpp")
+    source = source if os.path.exists(source) else os.path.join(folder, "pot.cpp")
     try:
-        library = ctypes.CDLL(_build(source))
+        path = _build(source)
+        try:
+            library = ctypes.CDLL(path)
+        except OSError:  # damaged: a full disk, say
+            os.remove(path)
+            library = ctypes.CDLL(_build(source))
     except (OSError, subprocess.CalledProcessError) as e:
-        why = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
+        lines = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
+        why = next((line for line in lines if "error" in line), lines[0] if lines else e)
         warnings.warn(
-            f"packed weights are unpacked by PyTorch, which is slow, as {source} cannot be built ({why[0] if why else e}): put "
-            "the folder kernels/ beside pot.py and install g++ or clang++, or silence this by NANOPOT_KERNEL=off",
+            f"packed weights are unpacked by PyTorch, which is slow, as {source} cannot be built ({why}): put the folder "
+            "kernels/ beside pot.py, install g++ or clang++, and let XDG_CACHE_HOME name a folder that can be written, or "
+            "silence this by NANOPOT_KERNEL=off",
             stacklevel=2,
         )
         return None
@@ -477,7 +487,7 @@ def _build(source):
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     flags = ["-O3", native, "-std=c++17", "-shared", "-fPIC", "-pthread", "-ldl"]
     key = hashlib.sha256()
-    for path in [source, os.path.join(os.path.dirname(source), "pot.cpp")]:
+    for path in dict.fromkeys([source, os.path.join(os.path.dirname(source), "pot.cpp")]):
         with open(path, "rb") as f:
             key.update(f.read())
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
@@ -540,7 +550,7 @@ def _pot_weight(codes, scale, row_sums, columns, table, top):
     )  # fmt: skip
 
 
-@torch.library.custom_op("nanopot::linear", mutates_args=())
+@torch.library.custom_op("nanopot::linear", mutates_args=(), device_types="cpu")
 def _linear_op(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -611,24 +621,34 @@ class PackedWeight(_Scaled):
         super().__init__()
         self.in_features, self.config = in_features, config
         self.bfloat16 = False  # see allow_bfloat16
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
+        self.register_buffer("codes", codes.contiguous())
+        self.register_buffer("scale", scale.contiguous())
         self.register_buffer("_like", codes.new_empty(0, dtype=dtype), persistent=False)  # .half() changes its dtype
-        self._fast = config.bits == 4 and _kernel() is not None
         if 8 % config.bits == 0:
             self.register_buffer("_bytes", _levels_of_bytes(config).to(codes.device, copy=True), persistent=False)
-        # What integer sums of activations with a zero point take off.
-        sums = scale.new_empty(len(codes), dtype=torch.float32) if self._fast and config.act_bits else None
-        self.register_buffer("_row_sums", sums, persistent=False)
-        self._sum_rows()
+        self._prepare_kernel()
 
-    def _sum_rows(self):
-        if self._row_sums is not None and self.codes.device.type == "cpu":
-            _kernel().pot_row_sums(self._weight(), self._row_sums.data_ptr())
+    def _prepare_kernel(self):
+        self._fast, sums = self.config.bits == 4 and _kernel() is not None, None
+        if self._fast and self.config.act_bits:  # what integer sums of activations with a zero point take off
+            sums = torch.zeros(len(self.codes), device=self.codes.device)
+        self.register_buffer("_row_sums", None, persistent=False)
+        if sums is not None and sums.device.type == "cpu":
+            _kernel().pot_row_sums(self._weight(), sums.data_ptr())
+        self._row_sums = sums
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._prepare_kernel()
+        return self
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
-        self._sum_rows()
+        self._prepare_kernel()
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._prepare_kernel()  # that of this machine
 
     @classmethod
     @torch.no_grad()
@@ -645,7 +665,9 @@ class PackedWeight(_Scaled):
 
     def forward(self, index=None):
         """The weight (out, in) in its own dtype, or of its rows `index` (int tensor) alone (*index.shape, in)."""
-        if self._fast and self.codes.device.type == "cpu" and not torch.compiler.is_compiling():
+        if index is not None and index.device != self.codes.device:
+            raise RuntimeError(f"the index is on {index.device}, the table on {self.codes.device}: move one of them")
+        if self._fast and self.codes.device.type == "cpu" and not _is_traced():
             return self._unpack(index).to(self._like.dtype)
         codes, scale = self.codes, self.scale
         if index is not None:
@@ -663,6 +685,8 @@ class PackedWeight(_Scaled):
             out = torch.empty(rows, self.in_features)
             library.pot_unpack(self._weight(), None, 0, rows, out.data_ptr(), threads)
             return out
+        if index.is_floating_point():
+            raise TypeError(f"an index of {index.dtype}: rows are looked up by integers")
         at, out = index.long().contiguous(), torch.empty(*index.shape, self.in_features)
         if library.pot_unpack(self._weight(), at.data_ptr(), 0, at.numel(), out.data_ptr(), threads):
             raise IndexError(f"an index is out of range: there are {rows} rows")
@@ -680,10 +704,11 @@ class PackedWeight(_Scaled):
         kernel does it, which adds up in another order."""
         if (
             not self._fast or x.dtype != torch.float32 or x.device.type != "cpu" or self.codes.device.type != "cpu"
-            or x.shape[-1] != self.in_features or torch.is_grad_enabled() and x.requires_grad
+            or x.shape[-1] != self.in_features or torch.jit.is_tracing()
+            or torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad)
         ):  # fmt: skip
             return F.linear(fake_quantize_activations(x) if self.config.act_bits else x, self(), bias)
-        bias = None if bias is None else bias.float()
+        bias = None if bias is None else bias.float().contiguous()
         if torch.compiler.is_compiling():
             config, table = self.config, self._bytes[:16, 0]
             tensors = self.codes, self.scale, self._row_sums, table
@@ -709,6 +734,10 @@ class PackedWeight(_Scaled):
 
     def extra_repr(self):
         return f"({len(self.codes)}, {self.in_features}), {self.config}"
+
+
+def _is_traced():
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class PackedPoTLinear(nn.Module):
@@ -1215,6 +1244,9 @@ def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: di
             codes, scale = tensors.pop(key, None), tensors.pop(key.removesuffix("codes") + "scale", None)
             _check_packed(key, codes, scale, rows, columns, config)
             packed[key] = PackedWeight(codes, scale, columns, dtype, config)
+        p = packed[key]
+        if ((len(p.codes), p.in_features), p.config, p._like.dtype) != ((rows, columns), config, dtype):
+            raise ValueError(f"{name} shares {key}, which is of another shape or config: the file is damaged")
         bias = None
         if cls is not PoTEmbedding and module.bias is not None:
             bias = tensors.pop(f"{name}.bias", None)
@@ -1254,6 +1286,10 @@ def _kind(tensor):
 
 
 def _check_packed(key, codes, scale, rows, columns, config):
+    if config.granularity == "group" and columns % config.group_size:
+        raise ValueError(
+            f"{key}: groups of {config.group_size} do not divide the {columns} input features: the file is damaged"
+        )
     width = {"tensor": 1, "channel": 1, "group": columns // config.group_size}[config.granularity]
     shapes = {
         "codes": (rows, -(-columns * config.bits // 8)),

@@ -5,7 +5,8 @@
 // 32 bits, little-endian: nibble j of word i is column 16 j + i. So a vector of 16 words, shifted right by 4 j, indexes a
 // table of 16 levels and yields 16 neighbouring weights: a shift, a look-up and a multiply-add for 16 weights, whatever
 // the levels are. What is left of a row stays in order, two columns a byte. A weight's value is level * (scale / top) in
-// float32, as everywhere in pot.py; levels are whole numbers up to 127.
+// float32, as everywhere in pot.py; levels are whole numbers, up to 64 where
+// activations have 8 bits.
 //
 // Activations are float32, or 8 bits: q = round(x / scale) + zero, a scale and a zero point per row of x. Then
 //     y = scale * (sum over groups of unit * (sum of q * level) - zero * (sum of unit * level)),
@@ -768,6 +769,7 @@ AMX void rows_by_tiles(Tiles& tiles, int64_t from, int64_t to) {
     const PotWeight& w = *tiles.job->w;
     struct alignas(64) { uint8_t palette = 1, start = 0, none[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; } config;
     for (int t = 0; t < 8; t++) config.bytes[t] = 64, config.rows[t] = 16;
+    asm volatile("" ::: "memory");  // compilers know of some of the bytes alone that tiles are loaded from
     _tile_loadconfig(&config);
     const int64_t bytes = tiles.steps * 1024, room = tiles.n * tiles.steps * 64 < 1 << 19 ? 0 : 768 << 10;
     const int64_t panels = std::max<int64_t>(2, room / bytes / 2 * 2);
@@ -777,6 +779,7 @@ AMX void rows_by_tiles(Tiles& tiles, int64_t from, int64_t to) {
         const int64_t here = (std::min(panels * 16, to - r) + 31) / 32 * 2;
         for (int64_t p = 0; p < here; p++)
             tiles_of_weight(tiles, std::min(r + 16 * p, w.rows - 1), b.data + p * bytes, &unit[p * w.groups * 16]);
+        asm volatile("" ::: "memory");
         for (int64_t i = 0; i < tiles.job->n; i += 32)
             for (int64_t p = 0; p < here; p += 2)
                 product_of_tiles(tiles, i, r + 16 * p, b.data + p * bytes, &unit[p * w.groups * 16]);
@@ -869,13 +872,15 @@ struct OpenMP {
     }
 };
 
+const pid_t loaded_in = getpid();
+
 class Team {
   public:
-    // Calls work(part, parts) once for each part, this thread's included. One job at a time: a second caller gets
-    // parts = 1 and does its work alone.
+    // Calls work(part, parts) once for each part, this thread's included. Our own threads do one job at a time: a second
+    // caller gets parts = 1 and does its work alone. OpenMP has threads for every caller.
     template <class Work>
     void run(int parts, const Work& work) {
-        if (parts <= 1 || getpid() != process_) return work(0, 1);  // a forked process has none of the workers
+        if (parts <= 1 || getpid() != loaded_in) return work(0, 1);  // a forked process has none of the workers
         if (OpenMP::get().parallel) {
             OpenMP::get().parallel([](void* w) { (*static_cast<const Work*>(w))(OpenMP::get().part(), OpenMP::get().parts()); },
                                    const_cast<Work*>(&work), unsigned(parts), 0);
@@ -921,7 +926,6 @@ class Team {
     void (*work_)(const void*, int, int) = nullptr;
     const void* context_ = nullptr;
     int parts_ = 0;
-    const pid_t process_ = getpid();
 };
 
 // Never destroyed: its threads may still wait when the process ends.

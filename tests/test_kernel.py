@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def kernel(monkeypatch):
 def instruction_sets():
     if COMPILER is None:
         return []
-    library = ctypes.CDLL(pot._build(str(ROOT / "kernels" / "pot.cpp")))
+    library = ctypes.CDLL(pot._build(str(ROOT / "kernels" / "decode.cpp")))
     library.pot_instruction_sets.restype = ctypes.c_char_p
     return library.pot_instruction_sets().decode().split()
 
@@ -296,6 +297,106 @@ def test_moved_loaded_and_copied_weights(kernel):
 
 
 @needs_compiler
+def test_scales_of_other_dtypes(kernel):
+    """A whole state_dict cast, as some do to save memory."""
+    assert kernel()
+    layer, x = quantize_(nn.Linear(128, 16)).requires_grad_(False), torch.randn(2, 128)
+    for dtype in (torch.bfloat16, torch.float64):
+        other = quantize_(nn.Linear(128, 16)).requires_grad_(False)
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in layer.state_dict().items()}
+        other.load_state_dict(state)
+        assert torch.allclose(other(x), F.linear(x, other.weight, other.bias), atol=1e-4)
+        assert torch.allclose(other(x), layer(x), atol=0.1)
+
+
+@needs_compiler
+def test_8_bit_activations_after_loading_moving_and_pickling(kernel):
+    assert kernel()
+    config = PoTConfig(act_bits=8)
+    layer, other = (quantize_(nn.Linear(128, 16), config).requires_grad_(False) for _ in range(2))
+    x = torch.randn(2, 128) + 1  # so that zero points are not 0
+    expected = F.linear(fake_quantize_activations(x).double(), layer.weight.double(), layer.bias.double())
+    other.load_state_dict(layer.state_dict())
+    copied = pickle.loads(pickle.dumps(layer))
+    layer.packed._row_sums.fill_(torch.nan)  # as of a weight that was packed elsewhere
+    layer.to("cpu")
+    kernel("off")
+    assert torch.allclose(pickle.loads(pickle.dumps(other))(x).double(), expected, atol=1e-4)
+    without = pickle.dumps(quantize_(copy.deepcopy(other)))
+    assert kernel()
+    for found in (other, copied, layer, pickle.loads(without)):
+        assert found.packed._fast and torch.allclose(found(x).double(), expected, atol=1e-4)
+
+
+@needs_compiler
+def test_a_trainable_bias_and_odd_strides(kernel):
+    assert kernel()
+    layer = quantize_(nn.Linear(128, 64))
+    layer.bias.requires_grad_()
+    layer(torch.randn(3, 128)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((64,), 3.0))
+    layer.requires_grad_(False)
+    x = torch.randn(1, 128)
+    for bias in (torch.randn(64, 5)[:, 0], torch.randn(1).expand(64)):
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+        assert torch.allclose(layer(x), F.linear(x, layer.weight, bias), atol=1e-5)
+    p = layer.packed
+    strided = PackedWeight(p.codes.t().contiguous().t(), p.scale.t().contiguous().t(), 128, torch.float32, p.config)
+    assert torch.equal(strided(), p())
+
+
+@needs_compiler
+def test_products_in_slices(kernel, monkeypatch):
+    assert kernel()
+    monkeypatch.setattr(pot, "_SLICE", 1000)
+    weight, x, bias = packed(33, 384, PoTConfig()), torch.randn(70, 384), torch.randn(33)
+    check_product(weight, weight(), x, bias, x)
+
+
+@needs_compiler
+def test_rows_that_are_not_there(kernel):
+    table = quantize_(nn.Embedding(10, 64))
+    expected = table(torch.tensor([3, 9]))
+    assert kernel()
+    table = copy.deepcopy(table)
+    assert torch.equal(table(torch.tensor([3, 9], dtype=torch.int32)), expected)
+    for bad in (-1, 10):
+        with pytest.raises(IndexError):
+            table(torch.tensor([0, bad]))
+    with pytest.raises(TypeError, match="integers"):
+        table(torch.tensor([2.7]))
+    with pytest.raises(RuntimeError, match="the index is on meta"):
+        table(torch.tensor([2], device="meta"))
+
+
+@needs_compiler
+def test_tracing_sees_what_happens(kernel):
+    assert kernel()
+    layer = quantize_(nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 8))).requires_grad_(False)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        traced, x = torch.jit.trace(layer, torch.randn(2, 128)), torch.randn(2, 128)
+    assert torch.allclose(traced(x), layer(x), atol=1e-5)
+
+
+@needs_compiler
+def test_a_library_for_each_processor_and_after_damage(kernel, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert kernel()
+    (path,) = (tmp_path / "nanopot").iterdir()
+    path.write_bytes(b"")  # a full disk
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import pot; assert pot._kernel()"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert not done.returncode, done.stderr
+    monkeypatch.setattr(pot, "_processor", lambda: "another")
+    assert pot._build(str(ROOT / "kernels" / "decode.cpp")) != str(path)
+
+
+@needs_compiler
 def test_two_threads_at_once_and_any_number_of_threads(kernel):
     assert kernel()
     weight, x = packed(515, 768, PoTConfig()), torch.randn(3, 768)
@@ -329,9 +430,14 @@ def test_a_forked_process_does_its_work_alone():
         "import os, sys, torch, pot\n"
         "torch.set_num_threads(2)\n"
         "layer = pot.quantize_(torch.nn.Linear(256, 64)).requires_grad_(False)\n"
-        "x = torch.randn(1, 256); y = layer(x)\n"
+        "x = torch.randn(1, 256)\n"
+        "torch.randn(3000, 3000).exp_()\n"  # threads are there, and the kernel has not run yet
         "pid = os.fork()\n"
-        "if pid == 0: os._exit(0 if torch.equal(layer(x), y) else 3)\n"
+        "if pid == 0: os._exit(0 if layer(x).isfinite().all() else 3)\n"
+        "y = layer(x)\n"
+        "again = os.fork()\n"
+        "if again == 0: os._exit(0 if torch.equal(layer(x), y) else 4)\n"
+        "os.waitpid(again, 0)[1] and sys.exit(5)\n"
         "sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
     )
     env = os.environ | {"NANOPOT_KERNEL": ""}
@@ -350,6 +456,11 @@ def test_compile_and_export_see_one_operator(kernel):
         assert torch.equal(exported.module()(x), expected)
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
         assert torch.equal(compiled(x), expected)
+        rounded = quantize_(nn.Linear(128, 64), PoTConfig(act_bits=8)).requires_grad_(False)
+        allow_bfloat16(layer)
+        for module in (rounded, layer):  # 20 rows: tiles, where there are some
+            many = torch.randn(20, 128)
+            assert torch.equal(torch.compile(module, backend="aot_eager", fullgraph=True)(many), module(many))
     torch.library.opcheck(torch.ops.nanopot.linear, op_inputs(layer[0].packed, x))
 
 
@@ -390,12 +501,67 @@ def test_decode_step(kernel, name, config, shape):
     assert torch.stack(errors).quantile(0.5 if config.act_bits else 1.0) < (1e-2 if config.act_bits else 1e-5)
     with pytest.raises(ValueError, match="context of 40"):
         decode(ids[:, :1], other)
+    batch = KVCache(40)
+    model(ids[:, :3].expand(2, 3), cache=batch)
+    halves = KVCache(40)
+    halves.length, halves.layers = 3, {i: [k.bfloat16() for k in kept] for i, kept in one.layers.items()}
+    for wrong in (KVCache(40), batch, halves):
+        with pytest.raises(ValueError, match="let the model itself read"):
+            decode(ids[:, :1], wrong)
     with pytest.raises(ValueError, match="vocabulary"):
         decode(torch.tensor([[shape.vocab_size]]), KVCache(3))
     if not config.act_bits:
         for prompt in (ids[:, :1], ids[:, :30]):  # the second slides beyond the context
             a, b = (torch.cat(list(model.generate(prompt, 15, temperature=0, decode=d))) for d in (None, decode))
             assert torch.equal(a, b)
+
+
+@needs_compiler
+def test_decoding_of_large_scores(kernel):
+    """Attention whose exponentials overflow, but for the largest score taken off first."""
+    assert kernel()
+    shape = GPTConfig(40, 101, 2, 2, 64)
+    torch.manual_seed(0)
+    model = GPT(shape)
+    for block in model.transformer.h:
+        block.attn.c_attn.weight.data *= 60
+    model = quantize_(model.eval().requires_grad_(False))
+    one, other, ids = KVCache(40), KVCache(40), torch.randint(101, (1, 30))
+    for cache in (one, other):
+        model(ids[:, :10], cache=cache)
+    decode = decoder_of(model)
+    for i in range(10, 30):
+        expected, found = model(ids[:, i : i + 1], cache=one)[:, -1], decode(ids[:, i : i + 1], other)
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@needs_compiler
+def test_threads_share_a_decoder_and_weights_may_go(kernel):
+    assert kernel()
+    model = random_gpt(PoTConfig(), GPTConfig(64, 101, 2, 4, 128))
+    decode = decoder_of(model)
+    prompts = [torch.randint(101, (1, 5)) for _ in range(3)]
+    expected = [torch.cat(list(model.generate(p, 50, temperature=0))) for p in prompts]
+    wrong = []
+
+    def work(i):
+        for _ in range(5):
+            if not torch.equal(
+                torch.cat(list(model.generate(prompts[i], 50, temperature=0, decode=decode))), expected[i]
+            ):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for t in workers:
+        t.start()
+    for t in workers:
+        t.join(120)
+    assert not wrong and not any(t.is_alive() for t in workers)
+    cache = KVCache(64)
+    model(prompts[0], cache=cache)
+    before = model(prompts[0][:, :1], cache=copy.deepcopy(cache))[:, -1]
+    model.bfloat16()  # the decoder keeps what it was made of
+    assert torch.allclose(decode(prompts[0][:, :1], cache), before, rtol=1e-4, atol=1e-4)
 
 
 @needs_compiler

@@ -550,6 +550,13 @@ def test_load_packed_refuses_what_does_not_fit():
     ):
         with pytest.raises(ValueError):
             load(m=broken)
+    wider = {f"{key[:-6]}c_proj.packed.{part}": f"{key}.packed.{part}" for part in ("codes", "scale")}
+    shared = {n: t for n, t in tensors.items() if n not in wider}
+    with pytest.raises(ValueError, match="c_proj shares .*c_attn.packed.codes, which is of another shape"):
+        load(shared, metadata | {"aliases": metadata["aliases"] | wider})
+    for size in (48, 1000):  # more and fewer than the input features, and no divisor
+        with pytest.raises(ValueError, match=f"groups of {size} do not divide the 64 input features"):
+            load(m=metadata | {"configs": [metadata["configs"][0] | {"group_size": size}]})
     with pytest.raises(ValueError, match="unknown layout"):
         load(m=metadata | {"configs": [metadata["configs"][0] | {"layout": "else"}]})
     with pytest.raises(ValueError, match="call convert first"):
