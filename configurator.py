@@ -118,7 +118,8 @@ def _parse(key, text, known):
 
 def _type_name(known):
     kind, optional, _ = known
-    name = {bool: "True or False", int: "an integer", float: "a number", str: "text"}.get(kind, "None; set its parts")
+    names = {bool: "True or False", int: "an integer", float: "a number", str: "text", list: "a list, by a config file"}
+    name = names.get(kind, "None; set its parts")
     return name + (" or None" if optional and kind is not type(None) else "")
 
 

@@ -1,0 +1,105 @@
+"""sweep.py as a user runs it, its rows against eval.py and train.py."""
+
+import json
+import math
+import statistics
+
+import pytest
+
+CONFIG = """
+init_from = "out-float"
+finetune = "finetune.py"
+max_iters = 6
+out_dir = "out-sweep"
+results = "kept/sweep"
+calibrate_tokens = 512
+methods = "rtn,gptq,qat"
+seeds = "1,2,3"
+left_out = "Rows of 32 bits."
+weights = [
+    {"bits": 4, "group_size": 32, "papers": {"qat": "1.5"}},
+    {"bits": 3, "grid": "uniform", "granularity": "channel", "seeds": "1"},
+]
+"""
+
+
+@pytest.fixture(scope="module")
+def swept(house, sh, float_run):
+    (house / "finetune.py").write_text('dataset = "tiny"\nbatch_size = 4\nlearning_rate = 1e-3\neval_interval = 4\n')
+    (house / "sweep_tiny.py").write_text(CONFIG)
+    done = sh("sweep.py sweep_tiny.py")
+    return done, json.loads((house / "kept" / "sweep.json").read_text())
+
+
+def rows(house):
+    return [json.loads(line) for line in (house / "out-sweep" / "rows.jsonl").read_text().splitlines()]
+
+
+def test_rows_are_those_of_eval_and_train(house, sh, swept):
+    found = {r["name"]: r for r in swept[1]["rows"]}
+    assert len(found) == 6 + 3 * (3 + 1) and all(
+        r["provenance"]["commit"] is None or r["seconds"] > 0 for r in rows(house)
+    )
+    one = "--ckpt=out-float --split=test --seed=2 --pot_bits=4 --pot_group_size=32"
+    for kind, more in (("rtn", ""), ("gptq", "--calibrate_tokens=512")):
+        sh(f"eval.py {one} {more} --json=one.json")
+        theirs = json.loads((house / "one.json").read_text())["rows"][-1]
+        row = found[f"pot-4-bits-groups-of-32-{kind}-s2"]
+        assert {k: row[k] for k in ("loss", "kl", "bytes", "method")} == {
+            k: theirs[k] for k in ("loss", "kl", "bytes", "method")
+        }
+    for name, pot in (("qat", "--pot_bits=4 --pot_group_size=32"), ("control", "")):
+        out = f"out-alone-{name}"
+        sh(f"train.py finetune.py --init_from=out-float --max_iters=6 --seed=2 --out_dir={out} {pot}")
+        sh(f"eval.py --ckpt={out} --json=one.json")
+        theirs = json.loads((house / "one.json").read_text())["rows"][0]
+        row = found["pot-4-bits-groups-of-32-qat6-s2" if name == "qat" else "float-control6-s2"]
+        assert (row["loss"], row["bytes"], row["steps"]) == (theirs["loss"], theirs["bytes"], 6)
+        assert not (house / row["ckpt"] / "ckpt.pt").exists()
+
+
+def test_the_table_pairs_seeds(house, swept):
+    done, result = swept
+    found = {(r["kind"], r["weights"], r["seed"]): r["loss"] for r in result["rows"]}
+    table = {(t["kind"], t["weights"]): t for t in result["table"]}
+    for kind, other in (("rtn", "float"), ("qat", "control")):
+        above = [found[kind, "PoT 4 bits, groups of 32", s] - found[other, "float32", s] for s in (1, 2, 3)]
+        t = table[kind, "PoT 4 bits, groups of 32"]
+        assert t["above"] == pytest.approx(statistics.mean(above), abs=1e-12)
+        # 97.5 % quantile of Student's t with two degrees of freedom: p = 1/2 + t / (2 sqrt(2 + t^2)), solved for t
+        quantile = math.sqrt(2 * 0.95**2 / (1 - 0.95**2))
+        assert t["interval"] == pytest.approx(quantile * statistics.stdev(above) / math.sqrt(3), rel=1e-3)
+    assert table["rtn", "uniform 3 bits, per channel"]["interval"] is None
+    text = (house / "kept" / "sweep.md").read_text()
+    assert text in done.stdout and text.endswith("\nRows of 32 bits.\n")
+    (line,) = [line for line in text.splitlines() if line.startswith("| PoT 4 bits, groups of 32 | qat | 6 |")]
+    assert line.endswith("| 1.5 |")
+    assert (house / "kept" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_that_was_cut_goes_on(house, sh, swept):
+    path = house / "out-sweep" / "rows.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]) + lines[-1][:40])  # killed while it wrote a row
+    done = sh("sweep.py sweep_tiny.py")
+    assert done.stdout.count("\n---") + done.stdout.startswith("---") == 1
+    assert [r["loss"] for r in rows(house)] == [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("--methods=rtn,magic", "there is no magic, choose among rtn, gptq, qat"),
+        ("--seeds=one", "seeds=one: expected integers"),
+        ("--init_from=nowhere", "nowhere"),
+        ("--weights=4", "expected a list, by a config file or None"),
+    ],
+)
+def test_bad_settings(sh, swept, change, message):
+    assert message in sh(f"sweep.py sweep_tiny.py {change}", ok=False).stderr
+
+
+def test_bad_weights(house, sh, float_run):
+    for weights, message in (('[{"bit": 4}]', "'bit'"), ('[{"bits": 9}]', "bits=9"), ("[]", "nothing to do")):
+        (house / "bad.py").write_text(f'init_from = "out-float"\nweights = {weights}\n')
+        assert message in sh("sweep.py bad.py", ok=False).stderr
