@@ -918,13 +918,16 @@ def calibrate(model: nn.Module, batches, progress=None) -> dict[str, tuple[float
     progress(done, total), if given, is called after each set of layers.
 
     First the weights of embeddings and those that several layers share (a tied head): weighted least squares gives
-    them new scales. Then linear layers in the order of execution, on the inputs that they see once the layers before
-    them are quantized. Afterwards `weight` holds the compensated values, not yet rounded, and the layer's own rounding
-    gives the codes: convert the model, or train on. A layer that the batches do not reach, or that would lose, stays as
-    it was.
+    them new scales, and GPTQ the codes of those that a linear layer uses. Then linear layers in the order of execution:
+    GPTQ on the inputs that they see once the layers before them are quantized, towards the outputs that the float model
+    has there, so that a layer makes up for the errors before it, too (as in GPTAQ, arXiv 2504.02692). Afterwards `weight`
+    holds the compensated values, not yet rounded, and the layer's own rounding gives the codes: convert the model, or
+    train on. A layer that the batches do not reach, or that would lose, stays as it was. While it works a copy of the
+    float model is kept.
 
-    Returns {name: (before, after)}: squared error of a linear layer's output, relative to the squared output. Raises
-    ValueError if there is nothing to calibrate, or nothing to calibrate on, or if weights or inputs hold NaN or inf.
+    Returns {name: (before, after)}: squared distance of a linear layer's output from the float model's, relative to the
+    squared output. Raises ValueError if there is nothing to calibrate, or nothing to calibrate on, or if weights or
+    inputs hold NaN or inf.
     """
     batches = list(batches)
     names = {m: name for name, m in model.named_modules() if isinstance(m, _PREPARED) and m.quantizer.enabled}
@@ -940,22 +943,29 @@ def calibrate(model: nn.Module, batches, progress=None) -> dict[str, tuple[float
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
-        runner, errors = _Runner(model, batches, names), {}
-        sets, calls, importance = _record(runner, names, shared)
+        runner, errors, reference = _Runner(model, batches, names), {}, copy.deepcopy(model)
+        twins = dict(reference.named_modules())
+        twins = {layer: twins[name] for layer, name in names.items()}
+        for twin in twins.values():
+            twin.quantizer.enabled = False
+        of_float = _Runner(reference, batches, twins.values())
+        sets, calls, importance = _record(of_float, {twins[layer]: layer for layer in names}, shared)
         for q, weight in importance.items():
             if not torch.isfinite(weight).all():
                 raise ValueError(f"{names[shared[q][0]]}: its inputs hold NaN or inf: calibrate a model that works")
         for q, weight in importance.items():
-            if q.config.scale == "mse":
-                q.scale = compute_scale(_matrix(shared[q][0]), q.config, weight)
-        runner.finish(names.keys() - {layer for layers in sets for layer in layers})
+            _calibrate_shared(_matrix(shared[q][0]), q, weight)
+        unreached = names.keys() - {layer for layers in sets for layer in layers}
+        runner.finish(unreached)
+        of_float.finish(twins[layer] for layer in unreached)
         for done, layers in enumerate(sets, start=1):
-            moment = _second_moment(runner, layers[0], calls)
-            if not torch.isfinite(moment).all():
+            moments = _moments(runner, of_float, layers[0], twins[layers[0]], calls)
+            if not all(torch.isfinite(m).all() for m in moments):
                 raise ValueError(f"{names[layers[0]]}: its inputs hold NaN or inf: calibrate a model that works")
             for layer in layers:
-                errors[names[layer]] = _calibrate_layer(layer, moment)
+                errors[names[layer]] = _calibrate_layer(layer, *moments)
             runner.finish(layers)
+            of_float.finish(twins[layer] for layer in layers)
             if progress:
                 progress(done, len(sets))
         return errors
@@ -1001,26 +1011,34 @@ class _Runner:
         else:
             self.model(batch)
 
-    def run(self, layer, see):
-        """Calls see(batch index, inputs) before every call of layer; see may raise _Stop."""
-        for i, batch in enumerate(self.batches):
-            self.settled, calls, hidden = True, {}, {}
-            hooks = [m.register_forward_pre_hook(self._unsettle) for m in self.unfinished if isinstance(m, _PREPARED)]
-            hooks.append(layer.register_forward_pre_hook(lambda _, inputs, i=i: see(i, inputs[0])))
-            try:
-                for m in self.finished:
-                    hidden[m] = vars(m).get("forward")  # hooks of other libraries may live there
-                    m.forward = self._remembering(m, i, calls)
-                self.call(batch)
-            except _Stop:
-                pass
-            finally:
-                for hook in hooks:
-                    hook.remove()
-                for m, forward in hidden.items():
-                    del m.forward
-                    if forward is not None:
-                        m.forward = forward
+    def inputs(self, layer, i, most):
+        """What layer sees in batch i, in its first `most` calls, or all: a list of (rows, in) float32."""
+        seen = []
+
+        def see(_, inputs):
+            rows = _rows(layer.quantizer, inputs[0])
+            seen.append(rows.clone() if rows.data_ptr() == inputs[0].data_ptr() else rows)  # may be changed in place
+            if len(seen) == most:
+                raise _Stop
+
+        self.settled, calls, hidden = True, {}, {}
+        hooks = [m.register_forward_pre_hook(self._unsettle) for m in self.unfinished if isinstance(m, _PREPARED)]
+        hooks.append(layer.register_forward_pre_hook(see))
+        try:
+            for m in self.finished:
+                hidden[m] = vars(m).get("forward")  # hooks of other libraries may live there
+                m.forward = self._remembering(m, i, calls)
+            self.call(self.batches[i])
+        except _Stop:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for m, forward in hidden.items():
+                del m.forward
+                if forward is not None:
+                    m.forward = forward
+        return seen
 
     def _unsettle(self, module, inputs):
         self.settled = False
@@ -1055,18 +1073,21 @@ def _fingerprint(args, kwargs):
     return found
 
 
-def _record(runner, names, shared):
+def _record(runner, layers, shared):
     """One whole pass -> (sets of layers with the same inputs, in the order of execution; how often a batch calls a layer,
-    by (index, layer); importance of shared weights, by quantizer)."""
+    by (index, layer); importance of shared weights, by quantizer: how often a row is read (rows, 1), or what the rows are
+    multiplied with, as the sum of x x^T (in, in)). layers: {module that runs: layer to name in its place}."""
     inputs_of, calls, importance, number, last = {}, {}, {}, 0, None
     before, previous = {}, None  # which layers a layer follows: a batch need not call all of them
 
-    def see(layer, inputs):
+    def see(module, inputs):
         nonlocal number, last, previous
-        x, q = inputs[0], layer.quantizer
+        x, layer = inputs[0], layers[module]
+        q = layer.quantizer
         if q in shared:
-            if not isinstance(layer, PoTEmbedding):  # an input feature counts by its mean square
-                importance[q] = importance.get(q, 0) + _rows(q, x).square().sum(0)
+            if not isinstance(layer, PoTEmbedding):
+                rows = _rows(q, x)
+                importance[q] = importance.get(q, 0) + rows.t() @ rows
             elif all(isinstance(user, PoTEmbedding) for user in shared[q]):  # a row counts as often as it is read
                 importance[q] = importance.get(q, 0) + torch.bincount(x.flatten(), minlength=len(layer.weight))[:, None]
             return
@@ -1079,7 +1100,7 @@ def _record(runner, names, shared):
             previous = layer
         calls[i, layer] = calls.get((i, layer), 0) + 1
 
-    hooks = [layer.register_forward_pre_hook(see) for layer in names]
+    hooks = [module.register_forward_pre_hook(see) for module in layers]
     try:
         for i in range(len(runner.batches)):
             previous = None
@@ -1094,7 +1115,7 @@ def _record(runner, names, shared):
     sets = {}
     for layer in order:
         sets.setdefault(tuple(inputs_of[layer]), []).append(layer)
-    return list(sets.values()), calls, {q: _damped(weight.float()) for q, weight in importance.items() if weight.any()}
+    return list(sets.values()), calls, {q: weight.float() for q, weight in importance.items() if weight.any()}
 
 
 def _rows(quantizer, x):
@@ -1103,46 +1124,77 @@ def _rows(quantizer, x):
     return quantizer.inputs(x).float().reshape(-1, x.shape[-1])
 
 
-def _damped(diagonal):
-    return diagonal + _DAMPING * diagonal.mean()
+def _damped(moment, by):
+    moment = moment.clone()
+    moment.diagonal().add_(by * moment.diagonal().mean())
+    return moment
 
 
 _DAMPING = 0.01  # of the mean square: what this text hardly uses another may use, and every Hessian has an inverse
+_SHARED = (
+    0.1  # of the head's inputs, for the look-ups that read a tied table's rows as they are, whatever is next to them
+)
 
 
-def _second_moment(runner, layer, calls):
-    """Sum of x x^T (in, in) float32 over all inputs x of a layer."""
-    n, seen = _matrix(layer).shape[1], {}
-    total = layer.weight.new_zeros(n, n, dtype=torch.float32)
+def _moments(runner, of_float, layer, twin, calls):
+    """Over all inputs x of a layer as it is now and y of the float model's, in their place, the sums (in, in) float32 of
+    x x^T, (y - x) x^T and (y - x) (y - x)^T."""
+    n = _matrix(layer).shape[1]
+    xx, dx, dd = (layer.weight.new_zeros(n, n, dtype=torch.float32) for _ in range(3))
+    for i in range(len(runner.batches)):
+        most = calls.get((i, layer))  # None: only what is quantized before it may lead here
+        seen, wanted = runner.inputs(layer, i, most), of_float.inputs(twin, i, most) if most else []
+        for k, x in enumerate(seen):
+            xx.addmm_(x.t(), x)
+            y = wanted[k] if len(seen) == len(wanted) and wanted[k].shape == x.shape else x
+            d = y - x
+            # Tokens of a mixture of experts may have gone another way: then there is nothing to compare with.
+            if not d.square().sum() >= y.square().sum():
+                dx.addmm_(d.t(), x)
+                dd.addmm_(d.t(), d)
+    return xx, dx, dd
 
-    def see(i, x):
-        x = _rows(layer.quantizer, x)
-        total.addmm_(x.t(), x)
-        seen[i] = seen.get(i, 0) + 1
-        if seen[i] == calls.get((i, layer)):
-            raise _Stop
 
-    runner.run(layer, see)
-    return total
+def _calibrate_shared(w, q, importance):
+    """Scale, and by GPTQ the codes, of a weight that several layers or an embedding use, in place."""
+    product = importance.shape[1] > 1
+    weights = importance.diagonal() if product else importance  # an input feature counts by its mean square
+    if q.config.scale == "mse":
+        q.scale = compute_scale(w, q.config, weights + _DAMPING * weights.mean())
+    if product:
+        moment, old, rounded = _damped(importance, _SHARED), w.clone(), q(w)
+        w.copy_(_compensated(w, q.scale, q.config, moment))
+        before, after = (((d @ moment) * d).sum() for d in ((old - rounded).float(), (old - q(w)).float()))
+        if not after < before:
+            w.copy_(old)
 
 
-def _calibrate_layer(layer, moment):
-    """GPTQ for one layer -> (error before, after)."""
+def _calibrate_layer(layer, xx, dx, dd):
+    """GPTQ for one layer by its _moments -> (error before, after)."""
     w, q = _matrix(layer), layer.quantizer
-    before, old = _output_error(w, q(w), moment), w.clone()
+    old = w.float().clone()
+    signal = ((old @ (xx + dx + dx.t() + dd)) * old).sum().item()
+
+    def error():  # of y W^T - x Q^T = (y - x) W^T + x (W - Q)^T
+        lost = old - q(w).float()
+        noise = ((old @ dd) * old).sum() + 2 * ((old @ dx) * lost).sum() + ((lost @ xx) * lost).sum()
+        return max(0.0, noise.item()) / signal if signal > 0 else 0.0
+
+    before, kept = error(), w.clone()
     if before == 0:
         return before, before
-    w.copy_(_compensated(w, q.scale, q.config, moment))
-    after = _output_error(old, q(w), moment)
+    # The float weight whose product with x comes nearest to y W^T. Damped, so that it stays near W where x says little.
+    solve = torch.linalg.cholesky(_double(_damped(xx, _DAMPING)))
+    target = old + torch.cholesky_solve(_double(old @ dx).t(), solve).t().to(old)
+    w.copy_(_compensated(target.to(w.dtype), q.scale, q.config, xx))
+    after = error()
     if not after < before:
-        w.copy_(old)
+        w.copy_(kept)
     return before, min(before, after)
 
 
-def _output_error(w, quantized, moment):
-    difference = w.float() - quantized.float()
-    noise, signal = (((d @ moment) * d).sum().item() for d in (difference, w.float()))
-    return noise / signal if signal > 0 else 0.0
+def _double(x):
+    return x.double() if x.device.type != "mps" else x.cpu().double()  # mps has none
 
 
 def _compensated(w, scale, config, moment):
@@ -1153,9 +1205,7 @@ def _compensated(w, scale, config, moment):
     """
     n = w.shape[1]
     order = moment.diagonal().argsort(descending=True)
-    hessian = moment[order][:, order]
-    hessian = hessian.double() if hessian.device.type != "mps" else hessian.cpu().double()
-    hessian.diagonal().add_(_DAMPING * hessian.diagonal().mean())
+    hessian = _damped(_double(moment[order][:, order]), _DAMPING)
     # Upper U with U^T U = hessian^-1: the flipped inverse of the flipped hessian's Cholesky factor.
     factor = torch.linalg.cholesky(hessian.flip(0, 1))
     eye = torch.eye(n, dtype=factor.dtype, device=factor.device)

@@ -189,7 +189,7 @@ def summary(rows):
     groups, table = {}, []
     for r in rows:
         groups.setdefault((r["kind"], r["weights"]), []).append(r)
-    for (kind, weights), found in groups.items():
+    for (kind, _), found in groups.items():
         t = {key: found[0][key] for key in ("kind", "weights", "config", "steps", "bits_per_weight", "bytes", "papers")}
         t["seeds"] = [r["seed"] for r in found]
         for key, source in (("loss", "loss"), ("kl", "kl"), ("top1", "top1_agreement"), ("seconds", "seconds")):
