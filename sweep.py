@@ -137,7 +137,8 @@ def measured(s, method, config, seed, name):
         folder = os.path.join(s.out_dir, name)
         state = os.path.exists(os.path.join(folder, checkpoint.TRAINING))
         training += [f"--out_dir={folder}", f"--init_from={'resume' if state else base}"]
-        train.main(configure(train.Settings, training))
+        if not os.path.exists(os.path.join(folder, checkpoint.MODEL)):  # else trained, and not measured yet
+            train.main(configure(train.Settings, training))
     model, info = checkpoint.load_model(folder or base)
     if config and not folder:
         tokens = s.calibrate_tokens if method == "gptq" else 0
