@@ -31,6 +31,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -57,6 +58,9 @@ class Settings:
     # power-of-two weights
     pot: PoTConfig | None = None  # any pot_ key turns QAT on; --pot=None turns it off: the float control
     calibrate_tokens: int = 0  # with pot_ keys: start from GPTQ on so many tokens; 0: from the nearest levels
+    distill: float = (
+        0.0  # with pot_ keys: share of the loss that asks for the float model's predictions, not the text's
+    )
     # steps
     max_iters: int = 5000  # optimizer steps; 0 only quantizes (PTQ)
     batch_size: int = 12  # sequences a micro-batch, in each process
@@ -96,6 +100,10 @@ def main(s: Settings):
         )
     if s.dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise ValueError(f"unknown dtype {s.dtype!r}: choose auto, bfloat16, float16 or float32")
+    if s.distill and not 0 <= s.distill <= 1:
+        raise ValueError(f"distill={s.distill} must be from 0 to 1")
+    if s.distill and s.init_from == "scratch":
+        raise ValueError("distill asks for a float model to learn from: pass --init_from=FOLDER, or leave it out")
     origin = provenance()  # now: the code may be another when a long run ends
     rank, world, device = start_processes(s.device)
     cuda = device.startswith("cuda")
@@ -115,6 +123,10 @@ def main(s: Settings):
                 f"data/{s.dataset}/{split}.bin holds {len(ids)} tokens, a context of {block_size} needs more: lower block_size"
             )
     optimizer = make_optimizer(model, s, device)
+    teacher = None
+    if s.pot and s.distill:  # a float control stays a control
+        teacher = checkpoint.load_model(info["origin"])[0].to(device)
+    targets = slice(-1, None) if s.last_position else slice(None)
     dtype = s.dtype
     if dtype == "auto":
         dtype = "float32" if not cuda else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
@@ -174,8 +186,15 @@ def main(s: Settings):
         for i, (xi, yi) in enumerate(micro_batches):
             together = world == 1 or i == len(micro_batches) - 1  # gradients are exchanged once a step
             with nullcontext() if together else training.no_sync():
+                xi, yi = xi.to(device), yi.to(device)
                 with autocast:
-                    micro_loss = training(xi.to(device), yi.to(device))[1] / s.gradient_accumulation_steps
+                    logits, micro_loss = training(xi, yi)
+                    if teacher is not None:
+                        with torch.no_grad():
+                            soft = teacher(xi)[:, targets].float().softmax(-1).flatten(0, 1)
+                        soft_loss = F.cross_entropy(logits[:, targets].float().flatten(0, 1), soft)
+                        micro_loss = (1 - s.distill) * micro_loss + s.distill * soft_loss
+                    micro_loss = micro_loss / s.gradient_accumulation_steps
                 scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
         scaler.unscale_(optimizer)

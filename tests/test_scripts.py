@@ -19,6 +19,7 @@ from conftest import TINY
 import checkpoint
 import configurator
 import dataset
+import pot
 
 
 def last_json(done):
@@ -99,6 +100,38 @@ def test_one_step_equals_plain_torch(house, sh):
         optimizer.zero_grad()
     for name, w in weights(house, "out-two").items():
         assert torch.allclose(model.state_dict()[name], w, atol=1e-5), name
+
+
+@pytest.mark.parametrize("last_position", [False, True])
+def test_distillation_against_plain_torch(house, sh, float_run, last_position):
+    """Half the text's loss, half the cross entropy with the float model's predictions: one step, written out."""
+    out = f"out-distilled-{last_position}"
+    start = f"train.py --dataset=tiny --init_from={float_run} --batch_size=4 --weight_decay=0 --learning_rate=0.01"
+    sh(f"{start} --pot_bits=4 --distill=0.5 --last_position={last_position} --max_iters=1 --out_dir={out}")
+    teacher, _ = checkpoint.load_float(str(house / float_run))
+    student, _ = checkpoint.load_float(str(house / float_run))
+    student.requires_grad_(True).train()
+    pot.prepare(student, pot.PoTConfig())
+    data, _ = dataset.load(str(house / "data" / "tiny"), "train")
+    places = np.random.default_rng([1337, 0]).integers(len(data) - 32, size=4)
+    rows = torch.tensor(np.stack([data[p : p + 33] for p in places]).astype(np.int64))
+    keep = slice(-1, None) if last_position else slice(None)
+    logits, theirs = student(rows[:, :-1])[:, keep], teacher(rows[:, :-1])[:, keep].detach()
+    hard = F.nll_loss(logits.log_softmax(-1).flatten(0, 1), rows[:, 1:][:, keep].flatten())
+    (0.5 * hard - 0.5 * (theirs.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()).backward()
+    torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+    torch.optim.AdamW(student.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0).step()
+    kept = weights(house, out)
+    for name, w in student.state_dict().items():
+        if "quantizer" not in name:
+            # Adam's first step is the gradient's sign, whatever its size: tiny ones may have either.
+            assert (kept[name] - w).abs().lt(1e-4).float().mean() > 0.99, name
+    plain = sh(
+        f"{start} --max_iters=1 --out_dir={out}-control --distill=0.5"
+    ).stdout  # without pot_ keys: a float control
+    assert plain.startswith("float")
+    assert "pass --init_from" in sh(f"train.py {TINY} --distill=0.5 --out_dir=out-none", ok=False).stderr
+    assert "from 0 to 1" in sh(f"{start} --pot_bits=4 --distill=2 --out_dir=out-none", ok=False).stderr
 
 
 def test_control_sees_the_batches_of_qat():
