@@ -219,7 +219,7 @@ def plot(s, table):
     fig, axes = plt.subplots(
         1, len(kinds), figsize=(4 * len(kinds), 4), sharey=True, squeeze=False, layout="constrained"
     )
-    lines = {}
+    lines, size = {}, table[0]["bytes"] / table[0]["bits_per_weight"]
     for t in table:
         if t["config"]:
             c = PoTConfig(**t["config"])
@@ -244,6 +244,8 @@ def plot(s, table):
             title={"rtn": "PTQ, nearest level", "gptq": "PTQ, GPTQ", "qat": "QAT"}[kind],
             xlabel="bits per weight, whole file",
         )
+        top = ax.secondary_xaxis("top", functions=(lambda bits: bits * size / 1e6, lambda mb: mb / size * 1e6))
+        top.set_xlabel("file, MB")
         ax.axhline(0, color="black", lw=0.8, ls=":")
         ax.set_yscale("symlog", linthresh=0.01)
         ax.grid(alpha=0.3)

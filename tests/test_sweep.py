@@ -5,7 +5,9 @@ import math
 import statistics
 
 import pytest
+from conftest import ROOT
 
+import configurator
 import sweep
 
 CONFIG = """
@@ -99,3 +101,14 @@ def test_bad_weights(house, sh, float_run):
     for weights, message in (('[{"bit": 4}]', "'bit'"), ('[{"bits": 9}]', "bits=9"), ("[]", "nothing to do")):
         (house / "bad.py").write_text(f'init_from = "out-float"\nweights = {weights}\n')
         assert message in sh("sweep.py bad.py", ok=False).stderr
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p.name for pattern in ("sweep", "table") for p in ROOT.glob(f"config/{pattern}_*.py"))
+)
+def test_configs_name_each_row_once(path):
+    s = configurator.configure(sweep.Settings, [str(ROOT / "config" / path)])
+    plan = sweep.plan_of(s, list(sweep.METHODS))
+    names = [sweep.name_of(s, method, config, seed) for method, config, _, seed in plan]
+    assert len(names) == len(set(names)) > 20
+    assert (ROOT / s.finetune).exists() and s.results.startswith("results/")
