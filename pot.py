@@ -53,6 +53,7 @@ class PoTConfig:
     granularity: str = "group"  # what shares a scale: "tensor", "channel" (output row) or "group" (of input features)
     group_size: int = 64  # consecutive input features that share a scale, for granularity "group"
     scale: str = "mse"  # "mse": least squared error, by search; "absmax": the largest weight is the top level
+    scale_format: str = "float16"  # "e8m0": the smallest level is a power of two, so that a whole weight is a shift
     act_bits: int | None = None  # 8: layer inputs are quantized too, uniform affine, per token; None: not at all
     eps: float = 2.0**-5  # grid "paper" only: lower bound of the smallest level
 
@@ -60,6 +61,7 @@ class PoTConfig:
         _choose("grid", self.grid, ("pot", "uniform", "paper"))
         _choose("granularity", self.granularity, ("tensor", "channel", "group"))
         _choose("scale", self.scale, ("mse", "absmax"))
+        _choose("scale_format", self.scale_format, ("float16",) if self.grid == "paper" else ("float16", "e8m0"))
         _choose("act_bits", self.act_bits, (None, 8))
         _choose("terms", self.terms, (1, 2) if self.grid == "pot" else (1,), f" with grid={self.grid!r}")
         lowest, highest = {"pot": (2, 6), "uniform": (2, 8), "paper": (3, 6)}[self.grid]
@@ -129,6 +131,7 @@ class PoTConfig:
         share = f"groups of {self.group_size}" if self.granularity == "group" else f"per {self.granularity}"
         narrow = "" if self.range is None else f", range 2^{self.range}"
         by = ", absmax" if self.scale == "absmax" and self.grid != "paper" else ""
+        by += ", E8M0 scales" if self.scale_format == "e8m0" else ""
         acts = "" if self.act_bits is None else f", {self.act_bits}-bit activations"
         return f"{kind} {self.bits} bits, {share}{by}{narrow}{acts}"
 
@@ -193,7 +196,8 @@ def compute_scale(w: torch.Tensor, config: PoTConfig, importance: torch.Tensor |
     """Scale of w (out, in): (1, 1), (out, 1) or (out, in / group_size).
 
     importance, broadcastable to w and positive, weighs the squared errors that scale="mse" minimizes.
-    float16; float32 for the whole tensor if one scale lies outside float16's normal range, and for grid "paper".
+    float16; float32 for the whole tensor if one scale lies outside float16's normal range, and for grid "paper". With
+    scale_format "e8m0" it is the top level times a power of two.
     An all-zero group gets the tensor's largest scale, so that training can still move it.
     """
     w = w.detach()
@@ -206,6 +210,9 @@ def compute_scale(w: torch.Tensor, config: PoTConfig, importance: torch.Tensor |
         absmax = w.abs().unflatten(-1, (groups, -1)).amax(-1).float()
     if config.grid == "paper":
         return absmax.clamp(min=config.eps * config.top)
+    if config.scale_format == "e8m0":  # the next power of two from here on
+        mantissa, exponent = torch.frexp(absmax / config.top)
+        absmax = torch.ldexp(torch.full_like(absmax, config.top), exponent - (mantissa == 0.5).int()) * (absmax > 0)
     scale = absmax if config.scale == "absmax" else _search_scale(w, absmax, config, importance)
     fallback = scale.max() if absmax.any() else torch.ones_like(scale.max())
     scale = torch.where(absmax > 0, scale, fallback)
@@ -236,8 +243,11 @@ def _search_scale(w, absmax, config, importance):
 
     # The more weights share a scale, the further below the largest it may lie; the fewer, the bumpier their error is.
     steps, octave = (15, 8) if config.granularity == "group" else (25, 4)
+    whole = config.scale_format == "e8m0"  # powers of two alone
+    if whole:
+        steps, octave = 10, 1
     best, best_moments = absmax, torch.full((3, *absmax.shape), torch.inf, device=w.device)
-    for step in range(steps + 3):
+    for step in range(steps if whole else steps + 3):
         if step < steps:
             scale = absmax * 2 ** ((2 - step) / octave)
         else:  # the best scale for the best levels so far

@@ -1,6 +1,7 @@
 """pot.py against references that share no code with it: float64, brute force, torch's own modules."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import shutil
@@ -161,6 +162,33 @@ def test_scale_is_close_to_brute_force(granularity, shape, grid):
         error(scale).sum()
         <= error(pot.compute_scale(w, PoTConfig(granularity=granularity, group_size=32, scale="absmax", **grid))).sum()
     )
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+@pytest.mark.parametrize("grid", [{}, {"terms": 2}, {"bits": 3}, {"grid": "uniform"}], ids=str)
+@pytest.mark.parametrize("weighed", [False, True])
+def test_e8m0_scales_are_the_best_powers_of_two(granularity, grid, weighed):
+    torch.manual_seed(0)
+    w = torch.randn(24, 96) * torch.rand(24, 1)
+    w[3] = 0
+    w[5, :32] = 0
+    importance = torch.rand(96) if weighed else torch.ones(96)
+    config = PoTConfig(granularity=granularity, group_size=32, scale_format="e8m0", **grid)
+    scale = pot.compute_scale(w, config, importance)
+    shape = scale.shape
+    mantissa, _ = torch.frexp(scale.float() / config.top)
+    assert (mantissa == 0.5).all()
+
+    def error(s):
+        e = importance * (fake_quantize(w, s.expand(shape), config) - w).double().square()
+        e = e.unflatten(1, (shape[1], -1)).sum(-1)
+        return e.sum().view(1, 1) if granularity == "tensor" else e
+
+    brute = torch.stack([error(torch.tensor([[config.top * 2.0**k]])) for k in range(-14, 3)]).amin(0)
+    assert torch.allclose(error(scale), brute, rtol=1e-6)
+    top = pot.compute_scale(w, dataclasses.replace(config, scale="absmax"))
+    used = w.abs().unflatten(1, (shape[1], -1)).amax(-1) if shape[0] > 1 else w.abs().max().view(1, 1)
+    assert ((used <= top) & ((top < 2 * used) | (used == 0))).all()
 
 
 def test_absmax_scale():
