@@ -1,4 +1,5 @@
-"""Stands in for tiktoken where its files cannot be downloaded: a token a byte, and GPT-2's end-of-text token."""
+"""Stands in for tiktoken where its files cannot be downloaded: a token a byte, pairs of bytes that it never encodes to, and
+GPT-2's end-of-text token."""
 
 END = "<|endoftext|>"
 
@@ -13,7 +14,9 @@ class Encoding:
         return [self.encode(text) for text in texts]
 
     def decode_bytes(self, ids):
-        return b"".join(bytes([i]) if i < 256 else END.encode() * (i == 50256) for i in ids)
+        return b"".join(
+            bytes([i]) if i < 256 else END.encode() if i == 50256 else bytes(divmod(i - 256, 256)) for i in ids
+        )
 
 
 def get_encoding(name):

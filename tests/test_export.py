@@ -1,0 +1,152 @@
+"""extras/export.py: what transformers and the gguf package read is our model."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import checkpoint
+import pot
+from pot import PoTConfig
+
+sys.path.insert(0, str(ROOT / "extras"))
+TEXT = "The naïve café costs 3,000 €;\n\n  don't ask — 日本語 \U0001f600\x00 tabs\tand Ünïcödé<|endoftext|>1234"
+MXFP4 = PoTConfig(terms=2, group_size=32, scale_format="e8m0")
+
+
+@pytest.fixture
+def export():
+    return importlib.import_module("export")
+
+
+def saved(house, name, config, source="gpt2"):
+    """A packed model in a folder of its own, from the small GPT-2 of the tests."""
+    model, info = checkpoint.load_float(str(house / source))
+    if config:
+        pot.quantize_(model, config)
+    folder = house / name
+    folder.mkdir()
+    info |= {"pot": None, "method": "PTQ", "step": 0, "origin": None}
+    checkpoint.save_model(str(folder), model, info)
+    return str(folder)
+
+
+@pytest.mark.parametrize("config", [None, PoTConfig(), MXFP4], ids=str)
+def test_transformers_loads_the_same_model(house, tmp_path, export, config):
+    transformers = pytest.importorskip("transformers")
+    folder = saved(house, f"out-hf-{config}", config)
+    export.main(export.Settings(folder, str(tmp_path / "hf")))
+    ours, _ = checkpoint.load_model(folder)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+    assert theirs.dtype == torch.float32 and theirs.lm_head.weight is theirs.transformer.wte.weight
+    x = torch.randint(50257, (2, 40))
+    with torch.no_grad():
+        expected, found = ours(x), theirs(x).logits
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as f:
+        kind = f.get_tensor("transformer.h.0.mlp.c_fc.weight").dtype
+    assert kind == (torch.bfloat16 if config == MXFP4 else torch.float32)  # where it loses nothing
+    again, _ = checkpoint.load_model(str(tmp_path / "hf"))  # and we load it, too
+    with torch.no_grad():
+        assert torch.allclose(again(x), expected, atol=1e-5)
+
+
+def test_the_tokenizer_is_tiktokens(house, tmp_path):
+    """With the real byte pairs, where they are at hand: everywhere else in the tests a stand-in takes their place."""
+    pytest.importorskip("transformers")
+    folder, out = saved(house, "out-hf-tokens", None), tmp_path / "hf"
+    code = (
+        "import sys, tiktoken, transformers, extras.export as export\n"
+        "try: bpe = tiktoken.get_encoding('gpt2')\n"
+        "except Exception: sys.exit(77)\n"
+        f"export.main(export.Settings({folder!r}, {str(out)!r}))\n"
+        f"tokenizer = transformers.AutoTokenizer.from_pretrained({str(out)!r})\n"
+        f"text = {TEXT!r}\n"
+        "assert tokenizer(text)['input_ids'] == bpe.encode(text, allowed_special='all')\n"
+        "assert tokenizer.eos_token_id == 50256 and len(tokenizer) == 50257\n"
+    )
+    env = os.environ | {"PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env, timeout=300)
+    if done.returncode == 77:
+        pytest.skip("GPT-2's byte pairs are not at hand")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_model_of_characters_without_biases(house, sh, tmp_path, export, qat_run, capsys):
+    transformers = pytest.importorskip("transformers")
+    sh(
+        f"train.py {'--dataset=tiny --n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --batch_size=2 --bias=False'} --max_iters=1 --out_dir=out-nobias"
+    )
+    for run in (qat_run, "out-nobias"):
+        export.main(export.Settings(str(house / run), str(tmp_path / run)))
+        assert "without a tokenizer" in capsys.readouterr().out
+        ours, _ = checkpoint.load_model(str(house / run))
+        theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / run).eval()
+        x = torch.randint(28, (2, 16))
+        with torch.no_grad():
+            assert torch.allclose(theirs(x).logits, ours(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [MXFP4, PoTConfig(bits=3, group_size=32, scale_format="e8m0")], ids=str)
+def test_gguf_holds_our_weights_bit_for_bit(house, tmp_path, export, config):
+    gguf = pytest.importorskip("gguf")
+    folder, path = saved(house, f"out-gguf-{config.bits}", config), str(tmp_path / "model.gguf")
+    export.main(export.Settings(folder, path))
+    reader, (ours, _) = gguf.GGUFReader(path), checkpoint.load_model(folder)
+    tensors = {t.name: t for t in reader.tensors}
+    assert len(tensors) == 2 + 2 + 12 * 2
+
+    def decoded(name):
+        t = tensors[name]
+        return torch.from_numpy(np.array(gguf.quants.dequantize(t.data, t.tensor_type)))
+
+    for i, block in enumerate(ours.transformer.h):
+        parts = {
+            "attn_norm": block.ln_1, "attn_qkv": block.attn.c_attn, "attn_output": block.attn.c_proj,
+            "ffn_norm": block.ln_2, "ffn_up": block.mlp.c_fc, "ffn_down": block.mlp.c_proj,
+        }  # fmt: skip
+        for name, module in parts.items():
+            assert torch.equal(decoded(f"blk.{i}.{name}.weight"), module.weight), name
+            assert torch.equal(decoded(f"blk.{i}.{name}.bias"), module.bias), name
+    assert torch.equal(decoded("token_embd.weight"), ours.lm_head.weight)
+    assert torch.equal(decoded("position_embd.weight"), ours.transformer.wpe.weight)
+    assert tensors["token_embd.weight"].tensor_type == gguf.GGMLQuantizationType.MXFP4
+    assert tensors["token_embd.weight"].n_bytes == 50257 * 64 * 17 // 32
+    fields = {k: f.contents() for k, f in reader.fields.items()}
+    assert fields["general.architecture"] == "gpt2" and fields["gpt2.block_count"] == 2
+    assert fields["gpt2.context_length"] == 96 and fields["gpt2.attention.head_count"] == 2
+    assert len(fields["tokenizer.ggml.tokens"]) == 50257 and len(fields["tokenizer.ggml.merges"]) == 50000
+    # Of the stand-in: token 256 + 256 a + b is the bytes a, b, and bytes that cannot be printed are letters from 256 on.
+    assert fields["tokenizer.ggml.tokens"][256 + 256 * 65 + 32] == "AĠ"
+    assert fields["tokenizer.ggml.merges"][256 * 65 + 32] == "A Ġ"
+
+
+def test_what_gguf_cannot_hold(house, tmp_path, export, qat_run):
+    pytest.importorskip("gguf")
+    path = str(tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match="knows characters"):
+        export.main(export.Settings(str(house / qat_run), path))
+    for config in (PoTConfig(group_size=32, scale_format="e8m0"), PoTConfig(terms=2, group_size=32)):
+        folder = saved(house, f"out-no-{config}".replace(" ", "-"), config)
+        with pytest.raises(ValueError, match="is no MXFP4: .*finetune_gpt2_mxfp4"):
+            export.main(export.Settings(folder, path))
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(ValueError, match="is there already"):
+        export.main(export.Settings(folder, str(tmp_path / "kept")))
+
+
+def test_the_config_for_mxfp4(house, sh, tmp_path, export):
+    pytest.importorskip("gguf")
+    few = "--init_from=gpt2 --max_iters=1 --batch_size=2 --gradient_accumulation_steps=1 --eval_tokens=200"
+    sh(f"train.py config/finetune_gpt2_mxfp4.py {few}")
+    export.main(export.Settings(str(house / "out-gpt2-mxfp4"), str(tmp_path / "model.gguf")))
+    assert json.loads(json.dumps({"bytes": (tmp_path / "model.gguf").stat().st_size}))["bytes"] > 50257 * 64 * 17 // 32
