@@ -41,6 +41,29 @@ def _write(path, save):
             os.remove(tmp)
 
 
+class Lock:
+    """Holds a folder for one run, as long as this object lives or the process does. Raises ValueError if another has it."""
+
+    def __init__(self, folder: str):
+        os.makedirs(folder, exist_ok=True)
+        self.fd = None
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        self.fd = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is in use by another run: wait for it, or choose another --out_dir") from None
+        except OSError:  # some network drives know no locks
+            pass
+
+    def __del__(self):
+        if self.fd is not None:
+            os.close(self.fd)
+
+
 def save_training(folder: str, model: GPT, info: dict, **state):
     """Writes the training state. A finished model that the folder holds is of an older step now, and is removed."""
     state |= {"info": info | {"model_args": asdict(model.config)}, "model": model.state_dict()}

@@ -24,6 +24,8 @@ def run(main, settings):
     """Calls main(settings from the command line). Bad input ends in one line on stderr and exit status 2."""
     try:
         main(configure(settings, sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError) as e:
         message = f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else str(e)
         print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(message.split())}", file=sys.stderr)

@@ -22,7 +22,9 @@ import ctypes
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -88,6 +90,11 @@ class Settings:
 
 
 def main(s: Settings):
+    with Stop() as stop:
+        train(s, stop)
+
+
+def train(s: Settings, stop: "Stop"):
     check_minimum(s, batch_size=1, gradient_accumulation_steps=1, block_size=1, eval_interval=1, log_interval=1)
     check_minimum(s, eval_tokens=2, max_iters=0, calibrate_tokens=0, seed=0, warmup_iters=0, learning_rate=0, min_lr=0)
     check_minimum(s, weight_decay=0, grad_clip=0, beta1=0, beta2=0)
@@ -153,6 +160,7 @@ def main(s: Settings):
         dist.barrier()  # no process may still be looking at a folder that the first one writes to
     log = None
     if rank == 0:
+        lock = checkpoint.Lock(s.out_dir)  # noqa: F841, until main returns
         print(
             f"{kind}: {millions:.2f} M parameters on {where}, step {step} to {s.max_iters}, {s.dataset}, to {s.out_dir}/"
         )
@@ -164,16 +172,26 @@ def main(s: Settings):
     tokens_a_step = s.batch_size * s.gradient_accumulation_steps * block_size * world
     resumed_at, start, losses = step, time.time(), []
 
+    def save():
+        info["step"] = step
+        states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        checkpoint.save_training(s.out_dir, model, info, **states)
+
     # --- steps ---
     while True:
+        if stop.asked(world) and step < s.max_iters:
+            if rank == 0 and step > resumed_at:
+                save()
+                print(f"stopped at step {step}, which {s.out_dir}/ keeps: --init_from=resume goes on", flush=True)
+            if world > 1:
+                dist.destroy_process_group()
+            sys.exit(128 + stop.signal)
         if rank == 0 and (step == s.max_iters or step % s.eval_interval == 0 and step > resumed_at):
             paused = time.time()
             val_loss = evaluate(model, val[: s.eval_tokens], device, block_size=block_size)["loss"]
             check_finite("validation loss", val_loss, step, s.out_dir)
             log(f"step {step}/{s.max_iters}  validation loss {val_loss:.4f}", step=step, val_loss=val_loss)
-            info["step"] = step
-            states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            checkpoint.save_training(s.out_dir, model, info, **states)
+            save()
             start += time.time() - paused
         if step >= s.max_iters:
             break
@@ -260,6 +278,31 @@ def start_processes(device):
     backend = "nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first one validates
     return rank, world, device
+
+
+class Stop:
+    """Notes that SIGINT (Ctrl-C) or SIGTERM asks to stop, for the end of a step. A second one ends the process at once."""
+
+    def __enter__(self):
+        self.signal, self.before = 0, {}
+        if threading.current_thread() is threading.main_thread():  # nowhere else may signals be handled
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def asked(self, world):
+        if world > 1:  # all processes stop after the same step
+            number = torch.tensor(self.signal, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self.signal = int(number)
+        return self.signal > 0
 
 
 def peak_memory(device):

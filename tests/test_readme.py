@@ -26,7 +26,7 @@ FEWER = {
 }
 # Other tests run these; minutes of training; an encoder from the hub.
 NOT_HERE = re.compile(
-    "make |git |cd |pip |.*\.gguf|sudo |aarch64|sh results/|torchrun |.*--wandb_log|.*--bertscore=roberta-base|.*--protocol=paper"
+    "make |git |cd |pip |.*[.]gguf|sudo |aarch64|sh results/|torchrun |.*--wandb_log|.*--bertscore=roberta-base|.*--protocol=paper"
 )
 # What the others take from the network; `gpt2` is a folder here, which goes before the hub's.
 INPUTS = {"shakespeare_char": "input.txt", "openwebtext": "documents.jsonl", "wikitext2": "input.txt"}

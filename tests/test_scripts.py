@@ -76,6 +76,35 @@ def test_a_run_that_was_killed_and_resumed_ends_with_the_same_weights(house, sh,
     assert all(torch.equal(packed[0][k], packed[1][k]) for k in packed[0])
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop_keeps_its_step(house, sh, number):
+    command, whole, cut = f"train.py {TINY} --max_iters=40", f"out-unasked-{number}", f"out-asked-{number}"
+    args = [sys.executable, *f"{command} --out_dir={cut} --eval_interval=1000".split()]
+    env = os.environ | {"OMP_NUM_THREADS": "2"}
+    process = subprocess.Popen(args, cwd=house, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step 15/"):
+            process.send_signal(number)
+    assert process.wait() == 128 + number
+    assert lines[-1].startswith("stopped at step ") and "Traceback" not in "".join(lines)
+    stopped = checkpoint.load_training(str(house / cut))["info"]["step"]
+    assert 15 <= stopped < 40
+    sh(f"{command} --out_dir={cut} --init_from=resume --eval_interval=1000", process=True)
+    sh(f"{command} --out_dir={whole} --eval_interval=1000", process=True)
+    a, b = weights(house, whole), weights(house, cut)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_folder_is_one_runs_at_a_time(house, sh, float_run):
+    lock = checkpoint.Lock(str(house / "out-held"))
+    done = sh(f"train.py {TINY} --max_iters=1 --out_dir=out-held", ok=False)
+    assert "out-held is in use by another run" in done.stderr and not list((house / "out-held").iterdir())
+    del lock
+    sh(f"train.py {TINY} --max_iters=1 --out_dir=out-held")
+
+
 def test_one_step_equals_plain_torch(house, sh):
     """Two micro-batches, clipping and AdamW against a loop written out here."""
     sh(f"train.py {TINY} --max_iters=0 --out_dir=out-zero")
