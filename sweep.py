@@ -180,7 +180,7 @@ def write(s, rows):
         json.dump({"table": table, "rows": rows, **provenance()}, f, indent=1)
     with open(s.results + ".md", "w") as f:
         f.write(text)
-    plot(s, table)
+    plot(table, s.results + ".png")
     print(f"written to {s.results}.json, .md and .png")
 
 
@@ -209,7 +209,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, for all eyes
 
 
-def plot(s, table):
+def plot(table, path):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -251,7 +251,7 @@ def plot(s, table):
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("loss above float (nats)")
     axes[0][-1].legend(fontsize=8)
-    plt.savefig(s.results + ".png", dpi=120)
+    plt.savefig(path, dpi=120)
     plt.close(fig)
 
 

@@ -1,0 +1,56 @@
+"""extras/plot.py draws each picture from what the scripts leave."""
+
+import importlib
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "extras"))
+
+
+@pytest.fixture
+def draw(tmp_path):
+    plot = importlib.import_module("plot")
+
+    def draw(**what):
+        plot.main(plot.Settings(out_dir=str(tmp_path), **what))
+        return {p.name: p.read_bytes()[:4] for p in tmp_path.glob("*.png")}
+
+    return draw
+
+
+def test_pictures(draw, tmp_path, house, float_run, qat_run):
+    row = {"kind": "float", "weights": "float32", "config": None, "bits_per_weight": 32.0, "bytes": 400, "above": None}
+    found = [row]
+    for kind in ("rtn", "qat"):
+        for bits in (3, 4):
+            config = {"bits": bits, "granularity": "tensor"}
+            found.append(row | {"kind": kind, "config": config, "bits_per_weight": float(bits), "above": 0.1 / bits})
+    (tmp_path / "sweep.json").write_text(json.dumps({"table": found}))
+    drawn = draw(
+        speed=str(ROOT / "results" / "bench.json"),
+        sweep=str(tmp_path / "sweep.json"),
+        curves=f"{house / float_run},{house / qat_run}",
+        grids=str(house / float_run),
+    )
+    assert drawn == dict.fromkeys(["speed.png", "bits.png", "curves.png", "grids.png"], b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ({}, "nothing to draw"),
+        ({"curves": "nowhere"}, "there is no nowhere/log.jsonl"),
+        ({"speed": str(ROOT / "README.md")}, "README.md is no JSON"),
+    ],
+)
+def test_bad_input(draw, what, message):
+    with pytest.raises(ValueError, match=message):
+        draw(**what)
+
+
+def test_a_layer_that_is_not_there(draw, house, float_run):
+    with pytest.raises(ValueError, match="choose among transformer.h.0.mlp.c_fc"):
+        draw(grids=str(house / float_run), layer="head")
