@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dataset import GPT2, BPETokenizer
+from dataset import GPT2, BPETokenizer, vocab_size
 from model import GPT, GPTConfig
 from pot import PoTConfig, load_packed, packed_state, prepare
 
@@ -85,7 +85,7 @@ def load_training(folder: str) -> dict:
         raise ValueError(f"{folder} holds {what}: pass the out_dir of a training run, with its {TRAINING}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        _require(state["info"])
+        _structure(state["info"], state["model"])
         state["model"], state["optimizer"], state["scaler"]
         return state
     except OSError:
@@ -132,24 +132,32 @@ def load_model(folder: str) -> tuple[GPT, dict]:
     try:
         with safe_open(path, "pt") as f:
             info = json.loads(f.metadata()["nanopot"])
-            _require(info)
             tensors = {name: f.get_tensor(name) for name in f.keys()}
-            return load_packed(GPT.meta(GPTConfig(**info["model_args"])), tensors, info["packed"]).eval(), info
+            return load_packed(_structure(info, tensors), tensors, info["packed"]).eval(), info
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path} is truncated, damaged or not of nanoPoT: {e}") from None
 
 
 def model_of(state: dict, quantized=True) -> GPT:
     """Model of a training state, in eval mode; quantized=False leaves its float weights unquantized."""
-    model = GPT.meta(GPTConfig(**state["info"]["model_args"]))
     weights = state["model"]
+    model = _structure(state["info"], weights)
     if state["info"]["pot"] and quantized:
         prepare(model, PoTConfig(**state["info"]["pot"]))
     elif state["info"]["pot"]:
         weights = {name: t for name, t in weights.items() if ".quantizer." not in name}
     try:
+        expected = model.state_dict()
+        for name, t in weights.items():
+            scale = name.endswith("quantizer.scale")
+            if t.dtype not in (torch.float32, torch.float16 if scale else torch.float32) or t.is_sparse or t.is_meta:
+                raise TypeError(f"{name} is {t.dtype}")
+            if scale and not (t > 0).logical_and(t < torch.inf).all():
+                raise ValueError(f"{name} holds a value that is no positive number")
+            if name in expected and t.shape != expected[name].shape:
+                raise ValueError(f"{name} is {tuple(t.shape)}, not {tuple(expected[name].shape)}")
         model.load_state_dict(weights, assign=True)
-    except RuntimeError as e:
+    except (RuntimeError, TypeError, AttributeError, ValueError) as e:
         raise ValueError(f"the checkpoint's weights do not fit its own settings, it is damaged: {e}") from None
     model.tie_weights()
     return model.eval()
@@ -232,11 +240,23 @@ def _tensors(folder):
 # --- parts ---
 
 
-def _require(info):
-    """Raises KeyError if info, which came from a file, lacks what every reader relies on."""
-    for key in ("model_args", "tokenizer", "method", "pot", "origin", "step", "settings"):
-        info[key]
-    info["settings"]["dataset"], info["settings"]["seed"]
+def _structure(info, tensors) -> GPT:
+    """The model that info describes, on the meta device. Raises ValueError, KeyError or TypeError if info, which came from
+    a file, lacks or garbles what every reader relies on."""
+    kinds = {"method": str, "pot": dict | None, "origin": str | None, "step": int, "settings": dict, "model_args": dict}
+    kinds_of_settings = {"dataset": str | None, "seed": int | None}
+    for where, expected in ((info, kinds), (info["settings"], kinds_of_settings)):
+        for key, kind in expected.items():
+            if not isinstance(where[key], kind):
+                raise TypeError(f"{key} is {where[key]!r}")
+    config = GPTConfig(**info["model_args"])
+    if info["pot"]:
+        PoTConfig(**info["pot"])
+    if vocab_size(info["tokenizer"]) > config.vocab_size:
+        raise ValueError(f"its tokenizer has more than the {config.vocab_size} tokens of the model")
+    if config.n_layer > len(tensors):  # before so many are built
+        raise ValueError(f"{config.n_layer} layers cannot be in {len(tensors)} tensors")
+    return GPT.meta(config)
 
 
 def exists(folder: str) -> bool:

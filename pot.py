@@ -1284,10 +1284,14 @@ def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: di
             if c["layout"] != _layout(config.bits):
                 raise ValueError(f"unknown layout {c['layout']!r}: this file was written by another version of pot.py")
             configs.append(config)
-        layers = [
-            (n, *i["shape"], getattr(torch, i["dtype"]), configs[i["config"]]) for n, i in metadata["layers"].items()
-        ]
-        aliases = dict(metadata["aliases"])
+        layers, aliases = [], dict(metadata["aliases"])
+        for name, its in metadata["layers"].items():
+            (rows, columns), dtype = its["shape"], getattr(torch, its["dtype"])
+            if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+                raise TypeError(f"{name} is said to be {its['dtype']}")
+            layers.append((name, rows, columns, dtype, configs[its["config"]]))
+        if not all(isinstance(name, str) for pair in aliases.items() for name in pair):
+            raise TypeError(f"aliases are names, not {aliases}")
     except (KeyError, TypeError, AttributeError, IndexError) as e:
         raise ValueError(f"metadata of a packed model is incomplete or damaged: {e!r}") from None
     modules, packed, replaced = dict(model.named_modules()), {}, {}

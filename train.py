@@ -143,7 +143,10 @@ def train(s: Settings, stop: "Stop"):
     step = info["step"]
     if state is not None:
         hyper = [{k: group[k] for k in ("weight_decay", "betas")} for group in optimizer.param_groups]
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
+            raise ValueError(f"the optimizer's state in {s.out_dir} is damaged ({e!r}): start anew") from None
         for group, now in zip(optimizer.param_groups, hyper):  # those of the settings, not those of the checkpoint
             group.update(now)
         if state["scaler"]:

@@ -1,0 +1,202 @@
+"""
+Damages packed files and checkpoints at random and loads them: each must be refused in one clear line, or be a model that
+runs. Every crash, hang, other exception or hunger for memory ends the run with the seed that repeats it.
+
+    python tests/fuzz.py --packed=5000 --checkpoints=1000 --seed=0
+"""
+
+import copy
+import json
+import os
+import random
+import resource
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
+
+import checkpoint
+from configurator import run
+from model import GPT, GPTConfig
+from pot import PoTConfig, prepare, quantize_
+
+CHUNK = 250  # mutations a process
+SECONDS = 20  # that one may take at most; the slowest here takes a tenth of one
+MEMORY = 64 << 20  # that one may take beyond twice the file: torch's own
+
+
+@dataclass
+class Settings:
+    packed: int = 5000  # mutations of model.safetensors
+    checkpoints: int = 1000  # mutations of ckpt.pt
+    seed: int = 0
+    worker: str | None = None  # set by the script itself: the folder to work in
+
+
+def main(s: Settings):
+    if s.worker:
+        return work(s)
+    counts = {}
+    with tempfile.TemporaryDirectory() as folder:
+        make(folder)
+        for kind, total in (("packed", s.packed), ("checkpoints", s.checkpoints)):
+            for start in range(0, total, CHUNK):
+                n, seed = min(CHUNK, total - start), s.seed + start
+                others = {"packed": 0, "checkpoints": 0} | {kind: n}
+                command = [sys.executable, "-W", "ignore", __file__, f"--worker={folder}", f"--seed={seed}"]
+                command += [f"--{k}={v}" for k, v in others.items()]
+                done = subprocess.run(command, capture_output=True, text=True)
+                last = done.stdout.splitlines()[-1:] or ["nothing"]
+                if done.returncode:
+                    raise ValueError(f"{kind}: exit {done.returncode} at {last[0]}: {done.stderr[-3000:]}")
+                for what, count in json.loads(last[0]).items():
+                    counts[what] = counts.get(what, 0) + count
+                print(f"{kind} {start + n} of {total}: {counts}", flush=True)
+
+
+def make(folder):
+    """The files to damage: packed ones of two kinds, a float one, and a QAT checkpoint."""
+    torch.manual_seed(0)
+    shape = GPTConfig(block_size=16, vocab_size=20, n_layer=2, n_head=2, n_embd=64)
+    chars = "".join(map(chr, range(97, 117)))
+    info = {"tokenizer": {"tokenizer": "char", "chars": chars}, "method": "QAT", "pot": None, "origin": None, "step": 3}
+    info["settings"] = {"dataset": "tiny", "seed": 1}
+    for name, config in (("a", PoTConfig()), ("b", PoTConfig(bits=3, granularity="channel")), ("c", None)):
+        model = GPT(shape)
+        packed = copy.deepcopy(model) if config is None else quantize_(copy.deepcopy(model), config)
+        checkpoint.save_model(os.path.join(folder, name), packed, info)
+    prepare(model, PoTConfig())
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))[1].backward()
+    optimizer.step()
+    info["pot"] = PoTConfig().__dict__
+    checkpoint.save_training(os.path.join(folder, "d"), model, info, optimizer=optimizer.state_dict(), scaler={})
+
+
+def work(s):
+    kind = "packed" if s.packed else "checkpoints"
+    name = checkpoint.MODEL if kind == "packed" else checkpoint.TRAINING
+    counts, folder = {"loaded": 0, "refused": 0}, os.path.join(s.worker, f"mutant-{os.getpid()}")
+    os.makedirs(folder)
+    path = os.path.join(folder, name)
+    for seed in range(s.seed, s.seed + (s.packed or s.checkpoints)):
+        r = random.Random(f"{kind} {seed}")
+        source = os.path.join(s.worker, r.choice("abc") if kind == "packed" else "d", name)
+        data = Path(source).read_bytes()
+        how = r.choice(PACKED if kind == "packed" else CHECKPOINTS)
+        Path(path).write_bytes(how(r, data))
+        print(f"seed {seed}, {how.__name__}", flush=True)
+        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.time()
+        try:
+            model, _ = checkpoint.load_model(folder)
+            with torch.no_grad():
+                model(torch.zeros(1, 5, dtype=torch.long))
+            counts["loaded"] += 1
+        except (ValueError, OSError) as e:
+            assert 20 < len(str(e)) < 2000, e
+            counts["refused"] += 1
+        except IndexError:  # of a model that knows no tokens, loaded as such
+            counts["loaded"] += 1
+        assert time.time() - start < SECONDS, "too slow"
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        assert grown < 2 * len(data) + MEMORY, f"{grown} bytes of memory"
+        assert not os.path.exists("/tmp/nanopot-fuzz-was-here"), "code ran"
+    print(json.dumps(counts))
+
+
+def flip(r, data):
+    data = bytearray(data)
+    for _ in range(r.choice((1, 1, 1, 2, 9))):
+        data[r.randrange(r.choice((8, 300, len(data) // 4, len(data))))] ^= r.randrange(1, 256)
+    return bytes(data)
+
+
+def cut(r, data):
+    return data[: r.randrange(len(data))] if r.random() < 0.8 else data + bytes(r.randrange(1, 99))
+
+
+def strange(r):
+    return r.choice(
+        [None, True, -1, 0, 1, 3, 2**31, 10**9, 10**18, -(10**18), 1e300, 0.5, "", "x", "load", "int8", [], [1], {}, {"a": 1}]
+    )
+
+
+def one_leaf(r, value):
+    """value with one part of it replaced, removed or doubled."""
+    if isinstance(value, dict) and value and r.random() < 0.9:
+        key = r.choice(list(value))
+        if r.random() < 0.1:
+            return {k: v for k, v in value.items() if k != key}
+        if r.random() < 0.1:
+            return value | {key + "x" if isinstance(key, str) else 7: value[key]}
+        return value | {key: one_leaf(r, value[key])}
+    if isinstance(value, list) and value and r.random() < 0.9:
+        i = r.randrange(len(value))
+        return value[:i] + [one_leaf(r, value[i])] + value[i + 1 :]
+    if isinstance(value, torch.Tensor):
+        return r.choice([value.flatten()[:-1], value.int(), value.double(), value * torch.nan, -value, value.flatten(), value[None], 7])
+    return strange(r)
+
+
+def header(r, data):
+    """safetensors' own header: shapes, dtypes, offsets, names."""
+    (n,) = struct.unpack("<Q", data[:8])
+    found = json.loads(data[8 : 8 + n])
+    key = r.choice([k for k in found if k != "__metadata__"])
+    text = json.dumps(found | {key: one_leaf(r, found[key])}).encode()
+    if r.random() < 0.1:
+        return struct.pack("<Q", r.choice((0, n + 1, 2**40, 2**63))) + data[8:]
+    return struct.pack("<Q", len(text)) + text + data[8 + n :]
+
+
+def metadata(r, data):
+    (n,) = struct.unpack("<Q", data[:8])
+    found = json.loads(data[8 : 8 + n])
+    info = json.loads(found["__metadata__"]["nanopot"])
+    part = r.choice(["packed", "model_args", None])
+    info = one_leaf(r, info) if part is None else info | {part: one_leaf(r, info[part])}
+    found["__metadata__"]["nanopot"] = json.dumps(info)
+    text = json.dumps(found).encode()
+    return struct.pack("<Q", len(text)) + text + data[8 + n :]
+
+
+def scales(r, data):
+    """A scale, or whatever tensor, that is no number."""
+    (n,) = struct.unpack("<Q", data[:8])
+    found, data = json.loads(data[8 : 8 + n]), bytearray(data)
+    keys = [k for k in found if k.endswith("scale")] or [k for k in found if k != "__metadata__"]
+    start, end = found[r.choice(keys)]["data_offsets"]
+    at = 8 + n + r.randrange(start, end - 3) // 2 * 2
+    data[at : at + 2] = r.choice((b"\x00\x7e", b"\x00\x7c", b"\x00\xfc", b"\x00\x00", b"\x01\x80"))
+    return bytes(data)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/nanopot-fuzz-was-here",)
+
+
+def state(r, data):
+    import io
+
+    found = torch.load(io.BytesIO(data), weights_only=True)
+    part = r.choice(["model", "info", "info", None])
+    found = one_leaf(r, found) if part is None else found | {part: one_leaf(r, found[part])}
+    if r.random() < 0.1:
+        found = {"model": Evil(), "info": found}
+    out = io.BytesIO()
+    torch.save(found, out)
+    return out.getvalue()
+
+
+PACKED = [flip, cut, header, metadata, scales]
+CHECKPOINTS = [flip, flip, cut, state, state]
+
+if __name__ == "__main__":
+    run(main, Settings)

@@ -1,0 +1,34 @@
+"""A short run of tests/fuzz.py, and that it notices what it is there for."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import checkpoint
+
+
+def fuzz(*args):
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "fuzz.py"), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def test_damaged_files_are_refused_or_run():
+    done = fuzz("--packed=250", "--checkpoints=100", "--seed=100000")
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("checkpoints 100 of 100") and "'loaded': " in last and "'refused': " in last
+
+
+@pytest.mark.parametrize("error", ["KeyError('x')", "MemoryError()"])
+def test_it_notices_an_error_of_another_kind(tmp_path, monkeypatch, error):
+    import fuzz as module
+
+    def broken(folder):
+        raise eval(error)
+
+    monkeypatch.setattr(checkpoint, "load_model", broken)
+    module.make(str(tmp_path))
+    with pytest.raises((KeyError, MemoryError)):
+        module.main(module.Settings(packed=2, checkpoints=0, worker=str(tmp_path)))
