@@ -134,7 +134,7 @@ def load_model(folder: str) -> tuple[GPT, dict]:
             info = json.loads(f.metadata()["nanopot"])
             tensors = {name: f.get_tensor(name) for name in f.keys()}
             return load_packed(_structure(info, tensors), tensors, info["packed"]).eval(), info
-    except (SafetensorError, KeyError, TypeError, ValueError) as e:
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{path} is truncated, damaged or not of nanoPoT: {e}") from None
 
 

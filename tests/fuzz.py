@@ -123,7 +123,28 @@ def cut(r, data):
 
 def strange(r):
     return r.choice(
-        [None, True, -1, 0, 1, 3, 2**31, 10**9, 10**18, -(10**18), 1e300, 0.5, "", "x", "load", "int8", [], [1], {}, {"a": 1}]
+        [
+            None,
+            True,
+            -1,
+            0,
+            1,
+            3,
+            2**31,
+            10**9,
+            10**18,
+            -(10**18),
+            1e300,
+            0.5,
+            "",
+            "x",
+            "load",
+            "int8",
+            [],
+            [1],
+            {},
+            {"a": 1},
+        ]
     )
 
 
@@ -140,7 +161,18 @@ def one_leaf(r, value):
         i = r.randrange(len(value))
         return value[:i] + [one_leaf(r, value[i])] + value[i + 1 :]
     if isinstance(value, torch.Tensor):
-        return r.choice([value.flatten()[:-1], value.int(), value.double(), value * torch.nan, -value, value.flatten(), value[None], 7])
+        return r.choice(
+            [
+                value.flatten()[:-1],
+                value.int(),
+                value.double(),
+                value * torch.nan,
+                -value,
+                value.flatten(),
+                value[None],
+                7,
+            ]
+        )
     return strange(r)
 
 

@@ -1,4 +1,4 @@
-"""A short run of tests/fuzz.py, and that it notices what it is there for."""
+"""Short runs of tests/fuzz.py and tests/kills.py, and that the first notices what it is there for."""
 
 import subprocess
 import sys
@@ -9,13 +9,13 @@ from conftest import ROOT
 import checkpoint
 
 
-def fuzz(*args):
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "fuzz.py"), *args]
+def run(script, *args):
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / script), *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 def test_damaged_files_are_refused_or_run():
-    done = fuzz("--packed=250", "--checkpoints=100", "--seed=100000")
+    done = run("fuzz.py", "--packed=250", "--checkpoints=100", "--seed=100000")
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
     assert last.startswith("checkpoints 100 of 100") and "'loaded': " in last and "'refused': " in last
@@ -32,3 +32,9 @@ def test_it_notices_an_error_of_another_kind(tmp_path, monkeypatch, error):
     module.make(str(tmp_path))
     with pytest.raises((KeyError, MemoryError)):
         module.main(module.Settings(packed=2, checkpoints=0, worker=str(tmp_path)))
+
+
+def test_a_run_that_is_killed_goes_on():
+    done = run("kills.py", "--kills=4")
+    assert done.returncode == 0, done.stderr
+    assert "the weights are those of a run in one piece" in done.stdout

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -235,6 +236,42 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(house, sh, flo
     )  # one process speaks: twice and the table
     # It goes on, with another number of processes if need be.
     sh(f"{common} --batch_size=4 --out_dir=out-processes --init_from=resume".replace("max_iters=6", "max_iters=8"))
+
+
+def test_one_seed_gives_the_same_bytes(house, sh, float_run):
+    command = f"train.py --dataset=tiny --init_from={float_run} --pot_bits=4 --calibrate_tokens=500 --max_iters=6"
+    found = []
+    for _ in range(2):
+        sh(f"{command} --batch_size=4 --out_dir=out-same")
+        found.append((house / "out-same" / "model.safetensors").read_bytes())
+        shutil.rmtree(house / "out-same")
+    assert found[0] == found[1]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc"), reason="finds the workers under /proc")
+def test_a_worker_that_dies_takes_the_job_down(house, sh):
+    command = f"train.py {TINY} --max_iters=100000 --out_dir=out-dying"
+    args = [sys.executable, *f"-m torch.distributed.run --standalone --nproc_per_node=2 {command}".split()]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(args, cwd=house, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    for line in job.stdout:
+        if line.startswith("step 15/"):
+            break
+    found = [p for p in map(str, os.listdir("/proc")) if p.isdigit()]
+    parents = {
+        p: open(f"/proc/{p}/stat").read().rpartition(")")[2].split()[1]
+        for p in found
+        if os.path.exists(f"/proc/{p}/stat")
+    }
+    workers = sorted((p for p in parents if parents[p] == str(job.pid)), key=int)
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    start = time.time()
+    job.communicate(timeout=60)
+    assert job.returncode and time.time() - start < 60
+    assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
+    step = checkpoint.load_training(str(house / "out-dying"))["info"]["step"]
+    assert step >= 10
+    sh(f"{command} --init_from=resume".replace("100000", str(step + 5)))
 
 
 def test_learning_from_the_last_position_alone():

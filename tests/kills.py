@@ -1,0 +1,88 @@
+"""
+Kills a training run (kill -9) at random moments, again and again, and resumes it: no folder is ever left that does not go
+on, and at the end stand the weights, to the bit, of a run that nobody killed.
+
+    python tests/kills.py --kills=100
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
+
+import checkpoint
+import dataset
+from configurator import run
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Settings:
+    kills: int = 100
+    seed: int = 0
+    steps: int = 2000  # of the run; more than it gets done between the kills
+
+
+def main(s: Settings):
+    r = random.Random(s.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        os.makedirs(f"{folder}/data/tiny")
+        text = "the quick brown fox jumps over the lazy dog, and then he sleeps for a while.\n" * 40
+        dataset.write_chars(f"{folder}/data/tiny", {"train": text, "val": text[:300], "test": text[:300]})
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "--dataset=tiny",
+            f"--max_iters={s.steps}",
+            "--eval_interval=2",
+        ]
+        command += "--n_layer=1 --n_head=1 --n_embd=64 --block_size=16 --batch_size=2 --log_interval=100".split()
+        command += [
+            "--dropout=0.1",
+            "--learning_rate=1e-3",
+            "--min_lr=1e-3",
+        ]  # the same, however many steps there will be
+        cut = os.path.join(folder, "cut")
+        for n in range(1, s.kills + 1):
+            start = ["--init_from=resume"] if os.path.exists(os.path.join(cut, checkpoint.TRAINING)) else []
+            process = subprocess.Popen(
+                [*command, f"--out_dir={cut}", *start],
+                cwd=folder,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            first = process.stdout.readline()  # once it trains, what there is to interrupt is mostly saving
+            time.sleep(r.uniform(0, 0.5))
+            process.send_signal(signal.SIGKILL)
+            rest = process.stdout.read()
+            if process.wait() != -signal.SIGKILL:
+                raise ValueError(f"kill {n}: the run ended by itself: {first}{rest}")
+            step = checkpoint.load_training(cut)["info"]["step"] if checkpoint.exists(cut) else 0
+            print(f"kill {n} of {s.kills}: step {step}", flush=True)
+        left = [f"--max_iters={step + 3}"]
+        whole = os.path.join(folder, "whole")
+        for out, start in ((cut, ["--init_from=resume"] if step else []), (whole, [])):
+            subprocess.run(
+                [*command, *left, f"--out_dir={out}", *start], cwd=folder, stdout=subprocess.PIPE, check=True
+            )
+        a, b = (checkpoint.load_training(out)["model"] for out in (cut, whole))
+        different = [name for name in a if not torch.equal(a[name], b[name])]
+        print(
+            f"{s.kills} kills, {step} steps: the weights are {'NOT ' if different else ''}those of a run in one piece"
+        )
+        if different:
+            raise ValueError(f"they differ in {', '.join(different)}")
+
+
+if __name__ == "__main__":
+    run(main, Settings)
