@@ -1,0 +1,98 @@
+"""extras/pot_pt2e.py: PyTorch's export-mode flow gives the weights of pot.prepare and pot.convert."""
+
+import copy
+import importlib
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import ROOT
+
+import pot
+from model import GPT, GPTConfig
+from pot import PoTConfig
+
+pytest.importorskip("torchao")
+sys.path.insert(0, str(ROOT / "extras"))
+SHAPE = GPTConfig(block_size=16, vocab_size=28, n_layer=2, n_head=2, n_embd=64)
+
+
+@pytest.fixture(scope="module")
+def pt2e():
+    module = importlib.import_module("pot_pt2e")
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+
+    module.prepare_qat_pt2e, module.convert_pt2e = prepare_qat_pt2e, convert_pt2e
+    return module
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize(
+    "config", [PoTConfig(), PoTConfig(bits=3, granularity="tensor"), PoTConfig(terms=2, granularity="channel")], ids=str
+)
+def test_the_four_phases(pt2e, config, steps):
+    torch.manual_seed(0)
+    model, x = GPT(SHAPE), torch.randint(28, (3, 16))
+    ours = copy.deepcopy(model)
+    theirs = pt2e.prepare_qat_pt2e(torch.export.export(model, (x,)).module(), pt2e.PoTQuantizer(config))
+    pot.prepare(ours, config)
+    assert torch.equal(theirs(x), ours(x)) and theirs(x).shape == (3, 16, 28)  # every position
+    for either in (ours, theirs):
+        optimizer = torch.optim.SGD(either.parameters(), lr=0.1)
+        for _ in range(steps):
+            F.cross_entropy(either(x).flatten(0, 1), x.flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    theirs = pt2e.convert_pt2e(theirs)
+    expected = pot.convert(ours)(x)
+    assert torch.equal(theirs(x), expected)
+    state = theirs.state_dict()
+    for name, module in ours.named_modules():
+        if isinstance(module, pot.PackedPoTLinear | pot.PackedPoTEmbedding) and name != "transformer.wte":
+            key = name.replace(".", "_") + "_weight"
+            assert torch.equal(state[f"{key}_codes"], module.packed.codes), name
+            assert torch.equal(state[f"{key}_scale"], module.packed.scale), name
+    assert not [name for name, t in state.items() if t.ndim == 2 and t.is_floating_point() and "scale" not in name]
+    targets = {str(node.target) for node in theirs.graph.nodes}
+    assert "nanopot.dequantize.default" in targets and not any("quantize_per" in t for t in targets)
+
+
+def test_layers_of_odd_width_and_computed_weights(pt2e):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.odd, self.factor = nn.Linear(33, 5, bias=False), nn.Parameter(torch.randn(7, 5))
+
+        def forward(self, x):
+            return F.linear(self.odd(x), self.factor * 2)
+
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(4, 33)
+    config = PoTConfig(granularity="channel")
+    plain = copy.deepcopy(net)
+    pot.quantize_(plain.odd, config)
+    theirs = pt2e.prepare_qat_pt2e(torch.export.export(net, (x,)).module(), pt2e.PoTQuantizer(config))
+    converted = pt2e.convert_pt2e(theirs)
+    w = pot.fake_quantize(net.odd.weight, pot.compute_scale(net.odd.weight, config), config)
+    assert torch.allclose(converted(x), F.linear(F.linear(x, w), net.factor * 2), atol=1e-6)
+
+
+def test_the_operator(pt2e):
+    w = torch.randn(6, 128)
+    config = PoTConfig()
+    packed = pot.PackedWeight.pack(w, pot.compute_scale(w, config), config)
+    import json
+    from dataclasses import asdict
+
+    torch.library.opcheck(torch.ops.nanopot.dequantize, (packed.codes, packed.scale, 128, json.dumps(asdict(config))))
+
+
+def test_what_it_does_not_do(pt2e):
+    for config in (
+        PoTConfig(act_bits=8),
+        PoTConfig(grid="paper", granularity="tensor", scale="absmax", bits=4, range=3),
+    ):
+        with pytest.raises(ValueError, match="leave out act_bits"):
+            pt2e.PoTQuantizer(config)
