@@ -26,7 +26,7 @@ base=out-pydoc-char
 [ -e data/pydoc_char/test.bin ] || step "Text: Python's own documentation, as characters (20 s)" \
     python data/pydoc_char/prepare.py
 train "Float: the papers' character GPT, 3,000 steps (2 min)" config/train_pydoc_char.py $base
-train "PTQ: its weights rounded to powers of two, 4 bits (5 s)" config/finetune_pydoc_char_pot4.py $base-ptq \
+train "PTQ: its weights as powers of two, 4 bits, chosen by GPTQ (10 s)" config/finetune_pydoc_char_pot4.py $base-ptq \
     --max_iters=0 --out_dir=$base-ptq
 train "QAT: 1,000 steps with power-of-two weights (1 min)" config/finetune_pydoc_char_pot4.py $base-pot4
 train "Float control: the same 1,000 steps in float (1 min)" config/finetune_pydoc_char_pot4.py $base-control \

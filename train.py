@@ -101,10 +101,6 @@ def train(s: Settings, stop: "Stop"):
     for key in ("beta1", "beta2"):
         if getattr(s, key) >= 1:
             raise ValueError(f"{key}={getattr(s, key)} must be below 1")
-    if s.calibrate_tokens and not s.pot:
-        raise ValueError(
-            "calibrate_tokens goes with pot_ settings, which quantize: pass --pot_bits=4, say, or leave it out"
-        )
     if s.dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise ValueError(f"unknown dtype {s.dtype!r}: choose auto, bfloat16, float16 or float32")
     if s.distill and not 0 <= s.distill <= 1:

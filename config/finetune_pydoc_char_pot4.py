@@ -1,4 +1,4 @@
-# QAT: goes on from config/train_pydoc_char.py with 4-bit power-of-two weights, embeddings included.
+# QAT: goes on from config/train_pydoc_char.py with 4-bit power-of-two weights, embeddings included, from GPTQ's codes.
 # About a minute on 2 cores. The float control, trained on the same batches: --pot=None --out_dir=out-pydoc-char-control
 # PTQ is QAT with no steps: --max_iters=0 --out_dir=out-pydoc-char-ptq
 init_from = "out-pydoc-char"
@@ -8,6 +8,7 @@ dataset = "pydoc_char"
 pot_bits = 4
 pot_granularity = "group"
 pot_group_size = 64
+calibrate_tokens = 16384
 
 batch_size = 8
 max_iters = 1000

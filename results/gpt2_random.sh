@@ -11,7 +11,7 @@ import torch, transformers
 torch.manual_seed(0)
 transformers.GPT2LMHeadModel(transformers.GPT2Config()).save_pretrained('gpt2-random')"
 tune="python train.py config/finetune_gpt2_pot4.py --init_from=gpt2-random --gradient_accumulation_steps=1 --max_iters=20"
-tune="$tune --eval_tokens=2000"
+tune="$tune --eval_tokens=2000 --calibrate_tokens=0"
 for round in 1 2 3; do
     out=out-gpt2-random-$round
     [ -e "$out-float/model.safetensors" ] || $tune --pot=None --out_dir="$out-float"

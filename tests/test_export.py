@@ -146,7 +146,7 @@ def test_what_gguf_cannot_hold(house, tmp_path, export, qat_run):
 
 def test_the_config_for_mxfp4(house, sh, tmp_path, export):
     pytest.importorskip("gguf")
-    few = "--init_from=gpt2 --max_iters=1 --batch_size=2 --gradient_accumulation_steps=1 --eval_tokens=200"
+    few = "--init_from=gpt2 --calibrate_tokens=200 --max_iters=1 --batch_size=2 --gradient_accumulation_steps=1 --eval_tokens=200"
     sh(f"train.py config/finetune_gpt2_mxfp4.py {few}")
     export.main(export.Settings(str(house / "out-gpt2-mxfp4"), str(tmp_path / "model.gguf")))
     assert json.loads(json.dumps({"bytes": (tmp_path / "model.gguf").stat().st_size}))["bytes"] > 50257 * 64 * 17 // 32

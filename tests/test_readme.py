@@ -19,7 +19,7 @@ COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.spl
 
 # Short versions of the same commands.
 FEWER = {
-    "train.py": "--max_iters=4 --eval_interval=2 --eval_tokens=500 --batch_size=2 --gradient_accumulation_steps=1",
+    "train.py": "--max_iters=4 --eval_interval=2 --eval_tokens=500 --batch_size=2 --gradient_accumulation_steps=1 --calibrate_tokens=200",
     "eval.py": "--tokens=500",
     "sample.py": "--max_new_tokens=20",
     "bench.py": "--ckpt=gpt2 --compile=False --rounds=2 --new_tokens=4 --prompt_tokens=20 --steps=1 --block_size=16",

@@ -495,7 +495,7 @@ def test_bertscore(house, monkeypatch, capsys, float_run, qat_run):
 def test_gpt2_by_its_configs(house, sh):
     """The way of a user, on a small GPT-2 in Hugging Face's format that lies where its name says."""
     few = "--max_iters=4 --eval_interval=2 --log_interval=2 --gradient_accumulation_steps=1 --batch_size=2 --eval_tokens=300"
-    sh(f"train.py config/finetune_gpt2_pot4.py {few}")
+    sh(f"train.py config/finetune_gpt2_pot4.py {few} --calibrate_tokens=200")
     sh(f"train.py config/paper_gpt2_pot4.py {few}")
     done = sh("eval.py config/eval_gpt2.py --ckpt=gpt2,out-gpt2-pot4,out-gpt2-paper --tokens=300")
     rows = last_json(done)["rows"]
@@ -656,7 +656,6 @@ def test_text_is_streamed(house, float_run):
         ("train.py --dataset=tiny --init_from=gpt2 --out_dir=x", "another vocabulary"),
         ("train.py --dataset=openwebtext --init_from=gpt2 --n_layer=3 --out_dir=x", "n_layer=3, but gpt2 was trained with n_layer=2"),
         ("train.py --dataset=openwebtext --init_from=gpt5 --out_dir=x", "no folder gpt5"),
-        ("train.py --dataset=tiny --calibrate_tokens=99 --out_dir=x", "calibrate_tokens goes with pot_ settings"),
         ("eval.py --ckpt=gpt2", "pass --dataset=openwebtext, say, or --text FILE"),
         ("eval.py --ckpt=gpt2 --text=nowhere.txt", "nowhere.txt"),
         ("eval.py --ckpt=gpt2 --text=latin.txt", "latin.txt is not UTF-8 text"),
