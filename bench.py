@@ -158,7 +158,8 @@ def write_formats(model, folder, tokens):
     files, expected = {}, {}
 
     def write(format, model, like):
-        info = {"tokenizer": None, "method": format, "pot": None, "origin": None, "step": 0}
+        no_text = {"tokenizer": "char", "chars": ""}
+        info = {"tokenizer": no_text, "method": format, "pot": None, "origin": None, "step": 0}
         checkpoint.save_model(os.path.join(folder, format), model, info | {"settings": {"dataset": None, "seed": None}})
         files[format], expected[format] = os.path.join(folder, format, checkpoint.MODEL), like
 

@@ -159,7 +159,6 @@ def train(s: Settings, stop: "Stop"):
         dist.barrier()  # no process may still be looking at a folder that the first one writes to
     log = None
     if rank == 0:
-        lock = checkpoint.Lock(s.out_dir)  # noqa: F841, until main returns
         print(
             f"{kind}: {millions:.2f} M parameters on {where}, step {step} to {s.max_iters}, {s.dataset}, to {s.out_dir}/"
         )
@@ -432,7 +431,7 @@ class Log:
 
     def __init__(self, s, step, resumed):
         self.wandb = start_wandb(s) if s.wandb_log else None
-        os.makedirs(s.out_dir, exist_ok=True)
+        self.lock = checkpoint.Lock(s.out_dir)  # as long as this object lives, and before anything is written
         self.folder, self.path, self.entries = s.out_dir, os.path.join(s.out_dir, "log.jsonl"), []
         if resumed and os.path.exists(self.path):
             with open(self.path) as f:

@@ -384,6 +384,7 @@ def test_a_library_for_each_processor_and_after_damage(kernel, monkeypatch, tmp_
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert kernel()
     (path,) = (tmp_path / "nanopot").iterdir()
+    path.unlink()  # this process has it mapped
     path.write_bytes(b"")  # a full disk
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", "import pot; assert pot._kernel()"],
