@@ -110,5 +110,5 @@ def test_configs_name_each_row_once(path):
     s = configurator.configure(sweep.Settings, [str(ROOT / "config" / path)])
     plan = sweep.plan_of(s, list(sweep.METHODS))
     names = [sweep.name_of(s, method, config, seed) for method, config, _, seed in plan]
-    assert len(names) == len(set(names)) > 20
-    assert (ROOT / s.finetune).exists() and s.results.startswith("results/")
+    assert len(names) == len(set(names)) > 15
+    assert (ROOT / s.finetune).exists() and s.results.startswith(("results/", s.out_dir))
