@@ -22,7 +22,7 @@ FEWER = {
     "train.py": "--max_iters=4 --eval_interval=2 --eval_tokens=500 --batch_size=2 --gradient_accumulation_steps=1 --calibrate_tokens=200",
     "eval.py": "--tokens=500",
     "sample.py": "--max_new_tokens=20",
-    "sweep.py": "--max_iters=2 --tokens=500 --calibrate_tokens=200 --methods=rtn,qat",
+    "sweep.py": "--max_iters=2 --tokens=500 --calibrate_tokens=200 --methods=rtn",
     "bench.py": "--ckpt=gpt2 --compile=False --rounds=2 --new_tokens=4 --prompt_tokens=20 --steps=1 --block_size=16",
 }
 # Other tests run these; minutes of training; an encoder from the hub.
