@@ -85,7 +85,7 @@ def load_training(folder: str) -> dict:
         raise ValueError(f"{folder} holds {what}: pass the out_dir of a training run, with its {TRAINING}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        _structure(state["info"], state["model"])
+        _checked(state["info"], state["model"])
         state["model"], state["optimizer"], state["scaler"]
         return state
     except OSError:
@@ -133,7 +133,7 @@ def load_model(folder: str) -> tuple[GPT, dict]:
         with safe_open(path, "pt") as f:
             info = json.loads(f.metadata()["nanopot"])
             tensors = {name: f.get_tensor(name) for name in f.keys()}
-            return load_packed(_structure(info, tensors), tensors, info["packed"]).eval(), info
+            return load_packed(GPT.meta(_checked(info, tensors)), tensors, info["packed"]).eval(), info
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{path} is truncated, damaged or not of nanoPoT: {e}") from None
 
@@ -141,16 +141,17 @@ def load_model(folder: str) -> tuple[GPT, dict]:
 def model_of(state: dict, quantized=True) -> GPT:
     """Model of a training state, in eval mode; quantized=False leaves its float weights unquantized."""
     weights = state["model"]
-    model = _structure(state["info"], weights)
-    if state["info"]["pot"] and quantized:
-        prepare(model, PoTConfig(**state["info"]["pot"]))
-    elif state["info"]["pot"]:
-        weights = {name: t for name, t in weights.items() if ".quantizer." not in name}
     try:
+        model = GPT.meta(GPTConfig(**state["info"]["model_args"]))
+        if state["info"]["pot"] and quantized:
+            prepare(model, PoTConfig(**state["info"]["pot"]))
+        elif state["info"]["pot"]:
+            weights = {name: t for name, t in weights.items() if ".quantizer." not in name}
         expected = model.state_dict()
         for name, t in weights.items():
             scale = name.endswith("quantizer.scale")
-            if t.dtype not in (torch.float32, torch.float16 if scale else torch.float32) or t.is_sparse or t.is_meta:
+            dtypes = (torch.float32, torch.float16) if scale else (torch.float32,)
+            if t.dtype not in dtypes or t.is_sparse or t.is_meta:
                 raise TypeError(f"{name} is {t.dtype}")
             if scale and not (t > 0).logical_and(t < torch.inf).all():
                 raise ValueError(f"{name} holds a value that is no positive number")
@@ -240,9 +241,9 @@ def _tensors(folder):
 # --- parts ---
 
 
-def _structure(info, tensors) -> GPT:
-    """The model that info describes, on the meta device. Raises ValueError, KeyError or TypeError if info, which came from
-    a file, lacks or garbles what every reader relies on."""
+def _checked(info, tensors) -> GPTConfig:
+    """The shape that info gives. Raises ValueError, KeyError or TypeError if info, which came from a file, lacks or garbles
+    what every reader relies on."""
     kinds = {"method": str, "pot": dict | None, "origin": str | None, "step": int, "settings": dict, "model_args": dict}
     kinds_of_settings = {"dataset": str | None, "seed": int | None}
     for where, expected in ((info, kinds), (info["settings"], kinds_of_settings)):
@@ -256,7 +257,7 @@ def _structure(info, tensors) -> GPT:
         raise ValueError(f"its tokenizer has more than the {config.vocab_size} tokens of the model")
     if config.n_layer > len(tensors):  # before so many are built
         raise ValueError(f"{config.n_layer} layers cannot be in {len(tensors)} tensors")
-    return GPT.meta(config)
+    return config
 
 
 def exists(folder: str) -> bool:

@@ -677,7 +677,8 @@ class PackedWeight(_Scaled):
         """The weight (out, in) in its own dtype, or of its rows `index` (int tensor) alone (*index.shape, in)."""
         if index is not None and index.device != self.codes.device:
             raise RuntimeError(f"the index is on {index.device}, the table on {self.codes.device}: move one of them")
-        if self._fast and self.codes.device.type == "cpu" and not _is_traced():
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if self._fast and self.codes.device.type == "cpu" and not traced:
             return self._unpack(index).to(self._like.dtype)
         codes, scale = self.codes, self.scale
         if index is not None:
@@ -744,10 +745,6 @@ class PackedWeight(_Scaled):
 
     def extra_repr(self):
         return f"({len(self.codes)}, {self.in_features}), {self.config}"
-
-
-def _is_traced():
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class PackedPoTLinear(nn.Module):

@@ -23,6 +23,8 @@ from configurator import check_minimum, configure, provenance, run
 from pot import PoTConfig, convert
 
 METHODS = ("rtn", "gptq", "qat")
+# What all rows of an out_dir have in common; the rest of the settings is in their names.
+HOW = ("init_from", "finetune", "calibrate_tokens", "split", "tokens", "block_size", "protocol")
 
 
 @dataclass
@@ -55,13 +57,19 @@ def main(s: Settings):
         checkpoint.require_folder(s.init_from.format(seed=seed))
     os.makedirs(s.out_dir, exist_ok=True)
     path = os.path.join(s.out_dir, "rows.jsonl")
+    how = {key: getattr(s, key) for key in HOW}
+    for row in read(path).values():
+        if row["how"] != how:
+            raise ValueError(
+                f"{s.out_dir} holds rows that were measured with {row['how']}, the settings say {how}: choose another --out_dir"
+            )
     for i, (method, config, papers, seed) in enumerate(plan, start=1):
         name = name_of(s, method, config, seed)
         if name in read(path):
             continue
         print(f"--- {i} of {len(plan)}: {method}, {config or 'float32'}, seed {seed}", flush=True)
         row = {"name": name, "kind": method, "papers": papers} | measured(s, method, config, seed, name)
-        row |= {"seed": seed, "config": asdict(config) if config else None, "provenance": provenance()}
+        row |= {"seed": seed, "config": asdict(config) if config else None, "how": how, "provenance": provenance()}
         append(path, row)
         state = os.path.join(s.out_dir, name, checkpoint.TRAINING)
         if os.path.exists(state):  # as large as three float models, and of no more use

@@ -60,9 +60,7 @@ class Settings:
     # power-of-two weights
     pot: PoTConfig | None = None  # any pot_ key turns QAT on; --pot=None turns it off: the float control
     calibrate_tokens: int = 0  # with pot_ keys: start from GPTQ on so many tokens; 0: from the nearest levels
-    distill: float = (
-        0.0  # with pot_ keys: share of the loss that asks for the float model's predictions, not the text's
-    )
+    distill: float = 0.0  # with pot_ keys: share of the float model's predictions in the loss; the rest is the text's
     # steps
     max_iters: int = 5000  # optimizer steps; 0 only quantizes (PTQ)
     batch_size: int = 12  # sequences a micro-batch, in each process
@@ -85,7 +83,7 @@ class Settings:
     wandb_run_name: str | None = None  # wandb run; None: out_dir
     # machine
     device: str = "auto"  # "auto": cuda, mps or cpu; or one of them
-    dtype: str = "auto"  # of products while training: bfloat16, float16, float32; "auto": on CUDA the first that it has, else float32
+    dtype: str = "auto"  # of products: bfloat16, float16, float32; "auto": on CUDA the first that it has, else float32
     compile: bool = True  # torch.compile, on CUDA only
 
 

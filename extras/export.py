@@ -54,7 +54,7 @@ def main(s: Settings):
 
 def dense(model: GPT) -> dict[str, torch.Tensor]:
     """Float32 tensors by GPT-2's names, (out, in) matrices; biases that this model does without are 0."""
-    E, found = model.config.n_embd, {}
+    found = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if weight is None or isinstance(module, PackedWeight) or name == "lm_head":
@@ -63,7 +63,6 @@ def dense(model: GPT) -> dict[str, torch.Tensor]:
         if ".h." in name or "ln_f" in name:
             bias = module.bias
             found[f"{name}.bias"] = torch.zeros(len(weight)) if bias is None else bias.detach().float()
-    assert all(t.shape[-1] in (E, 3 * E, 4 * E) for t in found.values())
     return found
 
 

@@ -90,6 +90,7 @@ def test_a_sweep_that_was_cut_goes_on(house, sh, swept):
         ("--methods=rtn,magic", "there is no magic, choose among rtn, gptq, qat"),
         ("--seeds=one", "seeds=one: expected integers"),
         ("--init_from=nowhere", "nowhere"),
+        ("--split=val", "out-sweep holds rows that were measured with"),
         ("--weights=4", "expected a list, by a config file or None"),
     ],
 )
