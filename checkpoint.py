@@ -26,7 +26,8 @@ TRAINING, MODEL = "ckpt.pt", "model.safetensors"
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
-def _write(path, save):
+def write(path: str, save):
+    """Has save(temporary path) write a file, and puts it in the place of path. Raises OSError; what was there stays."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     tmp = path + ".tmp"
     try:
@@ -45,8 +46,8 @@ class Lock:
     """Holds a folder for one run, as long as this object lives or the process does. Raises ValueError if another has it."""
 
     def __init__(self, folder: str):
-        os.makedirs(folder, exist_ok=True)
         self.fd = None
+        os.makedirs(folder, exist_ok=True)
         try:
             import fcntl
         except ImportError:  # Windows
@@ -67,7 +68,7 @@ class Lock:
 def save_training(folder: str, model: GPT, info: dict, **state):
     """Writes the training state. A finished model that the folder holds is of an older step now, and is removed."""
     state |= {"info": info | {"model_args": asdict(model.config)}, "model": model.state_dict()}
-    _write(os.path.join(folder, TRAINING), lambda path: torch.save(state, path))
+    write(os.path.join(folder, TRAINING), lambda path: torch.save(state, path))
     if os.path.exists(os.path.join(folder, MODEL)):
         os.remove(os.path.join(folder, MODEL))
 
@@ -99,7 +100,7 @@ def save_model(folder: str, model: GPT, info: dict) -> int:
     tensors, metadata = packed_state(model)
     header = json.dumps(info | {"model_args": asdict(model.config), "packed": metadata}, separators=(",", ":"))
     path = os.path.join(folder, MODEL)
-    _write(path, lambda tmp: save_file({n: t.contiguous() for n, t in tensors.items()}, tmp, {"nanopot": header}))
+    write(path, lambda tmp: save_file({n: t.contiguous() for n, t in tensors.items()}, tmp, {"nanopot": header}))
     return os.path.getsize(path)
 
 

@@ -29,6 +29,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -434,16 +435,18 @@ class Log:
         if resumed and os.path.exists(self.path):
             with open(self.path) as f:
                 self.entries = [e for e in map(_entry, f) if e and e["step"] <= step]  # what came after happens again
-        with open(self.path + ".tmp", "w") as f:
-            f.writelines(json.dumps(e) + "\n" for e in self.entries)
-        os.replace(self.path + ".tmp", self.path)
+        lines = "".join(json.dumps(e) + "\n" for e in self.entries)
+        checkpoint.write(self.path, lambda tmp: Path(tmp).write_text(lines))
 
     def __call__(self, line, **entry):
         if line:
             print(line, flush=True)
         self.entries.append(entry)
-        with open(self.path, "a") as f:
-            f.write(json.dumps(entry) + "\n")
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(entry) + "\n")
+        except OSError as e:
+            raise OSError(f"cannot write {self.path}: {e}; the checkpoint beside it is untouched") from None
         if self.wandb:
             self.wandb.log(entry, step=entry["step"])
 
@@ -460,7 +463,7 @@ class Log:
                 ax.plot(*zip(*points), style, label=label, markersize=4)
         ax.set(xlabel="step", ylabel="loss (nats)", title=self.folder)
         ax.legend()
-        plt.savefig(os.path.join(self.folder, "loss.png"), dpi=120)
+        checkpoint.write(os.path.join(self.folder, "loss.png"), lambda tmp: plt.savefig(tmp, format="png", dpi=120))
         plt.close()
         if self.wandb:
             import wandb

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -104,6 +105,43 @@ def test_a_folder_is_one_runs_at_a_time(house, sh, float_run):
     assert "out-held is in use by another run" in done.stderr and not list((house / "out-held").iterdir())
     del lock
     sh(f"train.py {TINY} --max_iters=1 --out_dir=out-held")
+
+
+@pytest.mark.parametrize("room", ["none", "of the log", "half the checkpoint"])
+def test_a_full_disk(house, sh, float_run, room):
+    """A limit to the size of files stands for it: the failed write is a real one."""
+    folder = house / f"out-full-{room.split()[0]}"
+    folder.mkdir()
+    for name in ("ckpt.pt", "log.jsonl"):
+        shutil.copy(house / float_run / name, folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    sizes = {"none": 0, "of the log": len(before["log.jsonl"]), "half the checkpoint": len(before["ckpt.pt"]) // 2}
+    command = f"train.py {TINY} --init_from=resume --max_iters=40 --out_dir={folder.name}"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[room], limits[1]))
+    try:
+        done = sh(command, ok=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    name = "ckpt.pt" if room.startswith("half") else "log.jsonl"
+    assert f"cannot write {folder.name}/{name}" in done.stderr and "is untouched" in done.stderr
+    assert (folder / "ckpt.pt").read_bytes() == before["ckpt.pt"] and before.keys() == {
+        p.name for p in folder.iterdir()
+    }
+    sh(command)  # there is room again
+
+
+def test_a_folder_that_cannot_be_written_to(house, sh, float_run):
+    folder = house / "out-read-only"
+    shutil.copytree(house / float_run, folder)
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    folder.chmod(0o500)
+    if os.access(folder, os.W_OK):
+        pytest.skip("root writes anywhere")
+    done = sh(f"train.py {TINY} --init_from=resume --max_iters=40 --out_dir={folder.name}", ok=False)
+    folder.chmod(0o700)
+    assert f"cannot write {folder.name}/log.jsonl" in done.stderr and {p: p.read_bytes() for p in before} == before
 
 
 def test_one_step_equals_plain_torch(house, sh):
