@@ -12,6 +12,7 @@ or not at all.
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -26,7 +27,7 @@ TRAINING, MODEL = "ckpt.pt", "model.safetensors"
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
-def write(path: str, save):
+def write(path: str, save: Callable[[str], object]) -> None:
     """Has save(temporary path) write a file, and puts it in the place of path. Raises OSError; what was there stays."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     tmp = path + ".tmp"
@@ -65,7 +66,7 @@ class Lock:
             os.close(self.fd)
 
 
-def save_training(folder: str, model: GPT, info: dict, **state):
+def save_training(folder: str, model: GPT, info: dict, **state: dict) -> None:
     """Writes the training state. A finished model that the folder holds is of an older step now, and is removed."""
     state |= {"info": info | {"model_args": asdict(model.config)}, "model": model.state_dict()}
     write(os.path.join(folder, TRAINING), lambda path: torch.save(state, path))
@@ -139,7 +140,7 @@ def load_model(folder: str) -> tuple[GPT, dict]:
         raise ValueError(f"{path} is truncated, damaged or not of nanoPoT: {e}") from None
 
 
-def model_of(state: dict, quantized=True) -> GPT:
+def model_of(state: dict, quantized: bool = True) -> GPT:
     """Model of a training state, in eval mode; quantized=False leaves its float weights unquantized."""
     weights = state["model"]
     try:
@@ -276,7 +277,7 @@ def is_at_hand(folder: str) -> bool:
         return False
 
 
-def require_folder(folder: str):
+def require_folder(folder: str) -> None:
     """Raises ValueError if it is neither a folder nor the name of a model on the hub."""
     if folder in HUB:
         return

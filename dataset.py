@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
 
@@ -26,7 +27,7 @@ class CharTokenizer:
         self.ids = {c: i for i, c in enumerate(chars)}
 
     @property
-    def vocab_size(self):
+    def vocab_size(self) -> int:
         return len(self.chars)
 
     def encode(self, text: str) -> list[int]:
@@ -37,7 +38,7 @@ class CharTokenizer:
                 f"the character {e.args[0]!r} is not in this model's vocabulary of {len(self.chars)} characters"
             ) from None
 
-    def decode_bytes(self, ids) -> bytes:
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return "".join(self.chars[i] for i in ids).encode()
 
 
@@ -64,7 +65,7 @@ class BPETokenizer:
     def encode(self, text: str) -> list[int]:
         return self.bpe.encode(text, allowed_special="all")
 
-    def decode_bytes(self, ids) -> bytes:
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
         # Models may have more rows than there are tokens, to be a multiple of 64 or 128.
         return self.bpe.decode_bytes([i for i in ids if i < self.vocab_size])
 
@@ -85,7 +86,7 @@ def vocab_size(meta: dict) -> int:
     return BPETokenizer.vocab_size if meta == GPT2 else tokenizer_of(meta).vocab_size  # without any download
 
 
-def read_text(path) -> str:
+def read_text(path: str) -> str:
     try:
         with open(path, encoding="utf-8") as f:
             return f.read()
@@ -93,7 +94,7 @@ def read_text(path) -> str:
         raise ValueError(f"{path} is not UTF-8 text: {e.reason} at byte {e.start}") from None
 
 
-def read_documents(paths: str):
+def read_documents(paths: str) -> Iterator[str]:
     """Yields the documents of files with commas between them: lines {"text": ...} of a .jsonl file; any other file is
     text, which is cut at blank lines into documents of at least 10,000 characters."""
     for path in paths.split(","):
@@ -119,7 +120,7 @@ def read_documents(paths: str):
                     yield text
 
 
-def stream_documents(hub, splits=("train",), revision=None):
+def stream_documents(hub: str, splits: Iterable[str] = ("train",), revision: str | None = None) -> Iterator[str]:
     """Yields the documents of a data set on the Hugging Face hub that has a column text."""
     import datasets
 
@@ -164,14 +165,14 @@ def write(folder, meta, pieces):
     print(f"{os.path.relpath(folder)}: vocabulary of {vocab_size(meta):,}; tokens: {shown}")
 
 
-def write_chars(folder, texts: dict[str, str]):
+def write_chars(folder: str, texts: dict[str, str]) -> None:
     """Writes the texts of the three splits as a data set of characters."""
     tokenizer = CharTokenizer("".join(sorted(set().union(*texts.values()))))
     pieces = ((split, tokenizer.encode(text)) for split, text in texts.items())
     write(folder, {"tokenizer": "char", "chars": tokenizer.chars}, pieces)
 
 
-def write_documents(folder, documents):
+def write_documents(folder: str, documents: Iterable[str]) -> None:
     """Writes documents, an iterable of texts, as a data set of GPT-2's tokens, each ended by the end-of-text token.
 
     Exact duplicates are left out first. One document in 20 goes to test and one to val until these hold HELD_OUT tokens
@@ -206,7 +207,7 @@ def write_documents(folder, documents):
 HELD_OUT = 500_000  # tokens
 
 
-def load(folder, split) -> tuple[np.ndarray, dict]:
+def load(folder: str, split: str) -> tuple[np.ndarray, dict]:
     """(token ids, meta) of one split. Raises ValueError that names the command which makes the data set."""
     path, meta_path = os.path.join(folder, f"{split}.bin"), os.path.join(folder, "meta.json")
     if split not in SPLITS:
@@ -237,7 +238,7 @@ def load(folder, split) -> tuple[np.ndarray, dict]:
     return ids, meta
 
 
-def check_vocabulary(folder, theirs, name, meta):
+def check_vocabulary(folder: str, theirs: dict, name: str, meta: dict) -> None:
     """Raises ValueError if a checkpoint's tokenizer is not that of the data set."""
     if theirs != meta:
         raise ValueError(
@@ -245,7 +246,7 @@ def check_vocabulary(folder, theirs, name, meta):
         )
 
 
-def windows(ids, block_size, batch_size):
+def windows(ids: np.ndarray, block_size: int, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Cuts ids into fixed windows, yields (x, y) int64 (batch, length): each position but the first is a target once."""
     n = (len(ids) - 1) // block_size * block_size
     for start in range(0, n, batch_size * block_size):

@@ -208,7 +208,9 @@ def measure(s, model, info, folder, device):
 
 
 @torch.no_grad()
-def evaluate(model, ids, device="cpu", reference=None, block_size=None) -> dict:
+def evaluate(
+    model: GPT, ids: np.ndarray, device: str = "cpu", reference: GPT | None = None, block_size: int | None = None
+) -> dict[str, float]:
     """Mean loss (nats) and perplexity over ids, cut into fixed windows without overlap, of the model's context or of
     block_size, every position but the first counted.
 
@@ -244,7 +246,7 @@ BATCH = 2**26  # logits at a time: 256 MiB
 
 
 @torch.no_grad()
-def evaluate_as_papers(model, ids, seed, device) -> dict:
+def evaluate_as_papers(model: GPT, ids: np.ndarray, seed: int, device: str) -> dict[str, float]:
     """Loss (nats) of the last position in 100 x 12 random windows of 64, as arXiv 2601.02298 measures it, with its
     standard error; seeded, so that all models see the same."""
     if model.config.block_size < 64:
@@ -256,7 +258,7 @@ def evaluate_as_papers(model, ids, seed, device) -> dict:
     return {"loss": loss, "perplexity": perplexity(loss), "loss_se": losses.std().item() / len(losses) ** 0.5}
 
 
-def perplexity(loss):
+def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 

@@ -3,6 +3,7 @@ A GPT in one file, with GPT-2's architecture and parameter names, which takes GP
 it from outside, as on any other model.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,7 @@ class KVCache:
         self.length = 0
         self.layers = {}
 
-    def append(self, layer, k, v):
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
         """Adds (batch, n_head, T, head) keys and values behind the `length` earlier ones; returns all of them."""
         if layer not in self.layers:
             batch, heads, _, size = k.shape
@@ -181,7 +182,7 @@ class GPT(nn.Module):
         model.tie_weights()
         return model
 
-    def set_dropout(self, p: float):
+    def set_dropout(self, p: float) -> None:
         if not 0 <= p < 1:
             raise ValueError(f"dropout={p} must be at least 0 and below 1")
         self.config.dropout = p
@@ -191,7 +192,7 @@ class GPT(nn.Module):
             elif isinstance(module, CausalSelfAttention):
                 module.dropout = p
 
-    def tie_weights(self):
+    def tie_weights(self) -> None:
         """Makes the head's weight the token table again, as loading with assign=True takes them apart."""
         self.lm_head.weight = self.transformer.wte.weight
 
@@ -201,7 +202,9 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, idx, targets=None, cache=None, last=False):
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None, last: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """idx (B, T) -> logits (B, T, vocab_size), of the last position alone (B, 1, vocab_size) if last; with targets
         (B, T) -> (logits, mean loss in nats).
 
@@ -223,7 +226,11 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, use_cache=True, decode=None):
+    def generate(
+        self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+        generator: torch.Generator | None = None, use_cache: bool = True,
+        decode: Callable[[torch.Tensor, KVCache], torch.Tensor] | None = None,
+    ) -> Iterator[torch.Tensor]:  # fmt: skip
         """Yields max_new_tokens tokens (B, 1), each sampled from the top_k most likely after idx (B, T); greedy at
         temperature 0. Beyond block_size the context slides: positions shift with it, so that nothing cached stays valid
         and the window is computed anew for every token. For a batch of one, decode(token, cache) -> logits (1,

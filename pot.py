@@ -29,6 +29,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -367,7 +368,7 @@ class PoTQuantizer(_Scaled):
         if config.grid == "paper":
             self.register_buffer("minmax", torch.stack(weight.detach().float().aminmax()))
 
-    def forward(self, w):
+    def forward(self, w: torch.Tensor) -> torch.Tensor:
         """Fake-quantized w (out, in)."""
         if not self.enabled:
             return w
@@ -375,14 +376,14 @@ class PoTQuantizer(_Scaled):
             self._observe(w.detach())
         return fake_quantize(w, self.scale, self.config)
 
-    def rows(self, rows, index):
+    def rows(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Fake-quantized rows (*index.shape, in) of a weight, where they are rows `index` of it."""
         if not self.enabled:
             return rows
         scale = self.scale if len(self.scale) == 1 else self.scale[index.flatten()]
         return fake_quantize(rows.reshape(-1, rows.shape[-1]), scale, self.config).view(rows.shape)
 
-    def inputs(self, x):
+    def inputs(self, x: torch.Tensor) -> torch.Tensor:
         return fake_quantize_activations(x) if self.enabled and self.config.act_bits else x
 
     def _observe(self, w):
@@ -402,31 +403,36 @@ class PoTLinear(nn.Linear):
     one, or in `prepare`, which makes this of an nn.Linear that exists. So load weights first, then prepare.
     """
 
-    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, config=PoTConfig()):
+    def __init__(
+        self, in_features: int, out_features: int, bias=True, device=None, dtype=None, config: PoTConfig = PoTConfig()
+    ):  # fmt: skip
         super().__init__(in_features, out_features, bias, device, dtype)
         _check("PoTLinear", self.weight, config)
         self.quantizer = PoTQuantizer(self.weight, config)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(self.quantizer.inputs(x), self.quantizer(self.weight), self.bias)
 
 
 class PoTConv1D(nn.Module):
     """What `prepare` makes of transformers' Conv1D, a linear layer that keeps its weight as (in, out)."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(self.quantizer.inputs(x), self.quantizer(self.weight.t()), self.bias)
 
 
 class PoTEmbedding(nn.Embedding):
     """nn.Embedding with a quantized table (num, dim). A forward quantizes the rows that it reads, not the table."""
 
-    def __init__(self, num_embeddings, embedding_dim, padding_idx=None, device=None, dtype=None, config=PoTConfig()):
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, device=None, dtype=None,
+        config: PoTConfig = PoTConfig(),
+    ):  # fmt: skip
         super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
         _check("PoTEmbedding", self.weight, config)
         self.quantizer = PoTQuantizer(self.weight, config)
 
-    def forward(self, index):
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
         return self.quantizer.rows(super().forward(index), index)
 
 
@@ -627,7 +633,9 @@ def _levels_of_bytes(config):
 class PackedWeight(_Scaled):
     """Codes and scale of one weight: all that is left of it. Layers that shared the weight share this object."""
 
-    def __init__(self, codes, scale, in_features, dtype, config: PoTConfig):
+    def __init__(
+        self, codes: torch.Tensor, scale: torch.Tensor, in_features: int, dtype: torch.dtype, config: PoTConfig
+    ):
         super().__init__()
         self.in_features, self.config = in_features, config
         self.bfloat16 = False  # see allow_bfloat16
@@ -662,7 +670,7 @@ class PackedWeight(_Scaled):
 
     @classmethod
     @torch.no_grad()
-    def pack(cls, w, scale, config):
+    def pack(cls, w: torch.Tensor, scale: torch.Tensor, config: PoTConfig) -> "PackedWeight":
         """w (out, in) float, scale as compute_scale gives it."""
         levels = torch.tensor(config.levels(), dtype=torch.float32, device=w.device)
         packed = []
@@ -673,7 +681,7 @@ class PackedWeight(_Scaled):
             packed.append(pack_codes(codes.to(torch.uint8), config.bits))
         return cls(torch.cat(packed), scale, w.shape[1], w.dtype, config)
 
-    def forward(self, index=None):
+    def forward(self, index: torch.Tensor | None = None) -> torch.Tensor:
         """The weight (out, in) in its own dtype, or of its rows `index` (int tensor) alone (*index.shape, in)."""
         if index is not None and index.device != self.codes.device:
             raise RuntimeError(f"the index is on {index.device}, the table on {self.codes.device}: move one of them")
@@ -710,7 +718,7 @@ class PackedWeight(_Scaled):
         levels = F.embedding(codes.int(), self._bytes).flatten(1)[:, :n]
         return _interleave(levels, (16, 8)) if bits == 4 else levels
 
-    def linear(self, x, bias):
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """F.linear with this weight, and with inputs of 8 bits if the config says so. In float32 on a processor the
         kernel does it, which adds up in another order."""
         if (
@@ -756,10 +764,10 @@ class PackedPoTLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
-    def weight(self):
+    def weight(self) -> torch.Tensor:
         return self.packed()
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.packed.linear(x, self.bias)
 
 
@@ -771,14 +779,14 @@ class PackedPoTEmbedding(nn.Module):
         self.packed = packed
 
     @property
-    def weight(self):
+    def weight(self) -> torch.Tensor:
         return self.packed()
 
-    def forward(self, index):
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
         return self.packed(index)
 
 
-def allow_bfloat16(model: nn.Module):
+def allow_bfloat16(model: nn.Module) -> None:
     """Lets a packed model's products of more than 16 rows round their inputs, not the weights, to bfloat16 where the
     processor has AMX tiles for that. It reads a prompt several times as fast; what it does to the loss, the README says."""
     for module in model.modules():
@@ -788,6 +796,8 @@ def allow_bfloat16(model: nn.Module):
 
 # -----------------------------------------------------------------------------
 # prepare, convert
+
+Filter = Callable[[str, nn.Module], bool | PoTConfig]
 
 
 def _is_conv1d(module):
@@ -825,7 +835,7 @@ def _check(name, w, config):
         raise ValueError(f"{name}: its weight holds NaN or inf: quantize a checkpoint from before training diverged")
 
 
-def prepare(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn=None) -> list[str]:
+def prepare(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn: Filter | None = None) -> list[str]:
     """Makes every nn.Linear, nn.Embedding and transformers Conv1D of model fake-quantize its weight, in place.
 
     The layers keep their Parameters, so an optimizer that holds them stays valid. Returns the layers' names.
@@ -903,7 +913,7 @@ def _replace(model, layers):
     return model
 
 
-def quantize_(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn=None) -> nn.Module:
+def quantize_(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn: Filter | None = None) -> nn.Module:
     """Post-training quantization by rounding to the nearest level: prepare, then convert."""
     prepare(model, config, filter_fn)
     return convert(model)
@@ -917,7 +927,9 @@ def quantize_(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn=None)
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches, progress=None) -> dict[str, tuple[float, float]]:
+def calibrate(
+    model: nn.Module, batches: Iterable, progress: Callable[[int, int], None] | None = None
+) -> dict[str, tuple[float, float]]:
     """Chooses the codes of a prepared model by the inputs that its layers see, not by nearest level alone; in place.
 
     batches: text, 16k tokens of it are usual, as the model takes it: model(batch), model(*batch) for a tuple or list,
