@@ -82,6 +82,7 @@ def main(s: Settings):
 def plan_of(s, methods):
     """(method, PoTConfig or None, papers' loss or None, seed) of every row: float models first."""
     seeds, plan = _seeds(s.seeds), []
+    one = "{seed}" not in s.init_from  # float model: rounding it to nearest comes out the same for every seed
     for given in s.weights or []:
         given = dict(given)
         its, papers = _seeds(given.pop("seeds", s.seeds)), given.pop("papers", {})
@@ -89,12 +90,15 @@ def plan_of(s, methods):
             config = PoTConfig(**given)
         except TypeError as e:
             raise ValueError(f"weights: {given}: {e}") from None
-        plan += [(method, config, papers.get(method), seed) for method in methods for seed in its]
+        for method in methods:
+            few = its[:1] if one and method == "rtn" else its
+            plan += [(method, config, papers.get(method), seed) for seed in few]
         seeds += [seed for seed in its if seed not in seeds]
     if not plan:
         raise ValueError('nothing to do: pass a config with weights = [{"bits": 4}], say')
-    controls = ["float"] + ["control"] * ("qat" in methods)
-    return [(method, None, None, seed) for method in controls for seed in seeds] + plan
+    controls = [("float", seed) for seed in (seeds[:1] if one else seeds)]
+    controls += [("control", seed) for seed in seeds if "qat" in methods]
+    return [(method, None, None, seed) for method, seed in controls] + plan
 
 
 def _seeds(text):
@@ -195,6 +199,7 @@ def write(s, rows):
 def summary(rows):
     """One row for all seeds of one method and config."""
     losses = {(r["kind"], r["seed"]): r["loss"] for r in rows if r["config"] is None}
+    the_float = rows[0]["loss"]  # for seeds without one of their own: they share it
     groups, table = {}, []
     for r in rows:
         groups.setdefault((r["kind"], r["weights"]), []).append(r)
@@ -205,7 +210,8 @@ def summary(rows):
             t[key] = statistics.mean(r[source] for r in found) if source in found[0] else None
         t["above"] = t["interval"] = None
         if found[0]["config"]:
-            above = [r["loss"] - losses["control" if kind == "qat" else "float", r["seed"]] for r in found]
+            beside = "control" if kind == "qat" else "float"
+            above = [r["loss"] - losses.get((beside, r["seed"]), the_float) for r in found]
             t["above"] = statistics.mean(above)
             if len(above) > 1:
                 t["interval"] = STUDENT[min(len(above), len(STUDENT)) - 2] * statistics.stdev(above) / len(above) ** 0.5
