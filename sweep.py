@@ -160,7 +160,18 @@ def measured(s, method, config, seed, name):
     seconds = time.time() - start
     how = dict(dataset=dataset, split=s.split, tokens=s.tokens, block_size=s.block_size, protocol=s.protocol, seed=seed)
     row = eval.measure(eval.Settings(**how), model, info, folder or (None if config else base), device)
-    return row | {"seconds": round(seconds, 1)}
+    seen = s.calibrate_tokens if method == "gptq" else 0 if method == "rtn" else tokens_seen(info, model)
+    return row | {"tokens_seen": seen, "seconds": round(seconds, 1)}
+
+
+def tokens_seen(info, model):
+    """In training, after the float model if it goes on from one; None if that is not known, as of GPT-2."""
+    its = info["settings"]
+    if "batch_size" not in its:
+        return None
+    calibration = its["calibrate_tokens"] if info["pot"] else 0
+    step = its["batch_size"] * its["gradient_accumulation_steps"] * (its["block_size"] or model.config.block_size)
+    return info["step"] * step + calibration
 
 
 def write(s, rows):
@@ -169,14 +180,16 @@ def write(s, rows):
     lines = [
         f"{first['dataset']}, {first['split']} split, {first['tokens']:,} tokens, protocol {s.protocol}, windows of "
         f"{first['block_size']}. Above float: of rtn and gptq the loss minus that of the float model, of qat minus that "
-        "of the float control; where there are several seeds, the mean of the paired differences and its 95 % interval.",
+        "of the float control; where there are several seeds, the mean of the paired differences and its 95 % interval. "
+        "Tokens seen: by the float model, or after it.",
         "",
-        "| weights | method | steps | loss | perplexity | above float | KL | top-1 | bits/weight | bytes | s | papers |",
+        "| weights | method | tokens seen | loss | perplexity | above float | KL | top-1 | bits/weight | bytes | s | papers |",
         "| --- | --- " + "| ---: " * 10 + "|",
     ]
     table = summary(rows)
     for t in table:
-        cells = [t["weights"], t["kind"], t["steps"], f"{t['loss']:.4f}", f"{math.exp(t['loss']):.3f}"]
+        seen = "" if t["tokens_seen"] is None else f"{t['tokens_seen']:,}"
+        cells = [t["weights"], t["kind"], seen, f"{t['loss']:.4f}", f"{math.exp(t['loss']):.3f}"]
         cells.append("" if t["above"] is None else f"{t['above']:+.4f}")
         if t["interval"] is not None:
             cells[-1] += f" ± {t['interval']:.4f}"
@@ -204,7 +217,8 @@ def summary(rows):
     for r in rows:
         groups.setdefault((r["kind"], r["weights"]), []).append(r)
     for (kind, _), found in groups.items():
-        t = {key: found[0][key] for key in ("kind", "weights", "config", "steps", "bits_per_weight", "bytes", "papers")}
+        same = ("kind", "weights", "config", "steps", "tokens_seen", "bits_per_weight", "bytes", "papers")
+        t = {key: found[0][key] for key in same}
         t["seeds"] = [r["seed"] for r in found]
         for key, source in (("loss", "loss"), ("kl", "kl"), ("top1", "top1_agreement"), ("seconds", "seconds")):
             t[key] = statistics.mean(r[source] for r in found) if source in found[0] else None

@@ -74,7 +74,7 @@ def test_the_table_pairs_seeds(house, swept):
     assert table["rtn", "uniform 3 bits, per channel"]["interval"] is None
     text = (house / "kept" / "sweep.md").read_text()
     assert text in done.stdout and text.endswith("\nRows of 32 bits.\n")
-    (line,) = [line for line in text.splitlines() if line.startswith("| PoT 4 bits, groups of 32 | qat | 6 |")]
+    (line,) = [line for line in text.splitlines() if line.startswith("| PoT 4 bits, groups of 32 | qat | 768 |")]
     assert line.endswith("| 1.5 |")
     assert (house / "kept" / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
