@@ -12,6 +12,7 @@ or not at all.
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -27,14 +28,17 @@ TRAINING, MODEL = "ckpt.pt", "model.safetensors"
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
-def write(path: str, save: Callable[[str], object]) -> None:
-    """Has save(temporary path) write a file, and puts it in the place of path. Raises OSError; what was there stays."""
+def write(path: str, save: Callable[[str], object], stale: str | None = None) -> None:
+    """Has save(temporary path) write a file, and puts it in the place of path; just before, stale is removed, a file that
+    must not be found beside the new one. Raises OSError; what was there stays."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     tmp = path + ".tmp"
     try:
         save(tmp)
         with open(tmp, "rb") as f:
             os.fsync(f.fileno())
+        if stale and os.path.exists(stale):
+            os.remove(stale)
         os.replace(tmp, path)
     except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors report a full disk in their own ways
         raise OSError(f"cannot write {path}: {e}; what was there before is untouched") from None
@@ -69,9 +73,7 @@ class Lock:
 def save_training(folder: str, model: GPT, info: dict, **state: dict) -> None:
     """Writes the training state. A finished model that the folder holds is of an older step now, and is removed."""
     state |= {"info": info | {"model_args": asdict(model.config)}, "model": model.state_dict()}
-    write(os.path.join(folder, TRAINING), lambda path: torch.save(state, path))
-    if os.path.exists(os.path.join(folder, MODEL)):
-        os.remove(os.path.join(folder, MODEL))
+    write(os.path.join(folder, TRAINING), lambda path: torch.save(state, path), stale=os.path.join(folder, MODEL))
 
 
 def load_training(folder: str) -> dict:
@@ -86,6 +88,7 @@ def load_training(folder: str) -> dict:
         )
         raise ValueError(f"{folder} holds {what}: pass the out_dir of a training run, with its {TRAINING}")
     try:
+        _check_zip(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         _checked(state["info"], state["model"])
         state["model"], state["optimizer"], state["scaler"]
@@ -135,8 +138,13 @@ def load_model(folder: str) -> tuple[GPT, dict]:
         with safe_open(path, "pt") as f:
             info = json.loads(f.metadata()["nanopot"])
             tensors = {name: f.get_tensor(name) for name in f.keys()}
-            return load_packed(GPT.meta(_checked(info, tensors)), tensors, info["packed"]).eval(), info
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as e:
+            shape = _checked(info, tensors)
+            others = [its["dtype"] for its in info["packed"]["layers"].values() if its["dtype"] != "float32"]
+            others += [str(t.dtype) for n, t in tensors.items() if "packed." not in n and t.dtype != torch.float32]
+            if others:
+                raise ValueError(f"it holds weights of {others[0]}, not float32")
+            return load_packed(GPT.meta(shape), tensors, info["packed"]).eval(), info
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{path} is truncated, damaged or not of nanoPoT: {e}") from None
 
 
@@ -150,14 +158,16 @@ def model_of(state: dict, quantized: bool = True) -> GPT:
         elif state["info"]["pot"]:
             weights = {name: t for name, t in weights.items() if ".quantizer." not in name}
         expected = model.state_dict()
+        for name in expected.keys() ^ weights.keys():
+            raise ValueError(f"{name} is {'missing' if name in expected else 'not in such a model'}")
         for name, t in weights.items():
             scale = name.endswith("quantizer.scale")
             dtypes = (torch.float32, torch.float16) if scale else (torch.float32,)
-            if t.dtype not in dtypes or t.is_sparse or t.is_meta:
-                raise TypeError(f"{name} is {t.dtype}")
+            if t.dtype not in dtypes or t.is_sparse or t.is_meta or t.nbytes > t.untyped_storage().nbytes():
+                raise TypeError(f"{name} is {t.dtype}, or more than there is of it")
             if scale and not (t > 0).logical_and(t < torch.inf).all():
                 raise ValueError(f"{name} holds a value that is no positive number")
-            if name in expected and t.shape != expected[name].shape:
+            if t.shape != expected[name].shape:
                 raise ValueError(f"{name} is {tuple(t.shape)}, not {tuple(expected[name].shape)}")
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError, AttributeError, ValueError) as e:
@@ -226,6 +236,7 @@ def _tensors(folder):
                 names = sorted({os.path.basename(name) for name in json.load(f)["weight_map"].values()})
         elif os.path.exists(old):
             try:
+                _check_zip(old)
                 return torch.load(old, map_location="cpu", weights_only=True)
             except Exception as e:  # torch.load raises whatever it meets
                 raise ValueError(
@@ -260,6 +271,14 @@ def _checked(info, tensors) -> GPTConfig:
     if config.n_layer > len(tensors):  # before so many are built
         raise ValueError(f"{config.n_layer} layers cannot be in {len(tensors)} tensors")
     return config
+
+
+def _check_zip(path):
+    """Refuses what would take more memory than the file is large: torch.save compresses nothing, torch.load unpacks all."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as z:
+            if sum(part.file_size for part in z.infolist()) > os.path.getsize(path):
+                raise ValueError("it is compressed")
 
 
 def exists(folder: str) -> bool:

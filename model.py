@@ -159,7 +159,10 @@ class GPT(nn.Module):
             shape["block_size"] = config["n_positions"]
         except KeyError as e:
             raise ValueError(f"its config.json has no {e.args[0]}") from None
-        model = cls.meta(GPTConfig(**shape))
+        shape = GPTConfig(**shape)
+        if shape.n_layer > len(tensors):  # before so many are built
+            raise ValueError(f"its config.json says {shape.n_layer} layers, it holds {len(tensors)} tensors")
+        model = cls.meta(shape)
         found = {}
         for name, tensor in tensors.items():
             name = name.removeprefix("transformer.")
@@ -245,6 +248,8 @@ class GPT(nn.Module):
                 logits = decode(new, cache)
             else:
                 logits = self(context, cache=cache, last=True)[:, -1, :].float()
+            if not logits.isfinite().all():
+                raise ValueError("the model's logits are not finite: its file is damaged, or its training diverged")
             if temperature == 0:
                 new = logits.max(-1, keepdim=True).indices
             else:

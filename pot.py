@@ -133,6 +133,7 @@ class PoTConfig:
         narrow = "" if self.range is None else f", range 2^{self.range}"
         by = ", absmax" if self.scale == "absmax" and self.grid != "paper" else ""
         by += ", E8M0 scales" if self.scale_format == "e8m0" else ""
+        by += f", eps {self.eps:g}" if self.grid == "paper" and self.eps != PoTConfig.eps else ""
         acts = "" if self.act_bits is None else f", {self.act_bits}-bit activations"
         return f"{kind} {self.bits} bits, {share}{by}{narrow}{acts}"
 
@@ -1298,6 +1299,8 @@ def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: di
             (rows, columns), dtype = its["shape"], getattr(torch, its["dtype"])
             if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
                 raise TypeError(f"{name} is said to be {its['dtype']}")
+            if type(rows) is not int or type(columns) is not int:
+                raise TypeError(f"{name} is said to have the shape {its['shape']}")
             layers.append((name, rows, columns, dtype, configs[its["config"]]))
         if not all(isinstance(name, str) for pair in aliases.items() for name in pair):
             raise TypeError(f"aliases are names, not {aliases}")

@@ -54,7 +54,7 @@ def main(s: Settings):
         raise ValueError(f"methods={s.methods}: there is no {unknown[0]}, choose among {', '.join(METHODS)}")
     plan = plan_of(s, methods)
     for *_, seed in plan:
-        checkpoint.require_folder(s.init_from.format(seed=seed))
+        checkpoint.require_folder(s.init_from.replace("{seed}", str(seed)))
     os.makedirs(s.out_dir, exist_ok=True)
     path = os.path.join(s.out_dir, "rows.jsonl")
     how = {key: getattr(s, key) for key in HOW}
@@ -84,6 +84,10 @@ def plan_of(s, methods):
     seeds, plan = _seeds(s.seeds), []
     one = "{seed}" not in s.init_from  # float model: rounding it to nearest comes out the same for every seed
     for given in s.weights or []:
+        if not isinstance(given, dict) or not isinstance(given.get("papers", {}), dict):
+            raise ValueError(
+                f"weights: {given!r} is no dict of PoTConfig's keys, with papers = {{method: loss}} perhaps"
+            )
         given = dict(given)
         its, papers = _seeds(given.pop("seeds", s.seeds)), given.pop("papers", {})
         try:
@@ -139,7 +143,7 @@ def append(path, row):
 
 
 def measured(s, method, config, seed, name):
-    base, device, start = s.init_from.format(seed=seed), eval.pick_device(s.device), time.time()
+    base, device, start = s.init_from.replace("{seed}", str(seed)), eval.pick_device(s.device), time.time()
     training = [s.finetune, f"--device={s.device}", f"--seed={seed}", "--pot=None"]
     training += [] if s.max_iters is None else [f"--max_iters={s.max_iters}"]
     training += [f"--pot_{key}={value}" for key, value in (asdict(config) if config else {}).items()]
@@ -177,22 +181,25 @@ def tokens_seen(info, model):
 def write(s, rows):
     """The table, its JSON and its plot."""
     first = rows[0]
+    measured_on = f"{first['tokens']:,} tokens in windows of {first['block_size']}"
+    if s.protocol == "paper":
+        measured_on = "the last position of 1,200 random windows of 64"
     lines = [
-        f"{first['dataset']}, {first['split']} split, {first['tokens']:,} tokens, protocol {s.protocol}, windows of "
-        f"{first['block_size']}. Above float: of rtn and gptq the loss minus that of the float model, of qat minus that "
-        "of the float control; where there are several seeds, the mean of the paired differences and its 95 % interval. "
-        "Tokens seen: by the float model, or after it.",
+        f"{first['dataset']}, {first['split']} split, {measured_on}. Above float, above control: the loss minus that of the float model, and minus that of "
+        "the float model trained on for as long as qat; where there are several seeds, the mean of the paired differences "
+        "and its 95 % interval. Tokens seen: by the float model, or after it.",
         "",
-        "| weights | method | tokens seen | loss | perplexity | above float | KL | top-1 | bits/weight | bytes | s | papers |",
-        "| --- | --- " + "| ---: " * 10 + "|",
+        "| weights | method | tokens seen | loss | perplexity | above float | above control | KL | top-1 | bits/weight | bytes | s | papers |",
+        "| --- | --- " + "| ---: " * 11 + "|",
     ]
     table = summary(rows)
     for t in table:
         seen = "" if t["tokens_seen"] is None else f"{t['tokens_seen']:,}"
         cells = [t["weights"], t["kind"], seen, f"{t['loss']:.4f}", f"{math.exp(t['loss']):.3f}"]
-        cells.append("" if t["above"] is None else f"{t['above']:+.4f}")
-        if t["interval"] is not None:
-            cells[-1] += f" ± {t['interval']:.4f}"
+        for key in ("above", "above_control"):
+            cells.append("" if t[key] is None else f"{t[key]:+.4f}")
+            if t[f"{key}_interval"] is not None:
+                cells[-1] += f" ± {t[f'{key}_interval']:.4f}"
         cells += ["", ""] if t["kl"] is None else [f"{t['kl']:.4f}", f"{t['top1']:.1%}"]
         cells += [f"{t['bits_per_weight']:.2f}", f"{t['bytes']:,}", f"{t['seconds']:.0f}", t["papers"] or ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -222,13 +229,13 @@ def summary(rows):
         t["seeds"] = [r["seed"] for r in found]
         for key, source in (("loss", "loss"), ("kl", "kl"), ("top1", "top1_agreement"), ("seconds", "seconds")):
             t[key] = statistics.mean(r[source] for r in found) if source in found[0] else None
-        t["above"] = t["interval"] = None
-        if found[0]["config"]:
-            beside = "control" if kind == "qat" else "float"
-            above = [r["loss"] - losses.get((beside, r["seed"]), the_float) for r in found]
-            t["above"] = statistics.mean(above)
+        for key, beside, has in (("above", "float", kind != "float"), ("above_control", "control", kind == "qat")):
+            above = [r["loss"] - losses.get((beside, r["seed"]), the_float) for r in found] if has else []
+            t[key] = statistics.mean(above) if above else None
+            t[f"{key}_interval"] = None
             if len(above) > 1:
-                t["interval"] = STUDENT[min(len(above), len(STUDENT)) - 2] * statistics.stdev(above) / len(above) ** 0.5
+                quantile = STUDENT[min(len(above), len(STUDENT) + 1) - 2]
+                t[f"{key}_interval"] = quantile * statistics.stdev(above) / len(above) ** 0.5
         table.append(t)
     return table
 
@@ -251,19 +258,21 @@ def plot(table, path):
     for t in table:
         if t["config"]:
             c = PoTConfig(**t["config"])
-            share = f"groups of {c.group_size}" if c.granularity == "group" else f"per {c.granularity}"
-            grid = {"pot": "two terms" if c.terms == 2 else "single powers"}.get(c.grid, c.grid)
-            lines.setdefault(f"{grid}, {share}", {}).setdefault(t["kind"], []).append(
-                (t["bits_per_weight"], t["above"])
-            )
+            label = re.sub(r" \d bits|, range 2\^\d+", "", str(c))  # what is left is one line
+            power = f"$2^{{{c.range}}}$" if c.range else ""
+            point = t["bits_per_weight"], t["above_control" if t["kind"] == "qat" else "above"], power
+            lines.setdefault(label, {}).setdefault(t["kind"], []).append(point)
     for ax, kind in zip(axes[0], kinds):
         for i, (label, found) in enumerate(lines.items()):
-            x, y = zip(*sorted(found.get(kind, [(math.nan, math.nan)])))
+            x, y, powers = zip(*sorted(found.get(kind, [(math.nan, math.nan, "")])))
+            for a, b, power in zip(x, y, powers):
+                if power:
+                    ax.annotate(power, (a, b), (3, 4), textcoords="offset points", fontsize=7, color=COLOURS[i % 6])
             ax.plot(
                 x,
                 y,
                 "os^Dv<>p"[i % 8],
-                color=COLOURS[i % len(COLOURS)],
+                color=COLOURS[i % 6],
                 label=label,
                 ls="-" if len(x) > 1 else "",
                 ms=5,
@@ -274,7 +283,7 @@ def plot(table, path):
         )
         top = ax.secondary_xaxis("top", functions=(lambda bits: bits * size / 1e6, lambda mb: mb / size * 1e6))
         top.set_xlabel("file, MB")
-        ax.axhline(0, color="black", lw=0.8, ls=":")
+        ax.axhline(0, color="black", lw=0.8, ls=":", label="float" if kind != "qat" else "float, trained as long")
         ax.set_yscale("symlog", linthresh=0.01)
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("loss above float (nats)")

@@ -111,6 +111,7 @@ def train(s: Settings, stop: "Stop"):
     cuda = device.startswith("cuda")
     if device == "cpu":
         keep_freed_memory()
+    lock = checkpoint.Lock(s.out_dir) if rank == 0 and os.path.isdir(s.out_dir) else None  # before it is read
     data, meta = dataset.load(os.path.join("data", s.dataset), "train")
     val, _ = dataset.load(os.path.join("data", s.dataset), "val")
 
@@ -127,6 +128,10 @@ def train(s: Settings, stop: "Stop"):
     optimizer = make_optimizer(model, s, device)
     teacher = None
     if s.pot and s.distill:  # a float control stays a control
+        if not info["origin"]:
+            raise ValueError(
+                f"distill={s.distill}: this model comes from no float model to learn from: leave distill out"
+            )
         teacher = checkpoint.load_model(info["origin"])[0].to(device)
     targets = slice(-1, None) if s.last_position else slice(None)
     dtype = s.dtype
@@ -137,15 +142,7 @@ def train(s: Settings, stop: "Stop"):
     scaler = torch.amp.GradScaler(kind_of_device, enabled=dtype == "float16")
     step = info["step"]
     if state is not None:
-        hyper = [{k: group[k] for k in ("weight_decay", "betas")} for group in optimizer.param_groups]
-        try:
-            optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
-            raise ValueError(f"the optimizer's state in {s.out_dir} is damaged ({e!r}): start anew") from None
-        for group, now in zip(optimizer.param_groups, hyper):  # those of the settings, not those of the checkpoint
-            group.update(now)
-        if state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
+        load_optimizer(optimizer, scaler, state)
         del state
     if step == s.max_iters and os.path.exists(os.path.join(s.out_dir, checkpoint.MODEL)):
         if rank == 0:
@@ -161,7 +158,7 @@ def train(s: Settings, stop: "Stop"):
         print(
             f"{kind}: {millions:.2f} M parameters on {where}, step {step} to {s.max_iters}, {s.dataset}, to {s.out_dir}/"
         )
-        log = Log(s, step, resumed=s.init_from == "resume")
+        log = Log(s, step, lock)
 
     training = torch.compile(model) if s.compile and cuda else model
     if world > 1:
@@ -177,6 +174,7 @@ def train(s: Settings, stop: "Stop"):
     # --- steps ---
     while True:
         if stop.asked(world) and step < s.max_iters:
+            check_losses(losses, step, s.out_dir)
             if rank == 0 and step > resumed_at:
                 save()
                 print(f"stopped at step {step}, which {s.out_dir}/ keeps: --init_from=resume goes on", flush=True)
@@ -221,12 +219,12 @@ def train(s: Settings, stop: "Stop"):
         losses.append(loss)
         step += 1
         if step % s.log_interval == 0 or step == s.max_iters:
+            check_losses(losses, step, s.out_dir)
             mean = torch.stack(losses).mean()
             losses.clear()
             if world > 1:
                 dist.all_reduce(mean)
             mean = mean.item() / world
-            check_finite("loss", mean, step, s.out_dir)
             if rank > 0:
                 continue
             speed = (step - resumed_at) / (time.time() - start)
@@ -245,7 +243,9 @@ def train(s: Settings, stop: "Stop"):
     peak = peak_memory(device)
     if info["pot"]:
         convert(model)
-    info |= {"val_loss": val_loss, "provenance": origin}
+    # Nothing of where it lies: the same run elsewhere, or one that was cut, leaves the same bytes.
+    info["settings"] = {k: v for k, v in info["settings"].items() if k not in ("out_dir", "init_from")}
+    info |= {"val_loss": val_loss, "provenance": {k: v for k, v in origin.items() if k != "command"}}
     size = checkpoint.save_model(s.out_dir, model, info)
     rows = {
         "validation loss": f"{val_loss:.4f}",
@@ -335,15 +335,19 @@ def check_finite(what, value, step, out_dir):
         )
 
 
+def check_losses(losses, step, out_dir):
+    """Raises ValueError for the first of the steps before `step` whose loss is not finite."""
+    for i, loss in enumerate(torch.stack(losses).tolist() if losses else []):
+        check_finite("loss", loss, step - len(losses) + i + 1, out_dir)
+
+
 def build(s: Settings, meta, device):
     """(model, info to store with it, training state or None) for init_from scratch, resume or a folder."""
     shape = {k: getattr(s, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "bias", "dropout")}
     given = {k: v for k, v in shape.items() if v is not None}
     info = {"tokenizer": meta, "pot": None, "origin": None, "step": 0, "settings": asdict(s)}
-    if s.init_from != "resume" and checkpoint.exists(s.out_dir):
-        raise ValueError(
-            f"{s.out_dir} holds a checkpoint already: --init_from=resume goes on with it; else choose another --out_dir"
-        )
+    if s.init_from != "resume":
+        refuse_checkpoint(s.out_dir)
     if s.init_from == "scratch":
         model = GPT(GPTConfig(vocab_size=dataset.vocab_size(meta), **given))
         return quantized(model, s, info | {"method": "float"}, device)
@@ -383,6 +387,13 @@ def build(s: Settings, meta, device):
     return model, info | kept, state
 
 
+def refuse_checkpoint(folder):
+    if checkpoint.exists(folder):
+        raise ValueError(
+            f"{folder} holds a checkpoint already: --init_from=resume goes on with it; else choose another --out_dir"
+        )
+
+
 def quantized(model, s, info, device):
     """The model as it starts to train, prepared if the settings ask for it."""
     if s.pot:
@@ -399,6 +410,25 @@ def make_optimizer(model, s, device):
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=device != "mps")
+
+
+def load_optimizer(optimizer, scaler, state):
+    """Takes over moments and step counts of a training state; all else stays as the settings say. Raises ValueError for
+    what does not fit: the fused step would write beyond it."""
+    now = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        for group, its in zip(optimizer.param_groups, now):
+            group.update(its)
+        for p, its in optimizer.state.items():
+            found = {name: (t.shape, t.dtype, t.is_sparse, t.is_contiguous()) for name, t in its.items()}
+            shapes = {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+            if found != {name: (shape, torch.float32, False, True) for name, shape in shapes.items()}:
+                raise ValueError(f"moments of other shapes or kinds for a weight of {tuple(p.shape)}")
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError, NotImplementedError) as e:
+        raise ValueError(f"the optimizer's state in this checkpoint is damaged ({e!r}): start anew") from None
 
 
 def learning_rate(step, s):
@@ -428,9 +458,11 @@ def batch(data, block_size, s, step, rank=0, world=1):
 class Log:
     """Prints progress and keeps it in out_dir/log.jsonl, loss.png and wandb."""
 
-    def __init__(self, s, step, resumed):
-        self.wandb = start_wandb(s) if s.wandb_log else None
-        self.lock = checkpoint.Lock(s.out_dir)  # as long as this object lives, and before anything is written
+    def __init__(self, s, step, lock):
+        self.wandb, resumed = start_wandb(s) if s.wandb_log else None, s.init_from == "resume"
+        self.lock = lock or checkpoint.Lock(s.out_dir)  # as long as this object lives, and before anything is written
+        if not resumed:
+            refuse_checkpoint(s.out_dir)  # another run may have been quicker
         self.folder, self.path, self.entries = s.out_dir, os.path.join(s.out_dir, "log.jsonl"), []
         if resumed and os.path.exists(self.path):
             with open(self.path) as f:

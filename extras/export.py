@@ -39,6 +39,8 @@ def main(s: Settings):
         raise ValueError(f"{s.out} is there already: remove it, or choose another --out")
     model, info = checkpoint.load_model(s.ckpt)
     model = convert(model)
+    if any(m.config.act_bits for m in model.modules() if isinstance(m, PackedWeight)):
+        print("its activations of 8 bits are left out: there it computes with its weights and float activations")
     write, bpe = to_gguf if s.out.endswith(".gguf") else to_huggingface, info["tokenizer"] == dataset.GPT2
     above = os.path.dirname(os.path.abspath(s.out))
     os.makedirs(above, exist_ok=True)
@@ -80,9 +82,9 @@ def to_huggingface(model, bpe, folder):
         "attn_pdrop": c.dropout, "tie_word_embeddings": True, "dtype": "float32",
     }  # fmt: skip
     os.mkdir(folder)
+    end = dataset.BPETokenizer.end_of_text if bpe else None
+    config |= {"bos_token_id": end, "eos_token_id": end}
     if bpe:
-        end = dataset.BPETokenizer.end_of_text
-        config |= {"bos_token_id": end, "eos_token_id": end}
         tokens, merges = vocabulary()
         _write(folder, "vocab.json", json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
         _write(folder, "merges.txt", "#version: 0.2\n" + "".join(f"{m}\n" for m in merges))

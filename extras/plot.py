@@ -19,7 +19,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import checkpoint  # noqa: E402
-import sweep  # noqa: E402
+import sweep as sweeping  # noqa: E402
+import train  # noqa: E402
 from configurator import run  # noqa: E402
 from pot import PoTConfig, compute_scale, fake_quantize, sqnr  # noqa: E402
 from sweep import COLOURS  # noqa: E402
@@ -38,7 +39,7 @@ class Settings:
 def main(s: Settings):
     drawn = [
         (draw, source)
-        for draw, source in ((speed, s.speed), (bits, s.sweep), (curves, s.curves), (grids, s.grids))
+        for draw, source in ((speed, s.speed), (sweep, s.sweep), (curves, s.curves), (grids, s.grids))
         if source
     ]
     if not drawn:
@@ -46,9 +47,13 @@ def main(s: Settings):
     for draw, source in drawn:
         first = source.split(",")[0]
         beside = first if os.path.isdir(first) else os.path.dirname(first)
-        path = os.path.join(s.out_dir or beside, draw.__name__ + ".png")
+        name = draw.__name__ if draw is not sweep else os.path.splitext(os.path.basename(source))[0]
+        path = os.path.join(s.out_dir or beside, name + ".png")
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        draw(s, source, path)
+        try:
+            draw(s, source, path)
+        except (KeyError, TypeError, IndexError, AttributeError) as e:
+            raise ValueError(f"{source} is not what --{draw.__name__} draws ({e!r}): see --help") from None
         print(f"written to {path}")
 
 
@@ -86,8 +91,8 @@ def speed(s, source, path):
     _save(path)
 
 
-def bits(s, source, path):
-    sweep.plot(_read(source)["table"], path)
+def sweep(s, source, path):
+    sweeping.plot(_read(source)["table"], path)
 
 
 def curves(s, source, path):
@@ -97,7 +102,7 @@ def curves(s, source, path):
         if not os.path.exists(log):
             raise ValueError(f"there is no {log}: pass the out_dir of training runs")
         with open(log) as f:
-            entries = [json.loads(line) for line in f]
+            entries = [e for e in map(train._entry, f) if e]
         for key, style in (
             ("loss", dict(alpha=0.4, lw=1)),
             ("val_loss", dict(marker="os^Dv<>p"[i % 8], ms=4, label=folder)),
@@ -112,11 +117,13 @@ def curves(s, source, path):
 
 
 def grids(s, source, path):
-    model, _ = checkpoint.load_model(source)
+    model, info = checkpoint.load_model(source)
     modules = dict(model.named_modules())
-    if getattr(modules.get(s.layer), "weight", None) is None:
+    if info["pot"]:
+        raise ValueError(f"{source} is quantized ({info['method']}): pass the float model's folder")
+    if getattr(getattr(modules.get(s.layer), "weight", None), "ndim", 0) != 2:
         raise ValueError(
-            f"{source} has no layer {s.layer}: choose among {', '.join(n for n in modules if n.endswith('c_fc'))}"
+            f"{source} has no matrix in {s.layer}: choose among {', '.join(n for n in modules if n.endswith('c_fc'))}"
         )
     w = modules[s.layer].weight.detach().float()
     configs = [PoTConfig(bits=3), PoTConfig(), PoTConfig(terms=2), PoTConfig(grid="uniform")]

@@ -20,7 +20,7 @@ from torchao.quantization.pt2e import FakeQuantizeBase
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from pot import PackedWeight, PoTConfig, compute_scale, fake_quantize  # noqa: E402
+from pot import PackedWeight, PoTConfig, _check, compute_scale, fake_quantize  # noqa: E402
 
 _ANNOTATION = "quantization_annotation"
 _WEIGHT_OF = {  # operator: position of its weight
@@ -50,8 +50,14 @@ class PoTFakeQuantize(FakeQuantizeBase):
 
     def forward(self, w):
         if self.scale is None:
+            _check("a weight", w, self.config)
             self.scale = compute_scale(w, self.config)
         return fake_quantize(w, self.scale, self.config)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if prefix + "scale" in state_dict:  # else there is no buffer yet that could take it
+            self.scale = state_dict[prefix + "scale"].clone()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def calculate_qparams(self):
         raise NotImplementedError("power-of-two weights have levels, not a zero point: convert_pt2e calls convert")
@@ -65,6 +71,7 @@ class PoTFakeQuantize(FakeQuantizeBase):
             w = getattr(w, part, None)
         if not isinstance(w, torch.Tensor):
             raise ValueError(f"{source}: a weight that is computed has no codes: annotate parameters alone")
+        _check(name, w.detach(), self.config)
         if self.scale is None:
             self.forward(w.detach())
         packed = PackedWeight.pack(w.detach(), self.scale, self.config)
@@ -91,7 +98,7 @@ class PoTQuantizer(Quantizer):
             )
         self.config = config
 
-    def annotate(self, model):
+    def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
         constructor = PoTFakeQuantize.with_args(config=self.config)
         for node in model.graph.nodes:
             if node.target not in _WEIGHT_OF:
@@ -103,5 +110,5 @@ class PoTQuantizer(Quantizer):
             node.meta[_ANNOTATION] = QuantizationAnnotation(input_qspec_map={weight: spec}, _annotated=True)
         return model
 
-    def validate(self, model):
+    def validate(self, model: torch.fx.GraphModule) -> None:
         pass

@@ -1,6 +1,8 @@
 import copy
+import io
 import json
 import warnings
+import zipfile
 
 import huggingface_hub.constants
 import pytest
@@ -134,6 +136,8 @@ def packed(tmp_path_factory):
         (b'c_attn.bias":{"dtype":"F32"', b'c_attn.bias":{"dtype":"I32"'),
         (b'ln_f.weight":{"dtype":"F32"', b'ln_f.weight":{"dtype":"I32"'),
         (b'.codes":{"dtype":"U8"', b'.codes":{"dtype":"I8"'),
+        (b'\\"shape\\":[192,64]', b'\\"shape\\":[192,64.]'),
+        (b'\\"dtype\\":\\"float32\\"', b'\\"dtype\\":\\"float64\\"'),
         (b'n_layer\\":2', b'n_layer\\":3'),
         (b'lm_head.packed.codes\\"', b'lm_heat.packed.codes\\"'),
         (b'lm_head.packed.scale\\"', b'lm_heat.packed.scale\\"'),
@@ -145,6 +149,23 @@ def test_damaged_packed_files(tmp_path, packed, old, new):
     (tmp_path / "model.safetensors").write_bytes(content.replace(old, new, 1) if old else new(content))
     with pytest.raises(ValueError, match="model.safetensors is truncated, damaged or not of nanoPoT"):
         checkpoint.load_model(str(tmp_path))
+
+
+def test_a_flipped_code_is_loaded_as_that_weight(tmp_path, packed):
+    content, _ = packed
+    (tmp_path / "model.safetensors").write_bytes(content)
+    good, _ = checkpoint.load_model(str(tmp_path))
+    codes = good.transformer.h[1].mlp.c_fc.packed.codes.numpy().tobytes()
+    at = content.index(codes) + 1000
+    damaged = content[:at] + bytes([content[at] ^ 0x08]) + content[at + 1 :]  # the sign of a byte's first code
+    (tmp_path / "bad").mkdir()  # elsewhere, as the good model is its mapped file
+    (tmp_path / "bad" / "model.safetensors").write_bytes(damaged)
+    bad, _ = checkpoint.load_model(str(tmp_path / "bad"))
+    w, other = (m.transformer.h[1].mlp.c_fc.weight for m in (good, bad))
+    assert (w != other).sum() <= 1 and torch.equal(w.abs(), other.abs())
+    state = bad.state_dict()
+    different = [name for name, t in good.state_dict().items() if not torch.equal(t, state[name])]
+    assert different == ["transformer.h.1.mlp.c_fc.packed.codes"]
 
 
 def test_loading_copies_no_weights(tmp_path):
@@ -194,6 +215,33 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 
     torch.save({"info": Evil(), "model": {}, "step": 1}, tmp_path / "ckpt.pt")
     with pytest.raises(ValueError, match="UnpicklingError"):
+        checkpoint.load_model(str(tmp_path))
+
+
+def deflated(content):
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
+        for part in old.infolist():
+            new.writestr(part.filename, old.read(part))
+    return out.getvalue()
+
+
+def test_more_than_the_file_holds(tmp_path):
+    """Neither compressed records nor tensors that repeat one number make a small file a large model."""
+    model = gpt()
+    for p in model.parameters():
+        torch.nn.init.zeros_(p)
+    path = tmp_path / "ckpt.pt"
+    checkpoint.save_training(str(tmp_path), model, INFO, optimizer={}, scaler={})
+    path.write_bytes(deflated(good := path.read_bytes()))
+    assert path.stat().st_size < len(good) / 4
+    with pytest.raises(ValueError, match="ckpt.pt is truncated, damaged"):
+        checkpoint.load_model(str(tmp_path))
+    state = torch.load(io.BytesIO(good), weights_only=True)
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        state["model"][name] = torch.zeros(1).expand(state["model"][name].shape)
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="more than there is of it"):
         checkpoint.load_model(str(tmp_path))
 
 

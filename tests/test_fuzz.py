@@ -21,16 +21,20 @@ def test_damaged_files_are_refused_or_run():
     assert last.startswith("checkpoints 60 of 60") and "'loaded': " in last and "'refused': " in last
 
 
-@pytest.mark.parametrize("error", ["KeyError('x')", "MemoryError()"])
+@pytest.mark.parametrize("error", ["KeyError('x')", "MemoryError()", "IndexError('out of range')"])
 def test_it_notices_an_error_of_another_kind(tmp_path, monkeypatch, error):
     import fuzz as module
 
+    load = checkpoint.load_model
+
     def broken(folder):
-        raise eval(error)
+        if "mutant" in folder:
+            raise eval(error)
+        return load(folder)
 
     monkeypatch.setattr(checkpoint, "load_model", broken)
     module.make(str(tmp_path))
-    with pytest.raises((KeyError, MemoryError)):
+    with pytest.raises((LookupError, MemoryError)):
         module.main(module.Settings(packed=2, checkpoints=0, worker=str(tmp_path)))
 
 

@@ -22,12 +22,13 @@ def draw(tmp_path):
 
 
 def test_pictures(draw, tmp_path, house, float_run, qat_run):
-    row = {"kind": "float", "weights": "float32", "config": None, "bits_per_weight": 32.0, "bytes": 400, "above": None}
+    row = {"kind": "float", "weights": "float32", "config": None, "bits_per_weight": 32.0, "bytes": 400}
     found = [row]
     for kind in ("rtn", "qat"):
         for bits in (3, 4):
             config = {"bits": bits, "granularity": "tensor"}
-            found.append(row | {"kind": kind, "config": config, "bits_per_weight": float(bits), "above": 0.1 / bits})
+            above = {"above": 0.1 / bits, "above_control": 0.1 / bits}
+            found.append(row | above | {"kind": kind, "config": config, "bits_per_weight": float(bits)})
     (tmp_path / "sweep.json").write_text(json.dumps({"table": found}))
     drawn = draw(
         speed=str(ROOT / "results" / "bench.json"),
@@ -35,7 +36,7 @@ def test_pictures(draw, tmp_path, house, float_run, qat_run):
         curves=f"{house / float_run},{house / qat_run}",
         grids=str(house / float_run),
     )
-    assert drawn == dict.fromkeys(["speed.png", "bits.png", "curves.png", "grids.png"], b"\x89PNG")
+    assert drawn == dict.fromkeys(["speed.png", "sweep.png", "curves.png", "grids.png"], b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,8 @@ def test_pictures(draw, tmp_path, house, float_run, qat_run):
         ({}, "nothing to draw"),
         ({"curves": "nowhere"}, "there is no nowhere/log.jsonl"),
         ({"speed": str(ROOT / "README.md")}, "README.md is no JSON"),
+        ({"speed": str(ROOT / "results" / "demo.json")}, "is not what --speed draws"),
+        ({"sweep": str(ROOT / "results" / "bench.json")}, "is not what --sweep draws"),
     ],
 )
 def test_bad_input(draw, what, message):
@@ -54,3 +57,16 @@ def test_bad_input(draw, what, message):
 def test_a_layer_that_is_not_there(draw, house, float_run):
     with pytest.raises(ValueError, match="choose among transformer.h.0.mlp.c_fc"):
         draw(grids=str(house / float_run), layer="head")
+    with pytest.raises(ValueError, match="no matrix in transformer.h.0.ln_1"):
+        draw(grids=str(house / float_run), layer="transformer.h.0.ln_1")
+
+
+def test_a_quantized_model_has_no_weights_to_show(draw, house, qat_run):
+    with pytest.raises(ValueError, match="pass the float model"):
+        draw(grids=str(house / qat_run))
+
+
+def test_the_log_of_a_run_that_was_killed(draw, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert draw(curves=str(tmp_path / "run"))

@@ -89,6 +89,35 @@ def test_the_operator(pt2e):
     torch.library.opcheck(torch.ops.nanopot.dequantize, (packed.codes, packed.scale, 128, json.dumps(asdict(config))))
 
 
+CONFIG = PoTConfig()
+
+
+def prepared(pt2e, model, x, config=CONFIG):
+    return pt2e.prepare_qat_pt2e(torch.export.export(model, (x,)).module(), pt2e.PoTQuantizer(config))
+
+
+def test_training_goes_on_from_a_state_dict(pt2e):
+    torch.manual_seed(0)
+    model, x = GPT(SHAPE), torch.randint(28, (3, 16))
+    one = prepared(pt2e, model, x)
+    before = one(x)
+    another = prepared(pt2e, GPT(SHAPE), x)
+    another.load_state_dict(one.state_dict())
+    assert torch.equal(another(x), before)
+
+
+def test_weights_that_cannot_be_quantized(pt2e):
+    odd, x = nn.Linear(48, 5), torch.randn(4, 48)
+    with pytest.raises(ValueError, match="group_size 64 does not divide its 48"):
+        prepared(pt2e, odd, x)(x)
+    model = prepared(pt2e, odd, x, PoTConfig(granularity="channel"))
+    model(x)
+    with torch.no_grad():
+        next(model.parameters())[0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or inf"):
+        pt2e.convert_pt2e(model)
+
+
 def test_what_it_does_not_do(pt2e):
     for config in (
         PoTConfig(act_bits=8),

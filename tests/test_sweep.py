@@ -5,10 +5,12 @@ import math
 import statistics
 
 import pytest
+import torch
 from conftest import ROOT
 
 import configurator
 import sweep
+from pot import PoTConfig
 
 CONFIG = """
 init_from = "out-float"
@@ -66,12 +68,14 @@ def test_the_table_pairs_seeds(house, swept):
         above = [
             found[kind, "PoT 4 bits, groups of 32", s] - found[other, "float32", o] for s, o in zip((1, 2, 3), its)
         ]
-        t = table[kind, "PoT 4 bits, groups of 32"]
-        assert t["above"] == pytest.approx(statistics.mean(above), abs=1e-12)
+        t, key = table[kind, "PoT 4 bits, groups of 32"], "above_control" if other == "control" else "above"
+        assert t[key] == pytest.approx(statistics.mean(above), abs=1e-12)
         # 97.5 % quantile of Student's t with two degrees of freedom: p = 1/2 + t / (2 sqrt(2 + t^2)), solved for t
         quantile = math.sqrt(2 * 0.95**2 / (1 - 0.95**2))
-        assert t["interval"] == pytest.approx(quantile * statistics.stdev(above) / math.sqrt(3), rel=1e-3)
-    assert table["rtn", "uniform 3 bits, per channel"]["interval"] is None
+        assert t[f"{key}_interval"] == pytest.approx(quantile * statistics.stdev(above) / math.sqrt(3), rel=1e-3)
+    assert table["rtn", "uniform 3 bits, per channel"]["above_interval"] is None
+    own = [found["qat", "PoT 4 bits, groups of 32", s] - found["float", "float32", 1] for s in (1, 2, 3)]
+    assert table["qat", "PoT 4 bits, groups of 32"]["above"] == pytest.approx(statistics.mean(own), abs=1e-12)
     text = (house / "kept" / "sweep.md").read_text()
     assert text in done.stdout and text.endswith("\nRows of 32 bits.\n")
     (line,) = [line for line in text.splitlines() if line.startswith("| PoT 4 bits, groups of 32 | qat | 768 |")]
@@ -86,6 +90,47 @@ def test_a_sweep_that_was_cut_goes_on(house, sh, swept):
     done = sh("sweep.py sweep_tiny.py")
     assert done.stdout.count("\n---") + done.stdout.startswith("---") == 1
     assert [r["loss"] for r in sweep.read(path).values()] == [json.loads(line)["loss"] for line in lines]
+
+
+def test_kinds_of_weights_have_lines_and_names_of_their_own(swept, tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    kinds = [
+        {},
+        {"act_bits": 8},
+        {"scale": "absmax"},
+        {"scale_format": "e8m0"},
+        {"range": 5},
+        {"granularity": "tensor"},
+    ]
+    paper = dict(grid="paper", granularity="tensor", scale="absmax")
+    kinds += [paper, paper | {"eps": 2.0**-12}]
+    (row,) = [t for t in swept[1]["table"] if t["kind"] == "qat" and t["config"]["bits"] == 4]
+    table = [swept[1]["table"][0]] + [row | {"config": vars(PoTConfig(**k))} for k in kinds]
+    shown = []
+    monkeypatch.setattr(plt, "close", lambda fig: shown.append(fig))
+    sweep.plot(table, str(tmp_path / "x.png"))
+    labels = [t.get_text() for t in shown[0].axes[0].get_legend().get_texts()]
+    assert len(labels) == len(set(labels)) == len(kinds) - 1 + 1  # range 2^5 is a point on another's line; and float
+    assert [t.get_text() for t in shown[0].axes[0].texts] == ["$2^{5}$"]
+    names = [sweep.name_of(sweep.Settings(), "rtn", PoTConfig(**k), 1) for k in kinds]
+    assert len(names) == len(set(names))
+
+
+def test_intervals_are_students():
+    """Beside a large sample of normal means."""
+    for n in range(2, 12):
+        t = torch.randn(400_000, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        t = t.mean(1) / (t.std(1) / n**0.5)
+        expected = t.abs().quantile(0.95) if n < 11 else 2.262
+        rows = [dict(kind=k, weights=k, seed=0, config=None, loss=0.0) for k in ("float",)]
+        same = dict.fromkeys(("steps", "tokens_seen", "bits_per_weight", "bytes", "papers", "seconds"), 1)
+        losses = [float(x) for x in range(n)]
+        rows = [r | same for r in rows] + [
+            same | dict(kind="gptq", weights="w", seed=i, config={"bits": 4}, loss=x) for i, x in enumerate(losses)
+        ]
+        interval = sweep.summary(rows)[1]["above_interval"]
+        assert interval == pytest.approx(float(expected) * statistics.stdev(losses) / n**0.5, rel=0.01)
 
 
 def test_a_float_model_a_seed():
@@ -109,7 +154,13 @@ def test_bad_settings(sh, swept, change, message):
 
 
 def test_bad_weights(house, sh, float_run):
-    for weights, message in (('[{"bit": 4}]', "'bit'"), ('[{"bits": 9}]', "bits=9"), ("[]", "nothing to do")):
+    for weights, message in (
+        ('[{"bit": 4}]', "'bit'"),
+        ('[{"bits": 9}]', "bits=9"),
+        ("[]", "nothing to do"),
+        ("[4]", "weights: 4 is no dict"),
+        ('[{"papers": "1.5"}]', "is no dict"),
+    ):
         (house / "bad.py").write_text(f'init_from = "out-float"\nweights = {weights}\n')
         assert message in sh("sweep.py bad.py", ok=False).stderr
 
