@@ -44,6 +44,10 @@ def main(s: Settings):
         prompt = dataset.read_text(s.prompt_file)
     if not prompt:
         raise ValueError("the prompt is empty: pass at least one character")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are none
+        raise ValueError("the prompt is not UTF-8 text: mend it, or pass a file by --prompt_file") from None
     ids = torch.tensor([tokenizer.encode(prompt)], device=device)
     model.to(device)
     decode = decoder_of(model)

@@ -1,6 +1,6 @@
 # The papers' sweep over ranges on GPT-2 (124M) and OpenWebText: their own quantizer, our grids and uniform weights, by PTQ
 # (nearest level, GPTQ) and by QAT beside a float control. Not run here, as GPT-2's weights were not to be had.
-# Needs: `python data/openwebtext/prepare.py` and GPT-2 from the hub, or --init_from=FOLDER. A GPU: 31 runs of 500 steps.
+# Needs: `python data/openwebtext/prepare.py` and GPT-2 from the hub, or --init_from=FOLDER. A GPU: 31 runs of 500 steps, one of them the float control.
 # Gives: results/sweep_gpt2.md, .json and .png. The papers' own QAT: --finetune=config/paper_gpt2_pot4.py --out_dir=out-sweep-gpt2-papers
 init_from = "gpt2"
 finetune = "config/finetune_gpt2_pot4.py"

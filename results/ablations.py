@@ -84,7 +84,8 @@ def calibrating(weighted=False, refine=0, descend=False):
         if weighted:
             q.scale = compute_scale(w, q.config, moment.diagonal()[None])
         target = old + torch.linalg.solve(moment.double(), (old @ dx).double().t()).t().float()
-        best = math.inf
+        lost = target - q(w)
+        best, chosen = ((lost @ moment) * lost).sum().item(), (q.scale, old)  # a layer that would lose stays as it is
         for _ in range(refine + 1):
             found = pot._compensated(target, q.scale, q.config, xx)
             levels, unit = levels_of(found, q)
@@ -267,14 +268,18 @@ def main(folder, only=""):
     model, info = checkpoint.load_model(folder)
     data = f"data/{info['settings']['dataset']}"
     base = evaluate(model, dataset.load(data, "val")[0][:TOKENS])["loss"]
-    rows = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
+    same = {"float": base, "seed": info["settings"]["seed"], "tokens": TOKENS - 1, "steps": STEPS, "split": "val"}
+    found = json.loads(RESULT.read_text()) if RESULT.exists() else same | {"rows": []}
+    rows = found.pop("rows")
+    if found != same:
+        raise SystemExit(f"{RESULT} was measured with {found}, this is {same}: move it away first")
 
     def measure(kind, weights, what, run):
         if only not in kind or any((r["kind"], r["weights"], r["what"]) == (kind, weights, what) for r in rows):
             return
-        rows.append({"kind": kind, "weights": weights, "what": what, "above": run() - base})
-        head = {"float": base, "tokens": TOKENS - 1, "steps": STEPS, "split": "val", "rows": rows}
-        RESULT.write_text(json.dumps(head | provenance(), indent=1))
+        row = {"kind": kind, "weights": weights, "what": what, "above": run() - base}
+        rows.append(row | provenance())
+        checkpoint.write(str(RESULT), lambda tmp: Path(tmp).write_text(json.dumps(same | {"rows": rows}, indent=1)))
         print(f"{kind:<8} {weights:<20} {what:<56} {rows[-1]['above']:+.4f}", flush=True)
 
     print(f"float {base:.4f}; above it:")

@@ -30,7 +30,7 @@ from train import load_optimizer, make_optimizer
 
 CHUNK = 250  # mutations a process
 SECONDS = 20  # that one may take at most; the slowest here takes a tenth of one
-MEMORY = 8 << 20  # that one may take beyond twice the file: the interpreter's own, and what a forward pass takes
+MEMORY = 16 << 20  # that one may take beyond twice the file: the interpreter's own, and what a forward pass takes
 
 
 @dataclass
@@ -92,7 +92,7 @@ def work(s):
     counts, folder = {"loaded": 0, "refused": 0}, os.path.join(s.worker, f"mutant-{os.getpid()}")
     os.makedirs(folder)
     path = os.path.join(folder, name)
-    load(os.path.join(s.worker, "a" if kind == "packed" else "d"), kind)  # what torch takes once does not count
+    load(os.path.join(s.worker, "a" if kind == "packed" else "d"), kind)(torch.zeros(1, 5, dtype=torch.long))  # warm up
     for seed in range(s.seed, s.seed + (s.packed or s.checkpoints)):
         r = random.Random(f"{kind} {seed}")
         source = os.path.join(s.worker, r.choice("abc") if kind == "packed" else "d", name)

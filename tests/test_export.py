@@ -80,6 +80,11 @@ def test_the_tokenizer_is_tiktokens(house, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_activations_of_8_bits_are_said_to_be_left_out(house, tmp_path, export, capsys):
+    export.main(export.Settings(saved(house, "out-hf-act", PoTConfig(act_bits=8)), str(tmp_path / "hf")))
+    assert "activations of 8 bits are left out" in capsys.readouterr().out
+
+
 def test_a_model_of_characters_without_biases(house, sh, tmp_path, export, qat_run, capsys):
     transformers = pytest.importorskip("transformers")
     sh(

@@ -681,6 +681,7 @@ def test_text_is_streamed(house, float_run):
         ("eval.py --ckpt=,", "at least one folder"),
         ("eval.py --ckpt={qat} --reference=typo", "no folder typo"),
         ("sample.py --ckpt={float} --prompt_file=latin.txt", "latin.txt is not UTF-8 text"),
+        ("sample.py --ckpt={float} --prompt=the\udcff", "the prompt is not UTF-8 text"),
         ("sample.py --ckpt={float} --temperature=nan", "temperature must be at least 0"),
         ("train.py --dataset=tiny --batch_size=0 --out_dir=x", "batch_size=0 must be at least 1"),
         ("train.py --dataset=tiny --device=tpu --out_dir=x", "device=tpu cannot be used"),
