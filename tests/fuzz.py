@@ -253,9 +253,11 @@ def state(r, data):
     found = one_leaf(r, found) if part is None else found | {part: one_leaf(r, found[part])}
     if r.random() < 0.1:
         found = {"model": Evil(), "info": found}
-    out = io.BytesIO()
+    out, bomb = io.BytesIO(), r.random() < 0.05
+    if bomb:
+        found["padding"] = torch.zeros(64 << 20, dtype=torch.uint8)
     torch.save(found, out)
-    return deflated(out.getvalue()) if r.random() < 0.05 else out.getvalue()
+    return deflated(out.getvalue()) if bomb else out.getvalue()
 
 
 def deflated(data):
