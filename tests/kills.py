@@ -1,6 +1,7 @@
 """
-Kills a training run (kill -9) at random moments, again and again, and resumes it: no folder is ever left that does not go
-on, and at the end stand the weights, to the bit, of a run that nobody killed.
+Kills a training run (kill -9) at random moments, as it starts, trains and ends, again and again, and resumes it: no folder
+is ever left that does not go on, or whose finished model is not that of its step, and at the end stand the weights, to the
+bit, of a run that nobody killed.
 
     python tests/kills.py --kills=100
 """
@@ -29,7 +30,6 @@ ROOT = Path(__file__).parent.parent
 class Settings:
     kills: int = 100
     seed: int = 0
-    steps: int = 2000  # of the run; more than it gets done between the kills
 
 
 def main(s: Settings):
@@ -42,7 +42,6 @@ def main(s: Settings):
             sys.executable,
             str(ROOT / "train.py"),
             "--dataset=tiny",
-            f"--max_iters={s.steps}",
             "--eval_interval=2",
         ]
         command += "--n_layer=1 --n_head=1 --n_embd=64 --block_size=16 --batch_size=2 --log_interval=100".split()
@@ -52,23 +51,29 @@ def main(s: Settings):
             "--min_lr=1e-3",
         ]  # the same, however many steps there will be
         cut = os.path.join(folder, "cut")
-        for n in range(1, s.kills + 1):
+        n = step = 0
+        while n < s.kills:
             start = ["--init_from=resume"] if os.path.exists(os.path.join(cut, checkpoint.TRAINING)) else []
+            phase = r.choice(("start", "training", "training", "end", "end"))
+            # Of a run that may end, the last save and the finished model are what there is to interrupt.
+            steps = f"--max_iters={step + r.randrange(1, 5) if phase == 'end' else 10**6}"
             process = subprocess.Popen(
-                [*command, f"--out_dir={cut}", *start],
-                cwd=folder,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            first = process.stdout.readline()  # once it trains, what there is to interrupt is mostly saving
-            time.sleep(r.uniform(0, 0.5))
+                [*command, steps, f"--out_dir={cut}", *start],
+                cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )  # fmt: skip
+            first = "" if phase == "start" else process.stdout.readline()
+            time.sleep(r.uniform(0, 5 if phase == "start" else 0.5))
             process.send_signal(signal.SIGKILL)
-            rest = process.stdout.read()
-            if process.wait() != -signal.SIGKILL:
-                raise ValueError(f"kill {n}: the run ended by itself: {first}{rest}")
-            step = checkpoint.load_training(cut)["info"]["step"] if checkpoint.exists(cut) else 0
-            print(f"kill {n} of {s.kills}: step {step}", flush=True)
+            rest, status = process.stdout.read(), process.wait()
+            if status != -signal.SIGKILL and (phase != "end" or status):
+                raise ValueError(f"kill {n + 1}: the run ended by itself: {first}{rest}")
+            n += status != 0
+            if checkpoint.exists(cut):
+                step, finished = (f(cut) for f in (checkpoint.load_training, checkpoint.load_model))
+                step, finished = step["info"]["step"], finished[1]["step"]
+                if step != finished:
+                    raise ValueError(f"kill {n}: the finished model is of step {finished}, the checkpoint of {step}")
+            print(f"kill {n} of {s.kills}: {phase}, step {step}" + ", ended before" * (status == 0), flush=True)
         left = [f"--max_iters={step + 3}"]
         whole = os.path.join(folder, "whole")
         for out, start in ((cut, ["--init_from=resume"] if step else []), (whole, [])):
