@@ -28,10 +28,9 @@ from torch.ao.quantization import default_dynamic_qconfig, float_qparams_weight_
 import checkpoint
 from configurator import check_minimum, provenance, run
 from decode import decoder_of
-from eval import pick_device
+from eval import keep_freed_memory, pick_device
 from model import GPT, GPTConfig, KVCache
 from pot import PoTConfig, PoTQuantizer, _kernel, allow_bfloat16, convert, packed_state, prepare
-from train import keep_freed_memory
 
 SHAPES = {  # n_layer, n_head, n_embd
     "gpt2": (12, 12, 768),

@@ -9,6 +9,7 @@ if asked, BERTScore of what they write.
     python eval.py --ckpt out-a/,out-b/,out-c/                  # one table
 """
 
+import ctypes
 import json
 import math
 import os
@@ -56,6 +57,8 @@ class Settings:
 
 def main(s: Settings):
     device = pick_device(s.device)
+    if device == "cpu":
+        keep_freed_memory()
     folders = [f for f in s.ckpt.split(",") if f]
     check(s, folders)
     scorer = load_scorer(s, device) if s.bertscore else None
@@ -230,16 +233,22 @@ def evaluate(
     windows = dataset.windows(ids, block_size, batch_size)
     for x, y in tqdm(windows, total=batches, delay=5, leave=False, disable=None):
         x, y = x.to(device), y.to(device)
-        logits = model(x).float().flatten(0, 1)
-        loss += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
+        log_p, top = log_probabilities(model, x)
+        loss += F.nll_loss(log_p, y.flatten(), reduction="sum").item()
         if reference is not None:
-            theirs = reference(x).float().flatten(0, 1)
-            kl += F.kl_div(logits.log_softmax(-1), theirs.log_softmax(-1), reduction="sum", log_target=True).item()
-            same += (logits.argmax(-1) == theirs.argmax(-1)).sum().item()
+            log_q, other_top = log_probabilities(reference, x)
+            kl += F.kl_div(log_p, log_q, reduction="sum", log_target=True).item()
+            same += (top == other_top).sum().item()
     model.train(training)
     n = len(ids) - 1
     result = {"loss": loss / n, "perplexity": perplexity(loss / n)}
     return result if reference is None else result | {"kl": kl / n, "top1_agreement": same / n}
+
+
+def log_probabilities(model, x):
+    """Of every position's next tokens (B * T, vocab_size), in nats, and the likeliest token (B * T)."""
+    logits = model(x).float().flatten(0, 1)
+    return logits.log_softmax(-1), logits.argmax(-1)
 
 
 BATCH = 2**26  # logits at a time: 256 MiB
@@ -391,6 +400,19 @@ def add_bertscore(s, rows, scorer):
     how = "rescaled with bert-score's baseline" if rescaled else "not rescaled"
     print(f"BERTScore by {s.bertscore}, layer {layers}, {how}; {s.bertscore_texts} texts of 64 tokens after 64")
     _print_columns(table, left=1)
+
+
+def keep_freed_memory():
+    """Has glibc keep what a step frees for the next one. By default it hands large tensors back to the system, which
+    then clears every page anew: logits in evaluating, and in QAT as many fake-quantized weights as weights. Other C
+    libraries are left as they are."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    if mallopt(m_mmap_threshold, 2**30):  # glibc before 2.35 refuses more than 32 MiB
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def pick_device(device):

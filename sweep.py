@@ -53,6 +53,8 @@ def main(s: Settings):
     if unknown := [m for m in methods if m not in METHODS]:
         raise ValueError(f"methods={s.methods}: there is no {unknown[0]}, choose among {', '.join(METHODS)}")
     plan = plan_of(s, methods)
+    if eval.pick_device(s.device) == "cpu":
+        eval.keep_freed_memory()
     for *_, seed in plan:
         checkpoint.require_folder(s.init_from.replace("{seed}", str(seed)))
     os.makedirs(s.out_dir, exist_ok=True)

@@ -18,7 +18,6 @@ On two machines, the first of which answers at 10.0.0.1:
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=1234 train.py ...
 """
 
-import ctypes
 import json
 import math
 import os
@@ -40,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import dataset
 from configurator import check_minimum, provenance, run
-from eval import evaluate, perplexity, pick_device, quantize
+from eval import evaluate, keep_freed_memory, perplexity, pick_device, quantize
 from model import GPT, GPTConfig
 from pot import PoTConfig, convert
 
@@ -312,19 +311,6 @@ def peak_memory(device):
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def keep_freed_memory():
-    """Has glibc keep what a step frees for the next one. By default it hands large tensors back to the system, which
-    then clears every page anew; with as many fake-quantized weights as weights, QAT suffers most. Other C libraries
-    are left as they are."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    if mallopt(m_mmap_threshold, 2**30):  # glibc before 2.35 refuses more than 32 MiB
-        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def check_finite(what, value, step, out_dir):
