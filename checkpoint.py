@@ -139,10 +139,10 @@ def load_model(folder: str) -> tuple[GPT, dict]:
             info = json.loads(f.metadata()["nanopot"])
             tensors = {name: f.get_tensor(name) for name in f.keys()}
             shape = _checked(info, tensors)
-            others = [its["dtype"] for its in info["packed"]["layers"].values() if its["dtype"] != "float32"]
-            others += [str(t.dtype) for n, t in tensors.items() if "packed." not in n and t.dtype != torch.float32]
-            if others:
-                raise ValueError(f"it holds weights of {others[0]}, not float32")
+            kinds = {its["dtype"] for its in info["packed"]["layers"].values()}
+            kinds |= {str(t.dtype).removeprefix("torch.") for name, t in tensors.items() if "packed." not in name}
+            if len(kinds) > 1:
+                raise ValueError(f"it mixes weights of {' and '.join(sorted(kinds))}")
             return load_packed(GPT.meta(shape), tensors, info["packed"]).eval(), info
     except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{path} is truncated, damaged or not of nanoPoT: {e}") from None
