@@ -94,9 +94,11 @@ void products(const Matrix& m, int64_t n, bool tiles) {
     if (tiles && pot_linear_tiles(&w, bias.data, x.data, n, w.columns, y.data, w.rows, 2) == -1) return;
     if (!tiles) pot_linear(&w, bias.data, x.data, n, w.columns, y.data, w.rows, 2);
     pot_unpack(&w, nullptr, 0, w.rows, unpacked.data, 2);
-    for (int64_t r = 0; r < w.rows; r++)
-        for (int64_t c = 0; c < w.columns; c++)
-            check(unpacked.data[r * w.columns + c], m.value(r, c), std::fabs(m.value(r, c)), 1e-6, "unpacked");
+    std::vector<double> value(unpacked.size);
+    for (int64_t i = 0; i < unpacked.size; i++) {
+        value[i] = m.value(i / w.columns, i % w.columns);
+        check(unpacked.data[i], value[i], std::fabs(value[i]), 1e-6, "unpacked");
+    }
     for (int64_t i = 0; i < n; i++) {
         std::vector<double> seen(w.columns);
         Buffer<uint8_t> q(w.columns);
@@ -110,8 +112,10 @@ void products(const Matrix& m, int64_t n, bool tiles) {
         }
         for (int64_t r = 0; r < w.rows; r++) {
             double sum = bias.data[r], bound = std::fabs(sum);
-            for (int64_t c = 0; c < w.columns; c++)
-                sum += m.value(r, c) * seen[c], bound += std::fabs(m.value(r, c) * seen[c]);
+            for (int64_t c = 0; c < w.columns; c++) {
+                const double part = value[r * w.columns + c] * seen[c];
+                sum += part, bound += std::fabs(part);
+            }
             check(y.data[i * w.rows + r], sum, bound, 3e-6, tiles ? "tiles" : "product");
         }
     }
@@ -198,6 +202,18 @@ void decode_step(bool in8) {
     }
 }
 
+void all_scales(int64_t rows, int64_t columns, std::vector<int64_t> few, std::vector<int64_t> many) {
+    for (int64_t size : {0, 32, 64, 128}) {
+        if (size && columns % size) continue;
+        const int pick = int(random_bits() % 6);
+        for (bool in8 : {false, true}) {
+            const Matrix m(rows, columns, size ? columns / size : 1, size || pick % 2, pick < 3, in8, pick % 3);
+            for (int64_t n : few) products(m, n, false);
+            for (int64_t n : many) products(m, n, true);
+        }
+    }
+}
+
 int main() {
     const std::string names = pot_instruction_sets();
     for (size_t start = 0, end; start < names.size(); start = end + 1) {
@@ -206,16 +222,9 @@ int main() {
         if (pot_choose(name.c_str())) return 1;
         worst = 0;
         for (int64_t columns : {1, 7, 64, 77, 128, 192, 200, 384})
-            for (int64_t rows : {1, 6, 33})
-                for (int64_t size : {0, 32, 64, 128}) {
-                    if (size && columns % size) continue;
-                    const int pick = int(random_bits() % 6);
-                    for (bool in8 : {false, true}) {
-                        const Matrix m(rows, columns, size ? columns / size : 1, size || pick % 2, pick < 3, in8, pick % 3);
-                        for (int64_t n : {1, 2, 3, 4, 5}) products(m, n, false);
-                        for (int64_t n : {17, 33}) products(m, n, true);
-                    }
-                }
+            for (int64_t rows : {1, 6, 33}) all_scales(rows, columns, {1, 2, 3, 4, 5}, {17, 33});
+        const int64_t shapes[][2] = {{5, 128}, {64, 768}, {7, 200}, {3, 1000}, {2, 1}, {9, 77}, {100, 1600}};
+        for (auto& [rows, columns] : shapes) all_scales(rows, columns, {1, 8}, {70});  // of tests/test_kernel.py
         std::printf("%s: largest error of a product %.1e of what is summed", name.c_str(), worst);
         decode_step(true);
         worst = 0;
