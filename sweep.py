@@ -187,9 +187,9 @@ def write(s, rows):
     if s.protocol == "paper":
         measured_on = "the last position of 1,200 random windows of 64"
     lines = [
-        f"{first['dataset']}, {first['split']} split, {measured_on}. Above float, above control: the loss minus that of the float model, and minus that of "
-        "the float model trained on for as long as qat; where there are several seeds, the mean of the paired differences "
-        "and its 95 % interval. Tokens seen: by the float model, or after it.",
+        f"{first['dataset']}, {first['split']} split, {measured_on}. Above float, above control: the loss minus that of the "
+        "float model, and minus that of the float model trained on for as long as qat; where there are several seeds, the "
+        "mean of the paired differences and its 95 % interval. Tokens seen: by the float model, or after it.",
         "",
         "| weights | method | tokens seen | loss | perplexity | above float | above control | KL | top-1 | bits/weight | bytes | s | papers |",
         "| --- | --- " + "| ---: " * 11 + "|",

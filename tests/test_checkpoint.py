@@ -2,12 +2,12 @@ import copy
 import io
 import json
 import warnings
-import zipfile
 
 import huggingface_hub.constants
 import pytest
 import torch
 from conftest import anonymous, gpt2
+from fuzz import deflated
 from safetensors.torch import load_file, save, save_file
 
 import checkpoint
@@ -216,14 +216,6 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     torch.save({"info": Evil(), "model": {}, "step": 1}, tmp_path / "ckpt.pt")
     with pytest.raises(ValueError, match="UnpicklingError"):
         checkpoint.load_model(str(tmp_path))
-
-
-def deflated(content):
-    out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
-        for part in old.infolist():
-            new.writestr(part.filename, old.read(part))
-    return out.getvalue()
 
 
 def test_more_than_the_file_holds(tmp_path):
