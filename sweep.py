@@ -262,23 +262,18 @@ def plot(table, path):
             c = PoTConfig(**t["config"])
             label = re.sub(r" \d bits|, range 2\^\d+", "", str(c))  # what is left is one line
             power = f"$2^{{{c.range}}}$" if c.range else ""
-            point = t["bits_per_weight"], t["above_control" if t["kind"] == "qat" else "above"], power
+            key = "above_control" if t["kind"] == "qat" else "above"
+            point = t["bits_per_weight"], t[key], t[f"{key}_interval"] or 0.0, power
             lines.setdefault(label, {}).setdefault(t["kind"], []).append(point)
     for ax, kind in zip(axes[0], kinds):
         for i, (label, found) in enumerate(lines.items()):
-            x, y, powers = zip(*sorted(found.get(kind, [(math.nan, math.nan, "")])))
+            x, y, intervals, powers = zip(*sorted(found.get(kind, [(math.nan, math.nan, 0.0, "")])))
             for a, b, power in zip(x, y, powers):
                 if power:
                     ax.annotate(power, (a, b), (3, 4), textcoords="offset points", fontsize=7, color=COLOURS[i % 6])
-            ax.plot(
-                x,
-                y,
-                "os^Dv<>p"[i % 8],
-                color=COLOURS[i % 6],
-                label=label,
-                ls="-" if len(x) > 1 else "",
-                ms=5,
-            )
+            bars = intervals if any(intervals) else None
+            style = {"fmt": "os^Dv<>p"[i % 8], "ls": "-" if len(x) > 1 else "", "ms": 5}
+            ax.errorbar(x, y, bars, color=COLOURS[i % 6], label=label, capsize=3, elinewidth=0.8, **style)
         ax.set(
             title={"rtn": "PTQ, nearest level", "gptq": "PTQ, GPTQ", "qat": "QAT"}[kind],
             xlabel="bits per weight, whole file",

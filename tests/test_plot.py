@@ -27,7 +27,8 @@ def test_pictures(draw, tmp_path, house, float_run, qat_run):
     for kind in ("rtn", "qat"):
         for bits in (3, 4):
             config = {"bits": bits, "granularity": "tensor"}
-            above = {"above": 0.1 / bits, "above_control": 0.1 / bits}
+            above = {"above": 0.1 / bits, "above_interval": None}
+            above |= {"above_control": 0.1 / bits, "above_control_interval": 0.01}
             found.append(row | above | {"kind": kind, "config": config, "bits_per_weight": float(bits)})
     (tmp_path / "sweep.json").write_text(json.dumps({"table": found}))
     drawn = draw(
