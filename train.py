@@ -132,7 +132,6 @@ def train(s: Settings, stop: "Stop"):
                 f"distill={s.distill}: this model comes from no float model to learn from: leave distill out"
             )
         teacher = checkpoint.load_model(info["origin"])[0].to(device)
-    targets = slice(-1, None) if s.last_position else slice(None)
     dtype = s.dtype
     if dtype == "auto":
         dtype = "float32" if not cuda else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
@@ -200,12 +199,15 @@ def train(s: Settings, stop: "Stop"):
             with nullcontext() if together else training.no_sync():
                 xi, yi = xi.to(device), yi.to(device)
                 with autocast:
-                    logits, micro_loss = training(xi, yi)
-                    if teacher is not None:
-                        with torch.no_grad():
-                            soft = teacher(xi)[:, targets].float().softmax(-1).flatten(0, 1)
-                        soft_loss = F.cross_entropy(logits[:, targets].float().flatten(0, 1), soft)
-                        micro_loss = (1 - s.distill) * micro_loss + s.distill * soft_loss
+                    if teacher is None:
+                        micro_loss = training(xi, yi)[1]
+                    else:
+                        with torch.no_grad():  # both losses in one: a cross entropy is linear in its target
+                            soft = teacher(xi, last=s.last_position).flatten(0, 1).float().softmax(-1).mul_(s.distill)
+                            true = yi[:, -1] if s.last_position else yi.flatten()
+                            soft[torch.arange(len(true), device=device), true] += 1 - s.distill
+                        logits = training(xi, last=s.last_position)
+                        micro_loss = F.cross_entropy(logits.flatten(0, 1).float(), soft)
                     micro_loss = micro_loss / s.gradient_accumulation_steps
                 scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
