@@ -15,10 +15,10 @@ def run(script, *args):
 
 
 def test_damaged_files_are_refused_or_run():
-    done = run("fuzz.py", "--packed=120", "--checkpoints=60", "--seed=100000")
+    done = run("fuzz.py", "--packed=80", "--checkpoints=40", "--seed=100000")
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
-    assert last.startswith("checkpoints 60 of 60") and "'loaded': " in last and "'refused': " in last
+    assert last.startswith("checkpoints 40 of 40") and "'loaded': " in last and "'refused': " in last
 
 
 @pytest.mark.parametrize("error", ["KeyError('x')", "MemoryError()", "IndexError('out of range')"])
@@ -39,6 +39,6 @@ def test_it_notices_an_error_of_another_kind(tmp_path, monkeypatch, error):
 
 
 def test_a_run_that_is_killed_goes_on():
-    done = run("kills.py", "--kills=3")
+    done = run("kills.py", "--kills=2")
     assert done.returncode == 0, done.stderr
     assert "the weights are those of a run in one piece" in done.stdout

@@ -719,7 +719,7 @@ def test_largest_float16_weights_stay_finite():
 
 def each_stage():
     torch.manual_seed(0)
-    model = tiny_gpt().eval()
+    model = tiny_gpt(block_size=16, vocab_size=65, n_layer=1, n_head=2, n_embd=64).eval()
     prepare(model, PoTConfig(act_bits=8))
     return [model, convert(copy.deepcopy(model))]
 
