@@ -103,26 +103,28 @@ def calibrating(weighted=False, refine=0, descend=False):
     return mock.patch.object(pot, "_calibrate_layer", layer)
 
 
-PTQ = {  # what: (more of PoTConfig, GPTQ?, what to change)
-    "nearest level": ({}, False, None),
-    "GPTQ": ({}, True, None),
-    "GPTQ, coordinate descent after it": ({}, True, lambda: calibrating(descend=True)),
-    "GPTQ, scales weighted by the inputs' mean squares": ({}, True, lambda: calibrating(weighted=True)),
-    "GPTQ, scales refined on a layer's output error": ({}, True, lambda: calibrating(weighted=True, refine=2)),
-    "GPTQ, both refined": ({}, True, lambda: calibrating(weighted=True, refine=2, descend=True)),
-    "GPTQ, scales a power of two": ({"scale_format": "e8m0"}, True, None),
-    "GPTQ, groups of 32": ({"group_size": 32}, True, None),
-    "GPTQ, 8-bit activations": ({"act_bits": 8}, True, None),
+PTQ = {  # what: (more of PoTConfig, which draw of text for GPTQ, what to change)
+    "nearest level": ({}, 0, None),
+    "GPTQ": ({}, 1, None),
+    "GPTQ, second draw of its text": ({}, 2, None),
+    "GPTQ, third draw of its text": ({}, 3, None),
+    "GPTQ, coordinate descent after it": ({}, 1, lambda: calibrating(descend=True)),
+    "GPTQ, scales weighted by the inputs' mean squares": ({}, 1, lambda: calibrating(weighted=True)),
+    "GPTQ, scales refined on a layer's output error": ({}, 1, lambda: calibrating(weighted=True, refine=2)),
+    "GPTQ, both refined": ({}, 1, lambda: calibrating(weighted=True, refine=2, descend=True)),
+    "GPTQ, scales a power of two": ({"scale_format": "e8m0"}, 1, None),
+    "GPTQ, groups of 32": ({"group_size": 32}, 1, None),
+    "GPTQ, 8-bit activations": ({"act_bits": 8}, 1, None),
 }
 
 
 @torch.no_grad()
-def ptq(folder, data, config, gptq, change):
+def ptq(folder, data, config, draw, change):
     model, info = checkpoint.load_model(folder)
     ids, length = dataset.load(data, "train")[0], model.config.block_size
     prepare(model, config)
-    if gptq:
-        windows = random_windows(ids, length, CALIBRATION // length, info["settings"]["seed"])
+    if draw:
+        windows = random_windows(ids, length, CALIBRATION // length, info["settings"]["seed"] + draw - 1)
         with change() if change else mock.patch.object(pot, "_DAMPING", pot._DAMPING):
             calibrate(model, windows.split(4096 // length))
     return evaluate(model, dataset.load(data, "val")[0][:TOKENS])["loss"]
@@ -223,6 +225,8 @@ def learned_scales():
 NEAREST, TEXT = "--calibrate_tokens=0 ", "--distill=0 "
 QAT = {  # what: (options of train.py, what to change)
     "as config/finetune_shakespeare_char_pot4.py": ("", None),
+    "batches and calibration text of seed 2": ("--seed=2", None),
+    "batches and calibration text of seed 3": ("--seed=3", None),
     "no distillation": (TEXT, None),
     "half distillation": ("--distill=0.5", None),
     "from the nearest levels": (NEAREST, None),
@@ -283,11 +287,11 @@ def main(folder, only=""):
         print(f"{kind:<8} {weights:<20} {what:<56} {rows[-1]['above']:+.4f}", flush=True)
 
     print(f"float {base:.4f}; above it:")
-    for what, (more, gptq, change) in PTQ.items():
+    for what, (more, draw, change) in PTQ.items():
         for weights, config in WEIGHTS.items():
             if config.get("granularity") != "tensor" or "group_size" not in more:
                 c = PoTConfig(**config | more)
-                measure("PTQ", weights, what, lambda c=c, g=gptq, how=change: ptq(folder, data, c, g, how))
+                measure("PTQ", weights, what, lambda c=c, d=draw, how=change: ptq(folder, data, c, d, how))
     for rate in CONTROLS:
         options = f"--pot=None --learning_rate={rate}"
         measure("control", "float", f"learning rate {rate}", lambda o=options: qat(folder, o))
