@@ -9,6 +9,7 @@ pot_terms = 2
 pot_group_size = 32
 pot_scale_format = "e8m0"
 calibrate_tokens = 16384
+distill = 1.0
 
 block_size = 64
 batch_size = 12

@@ -1,4 +1,5 @@
-# QAT: fine-tunes GPT-2 (124M) with 4-bit power-of-two weights, embeddings included, in groups of 64, from GPTQ's codes.
+# QAT: fine-tunes GPT-2 (124M) with 4-bit power-of-two weights, embeddings included, in groups of 64, from GPTQ's codes and
+# towards the float model's predictions: its text was like this one, and vastly more, so there is little left to learn from it.
 # Needs: `python data/openwebtext/prepare.py` and GPT-2 from the hub; a folder instead: --init_from=FOLDER.
 # Gives: out-gpt2-pot4/model.safetensors, packed, 66.5 MB for 498 MB, and ckpt.pt to go on from.
 # Takes: 500 steps of 24,576 tokens, hours on a processor (about 2.5 minutes a step on 2 cores) and minutes on a GPU.
@@ -13,6 +14,7 @@ pot_bits = 4
 pot_granularity = "group"
 pot_group_size = 64
 calibrate_tokens = 16384
+distill = 1.0
 
 block_size = 64
 batch_size = 12
