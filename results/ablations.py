@@ -103,15 +103,27 @@ def calibrating(weighted=False, refine=0, descend=False):
     return mock.patch.object(pot, "_calibrate_layer", layer)
 
 
+def tables_unweighted():
+    """Tables of embeddings and heads keep the scales of prepare, which count every weight alike."""
+    return mock.patch.object(pot, "compute_scale", lambda w, config, importance=None: compute_scale(w, config))
+
+
+def tables_nearest():
+    """Nor does GPTQ touch them."""
+    return mock.patch.object(pot, "_calibrate_shared", lambda *args: None)
+
+
 PTQ = {  # what: (more of PoTConfig, which draw of text for GPTQ, what to change)
     "nearest level": ({}, 0, None),
     "GPTQ": ({}, 1, None),
     "GPTQ, second draw of its text": ({}, 2, None),
     "GPTQ, third draw of its text": ({}, 3, None),
+    "GPTQ, tables' scales not weighted": ({}, 1, tables_unweighted),
+    "GPTQ, tables rounded to nearest": ({}, 1, tables_nearest),
     "GPTQ, coordinate descent after it": ({}, 1, lambda: calibrating(descend=True)),
     "GPTQ, scales weighted by the inputs' mean squares": ({}, 1, lambda: calibrating(weighted=True)),
-    "GPTQ, scales refined on a layer's output error": ({}, 1, lambda: calibrating(weighted=True, refine=2)),
-    "GPTQ, both refined": ({}, 1, lambda: calibrating(weighted=True, refine=2, descend=True)),
+    "GPTQ, and those refined on a layer's output error": ({}, 1, lambda: calibrating(weighted=True, refine=2)),
+    "GPTQ, and coordinate descent, all three": ({}, 1, lambda: calibrating(weighted=True, refine=2, descend=True)),
     "GPTQ, scales a power of two": ({"scale_format": "e8m0"}, 1, None),
     "GPTQ, groups of 32": ({"group_size": 32}, 1, None),
     "GPTQ, 8-bit activations": ({"act_bits": 8}, 1, None),
@@ -240,6 +252,7 @@ QAT = {  # what: (options of train.py, what to change)
     "dampened oscillation": ("", dampened),
     "learned scales": ("", learned_scales),
     "scales a power of two": ("--pot_scale_format=e8m0", None),
+    "8-bit activations": ("--pot_act_bits=8", None),
     "largest weight as scale, from the nearest levels": (NEAREST + "--pot_scale=absmax", None),
     "narrowed: half the steps with two terms": ("narrow", None),
     "papers' learning rate 5e-6, last position, from the nearest levels": (

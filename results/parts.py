@@ -22,6 +22,8 @@ from pot import PoTConfig, calibrate, prepare
 
 PARTS = {  # of the names of layers
     "token table and head": ("wte", "lm_head"),
+    "token table alone": ("wte",),
+    "head alone": ("lm_head",),
     "positions": ("wpe",),
     "attention": (".attn.",),
     "MLPs": (".mlp.",),
@@ -43,6 +45,8 @@ def main(folder, data, path, tokens=100_000):
             row = {"weights": str(config), "part": part}
             for way in ("nearest", "GPTQ"):
                 quantized = copy.deepcopy(model)
+                if "alone" in part:  # they are one tensor
+                    quantized.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
                 prepare(quantized, config, lambda name, module, names=names: any(n in name for n in names))
                 if way == "GPTQ":
                     calibrate(quantized, batches)
