@@ -18,9 +18,13 @@ import subprocess
 import sys
 import types
 import typing
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
-def run(main, settings):
+def run(main: Callable[[T], object], settings: type[T]) -> None:
     """Calls main(settings from the command line). Bad input ends in one line on stderr and exit status 2."""
     try:
         main(configure(settings, sys.argv[1:]))
@@ -32,7 +36,7 @@ def run(main, settings):
         sys.exit(2)
 
 
-def configure(settings, argv):
+def configure(settings: type[T], argv: list[str]) -> T:
     """Instance of the dataclass `settings`, its defaults overridden by config files and --key=value of argv.
 
     Raises ValueError for an unknown key, naming the nearest known one, and for a value of the wrong type.
@@ -56,7 +60,7 @@ def configure(settings, argv):
     return _build(settings, values)
 
 
-def check_minimum(settings, **least):
+def check_minimum(settings: object, **least: float) -> None:
     """Raises ValueError for a setting that is below the least value given for it; None is let pass."""
     for key, value in least.items():
         if getattr(settings, key) is not None and not getattr(settings, key) >= value:
@@ -162,7 +166,7 @@ def _help(settings):
     return "\n".join(lines)
 
 
-def provenance():
+def provenance() -> dict:
     """What a measured figure has to say of its origin: command, commit, versions and machine, as a dict."""
     import torch
 
@@ -180,7 +184,8 @@ def provenance():
             cpu = next((line.partition(":")[2].strip() for line in f if line.startswith("model name")), cpu)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     commit = output("git", "rev-parse", "--short=12", "HEAD")
-    changed = "+changes" if output("git", "status", "--porcelain", "--untracked-files=no") else ""
+    figures = [f":!results/*.{kind}" for kind in ("json", "md", "png")]  # that are being measured
+    changed = "+changes" if output("git", "status", "--porcelain", "--untracked-files=no", ".", *figures) else ""
     return {
         "command": " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
         "commit": commit + changed if commit else None,

@@ -139,7 +139,7 @@ def stream_documents(hub: str, splits: Iterable[str] = ("train",), revision: str
 OPENWEBTEXT = {"hub": "Skylion007/openwebtext", "revision": "refs/convert/parquet"}
 
 
-def write(folder, meta, pieces):
+def write(folder: str, meta: dict, pieces: Iterable[tuple[str, np.ndarray]]) -> None:
     """Writes a data set whole or not at all, and prints what it holds. pieces: (split, token ids), in any order."""
     names = [f"{split}.bin" for split in SPLITS] + ["meta.json"]
     counts = dict.fromkeys(SPLITS, 0)

@@ -133,7 +133,9 @@ def read(s, info, folder):
     return ids[: s.tokens], name
 
 
-def quantize(model, pot, calibrate_tokens, name, tokenizer, seed, device):
+def quantize(
+    model: GPT, pot: PoTConfig, calibrate_tokens: int, name: str | None, tokenizer: dict, seed: int, device: str
+) -> str:
     """Prepares a float model in place, by GPTQ if there are tokens to calibrate on: windows of the training split.
     Returns the method's name."""
     start = time.time()
@@ -165,7 +167,7 @@ def quantize(model, pot, calibrate_tokens, name, tokenizer, seed, device):
     return f"PTQ, GPTQ on {x.numel():,} tokens"
 
 
-def random_windows(ids, length, count, seed):
+def random_windows(ids: np.ndarray, length: int, count: int, seed: int) -> torch.Tensor:
     """(count, length) int64, from random places of ids."""
     if len(ids) < length:
         raise ValueError(f"{len(ids)} tokens are too few to draw windows of {length} from: pass more text")
@@ -173,7 +175,7 @@ def random_windows(ids, length, count, seed):
     return torch.from_numpy(np.stack([ids[i : i + length] for i in places]).astype(np.int64))
 
 
-def measure(s, model, info, folder, device):
+def measure(s: Settings, model: GPT, info: dict, folder: str | None, device: str) -> dict:
     """One row of the table; folder is None for a model that was not written."""
     ids, name = read(s, info, folder)
     reference, other = s.reference, None
@@ -415,7 +417,7 @@ def keep_freed_memory():
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def pick_device(device):
+def pick_device(device: str) -> str:
     """The device's name, "auto" resolved. Raises ValueError if it cannot be used."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -189,7 +189,8 @@ def write(s, rows):
     lines = [
         f"{first['dataset']}, {first['split']} split, {measured_on}. Above float, above control: the loss minus that of the "
         "float model, and minus that of the float model trained on for as long as qat; where there are several seeds, the "
-        "mean of the paired differences and its 95 % interval. Tokens seen: by the float model, or after it.",
+        "mean of the paired differences and its 95 % interval. Tokens seen: by the float model, or after it. s: seconds of the "
+        "process that finished a row, which may have gone on from another.",
         "",
         "| weights | method | tokens seen | loss | perplexity | above float | above control | KL | top-1 | bits/weight | bytes | s | papers |",
         "| --- | --- " + "| ---: " * 11 + "|",
@@ -284,7 +285,7 @@ def plot(table, path):
         ax.set_yscale("symlog", linthresh=0.01)
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("loss above float (nats)")
-    axes[0][-1].legend(fontsize=8)
+    fig.legend(*axes[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     plt.savefig(path, dpi=120)
     plt.close(fig)
 

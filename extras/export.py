@@ -68,7 +68,7 @@ def dense(model: GPT) -> dict[str, torch.Tensor]:
     return found
 
 
-def to_huggingface(model, bpe, folder):
+def to_huggingface(model: GPT, bpe: bool, folder: str):
     c = model.config
     tensors = {}
     for name, t in dense(model).items():
@@ -131,7 +131,7 @@ GGUF_NAMES = {
 }  # fmt: skip
 
 
-def to_gguf(model, bpe, path):
+def to_gguf(model: GPT, bpe: bool, path: str):
     if not bpe:
         raise ValueError(
             "llama.cpp needs GPT-2's byte pairs, and this model knows characters: export to a folder instead"

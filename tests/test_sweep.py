@@ -110,7 +110,7 @@ def test_kinds_of_weights_have_lines_and_names_of_their_own(swept, tmp_path, mon
     shown = []
     monkeypatch.setattr(plt, "close", lambda fig: shown.append(fig))
     sweep.plot(table, str(tmp_path / "x.png"))
-    labels = [t.get_text() for t in shown[0].axes[0].get_legend().get_texts()]
+    labels = [t.get_text() for t in shown[0].legends[0].get_texts()]
     assert len(labels) == len(set(labels)) == len(kinds) - 1 + 1  # range 2^5 is a point on another's line; and float
     assert [t.get_text() for t in shown[0].axes[0].texts] == ["$2^{5}$"]
     names = [sweep.name_of(sweep.Settings(), "rtn", PoTConfig(**k), 1) for k in kinds]
