@@ -255,7 +255,7 @@ def plot(table, path):
 
     kinds = [k for k in METHODS if any(t["kind"] == k for t in table)]
     fig, axes = plt.subplots(
-        1, len(kinds), figsize=(4 * len(kinds), 4), sharey=True, squeeze=False, layout="constrained"
+        1, len(kinds), figsize=(4 * len(kinds), 4.5), sharey=True, squeeze=False, layout="constrained"
     )
     lines, size = {}, table[0]["bytes"] / table[0]["bits_per_weight"]
     for t in table:
@@ -281,7 +281,7 @@ def plot(table, path):
         )
         top = ax.secondary_xaxis("top", functions=(lambda bits: bits * size / 1e6, lambda mb: mb / size * 1e6))
         top.set_xlabel("file, MB")
-        ax.axhline(0, color="black", lw=0.8, ls=":", label="float" if kind != "qat" else "float, trained as long")
+        ax.axhline(0, color="black", lw=0.8, ls=":", label="float; with QAT, trained as long")
         ax.set_yscale("symlog", linthresh=0.01)
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("loss above float (nats)")
