@@ -14,7 +14,7 @@ import os
 import re
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import checkpoint
 import eval
@@ -23,8 +23,13 @@ from configurator import check_minimum, configure, provenance, run
 from pot import PoTConfig, convert
 
 METHODS = ("rtn", "gptq", "qat")
-# What all rows of an out_dir have in common; the rest of the settings is in their names.
-HOW = ("init_from", "finetune", "calibrate_tokens", "split", "tokens", "block_size", "protocol")
+# What all rows of an out_dir have in common, of the settings and of train.py's in finetune; the rest is in their names.
+HOW = ("init_from", "calibrate_tokens", "split", "tokens", "block_size", "protocol")
+TRAINING = (
+    *("dataset", "calibrate_tokens", "distill", "last_position", "block_size", "dropout", "dtype"),
+    *("batch_size", "gradient_accumulation_steps", "learning_rate", "min_lr", "warmup_iters"),
+    *("weight_decay", "beta1", "beta2", "grad_clip"),
+)  # fmt: skip
 
 
 @dataclass
@@ -59,11 +64,14 @@ def main(s: Settings):
         checkpoint.require_folder(s.init_from.replace("{seed}", str(seed)))
     os.makedirs(s.out_dir, exist_ok=True)
     path = os.path.join(s.out_dir, "rows.jsonl")
-    how = {key: getattr(s, key) for key in HOW}
+    training = configure(train.Settings, [s.finetune])
+    s = replace(s, max_iters=training.max_iters if s.max_iters is None else s.max_iters)
+    how = {key: getattr(s, key) for key in HOW} | {f"finetune.{key}": getattr(training, key) for key in TRAINING}
     for row in read(path).values():
-        if row["how"] != how:
+        if other := sorted(key for key in how | row["how"] if how.get(key) != row["how"].get(key)):
+            theirs, ours = ({key: which.get(key) for key in other} for which in (row["how"], how))
             raise ValueError(
-                f"{s.out_dir} holds rows that were measured with {row['how']}, the settings say {how}: choose another --out_dir"
+                f"{s.out_dir} holds rows that were measured with {theirs}, the settings say {ours}: choose another --out_dir"
             )
     for i, (method, config, papers, seed) in enumerate(plan, start=1):
         name = name_of(s, method, config, seed)
@@ -118,7 +126,7 @@ def name_of(s, method, config, seed):
     """Of a row, and of its folder if it is trained."""
     parts = [str(config or "float"), method, f"s{seed}"]
     if method in ("qat", "control"):
-        parts[1] += "" if s.max_iters is None else str(s.max_iters)
+        parts[1] += str(s.max_iters)
     return re.sub("[^a-z0-9]+", "-", " ".join(parts).lower())
 
 
@@ -146,8 +154,7 @@ def append(path, row):
 
 def measured(s, method, config, seed, name):
     base, device, start = s.init_from.replace("{seed}", str(seed)), eval.pick_device(s.device), time.time()
-    training = [s.finetune, f"--device={s.device}", f"--seed={seed}", "--pot=None"]
-    training += [] if s.max_iters is None else [f"--max_iters={s.max_iters}"]
+    training = [s.finetune, f"--device={s.device}", f"--seed={seed}", f"--max_iters={s.max_iters}", "--pot=None"]
     training += [f"--pot_{key}={value}" for key, value in (asdict(config) if config else {}).items()]
     dataset = configure(train.Settings, training).dataset
     folder = None

@@ -153,6 +153,17 @@ def test_bad_settings(sh, swept, change, message):
     assert message in sh(f"sweep.py sweep_tiny.py {change}", ok=False).stderr
 
 
+def test_rows_of_another_way_of_training_are_not_mixed(house, sh, swept):
+    path = house / "finetune.py"
+    before = path.read_text()
+    path.write_text(before + "distill = 1.0\n")
+    try:
+        error = sh("sweep.py sweep_tiny.py", ok=False).stderr
+    finally:
+        path.write_text(before)
+    assert "measured with {'finetune.distill': 0.0}, the settings say {'finetune.distill': 1.0}" in error
+
+
 def test_bad_weights(house, sh, float_run):
     for weights, message in (
         ('[{"bit": 4}]', "'bit'"),
