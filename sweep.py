@@ -251,7 +251,7 @@ def summary(rows):
 
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % quantiles of t, from 2 values on
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, for all eyes
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, for all eyes
 
 
 def plot(table, path):
@@ -278,10 +278,10 @@ def plot(table, path):
             x, y, intervals, powers = zip(*sorted(found.get(kind, [(math.nan, math.nan, 0.0, "")])))
             for a, b, power in zip(x, y, powers):
                 if power:
-                    ax.annotate(power, (a, b), (3, 4), textcoords="offset points", fontsize=7, color=COLOURS[i % 6])
+                    ax.annotate(power, (a, b), (3, 4), textcoords="offset points", fontsize=7, color=COLOURS[i % 7])
             bars = intervals if any(intervals) else None
             style = {"fmt": "os^Dv<>p"[i % 8], "ls": "-" if len(x) > 1 else "", "ms": 5}
-            ax.errorbar(x, y, bars, color=COLOURS[i % 6], label=label, capsize=3, elinewidth=0.8, **style)
+            ax.errorbar(x, y, bars, color=COLOURS[i % 7], label=label, capsize=3, elinewidth=0.8, **style)
         ax.set(
             title={"rtn": "PTQ, nearest level", "gptq": "PTQ, GPTQ", "qat": "QAT"}[kind],
             xlabel="bits per weight, whole file",

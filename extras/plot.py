@@ -77,7 +77,7 @@ def speed(s, source, path):
         x, y = row["bytes_per_token"] / 1e6, row["decode_tok_s"]
         low, high = row["decode_tok_s_quartiles"]
         ax.errorbar(
-            x, y, [[y - low], [high - y]], fmt="os^Dv<>p"[i % 8], color=COLOURS[i % 6], label=row["name"], capsize=3
+            x, y, [[y - low], [high - y]], fmt="os^Dv<>p"[i % 8], color=COLOURS[i % 7], label=row["name"], capsize=3
         )
     reads = [row["bytes_per_token"] / 1e6 for row in found["rows"]]
     x = [min(reads) * 0.8, max(reads) * 1.2]
@@ -109,7 +109,7 @@ def curves(s, source, path):
         ):
             points = [(e["step"], e[key]) for e in entries if key in e]
             if points:
-                ax.plot(*zip(*points), color=COLOURS[i % 6], **style)
+                ax.plot(*zip(*points), color=COLOURS[i % 7], **style)
     ax.set(xlabel="step", ylabel="loss (nats): validation, and training pale")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
