@@ -2,7 +2,6 @@
 What does quantizing each part of a model cost? Test loss above the float model's with one part quantized, or all of it.
 
     python results/parts.py out-shakespeare-s1 data/shakespeare_char results/parts_shakespeare_char.json
-    python results/parts.py out-webtext data/webtext results/parts_webtext.json 32768
 """
 
 import copy
@@ -20,6 +19,7 @@ from configurator import provenance
 from eval import evaluate, random_windows
 from pot import PoTConfig, calibrate, prepare
 
+TOKENS = 100_000  # of the test split
 PARTS = {  # of the names of layers
     "token table and head": ("wte", "lm_head"),
     "token table alone": ("wte",),
@@ -33,9 +33,9 @@ PARTS = {  # of the names of layers
 
 
 @torch.no_grad()
-def main(folder, data, path, tokens=100_000):
+def main(folder, data, path):
     model, info = checkpoint.load_model(folder)
-    ids, train = dataset.load(data, "test")[0][: int(tokens) + 1], dataset.load(data, "train")[0]
+    ids, train = dataset.load(data, "test")[0][: TOKENS + 1], dataset.load(data, "train")[0]
     length = model.config.block_size
     batches = random_windows(train, length, 16384 // length, info["settings"]["seed"]).split(4096 // length)
     base, rows = evaluate(model, ids)["loss"], []
