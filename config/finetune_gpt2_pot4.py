@@ -2,7 +2,7 @@
 # towards the float model's predictions: its text was like this one, and vastly more, so there is little left to learn from it.
 # Needs: `python data/openwebtext/prepare.py` and GPT-2 from the hub; a folder instead: --init_from=FOLDER.
 # Gives: out-gpt2-pot4/model.safetensors, packed, 66.5 MB for 498 MB, and ckpt.pt to go on from.
-# Takes: 500 steps of 24,576 tokens, hours on a processor (about 2.5 minutes a step on 2 cores) and minutes on a GPU.
+# Takes: 500 steps of 24,576 tokens, about 2.8 minutes a step on 2 cores, a fifth of them for the float model's predictions.
 # Sequences of 64 tokens, as the papers'. For longer texts: --block_size=1024 --batch_size=4 --gradient_accumulation_steps=6
 # The float control, on the same batches: --pot=None --out_dir=out-gpt2-control
 # Not run here as it stands: shorter, on a model of this shape with random weights (README).
