@@ -1,10 +1,11 @@
-// The kernels against sums in double, on every instruction set of the machine: products with float32 and 8-bit
-// activations, tiles, unpacking and GPT-2's decode step. Buffers have just the size they need, so that a build with
-// -fsanitize=address,undefined sees whoever leaves them. tests/test_kernel.py builds and runs it, so and for 64-bit ARM:
+// Tests the kernels against sums in double, on every instruction set of this machine: products with float32 and 8-bit
+// activations, AMX tiles, unpacking, and GPT-2's decode step. Buffers have exactly the size that the kernels need, so
+// that -fsanitize=address,undefined finds every access outside of them. tests/test_kernel.py builds and runs this file,
+// also for 64-bit ARM:
 //
 //     aarch64-linux-gnu-g++ -O2 -std=c++17 -static -pthread tests/kernel.cpp -o kernel && qemu-aarch64 ./kernel
 
-#include "../kernels/decode.cpp"
+#include "../pot_kernel/decode.cpp"
 
 #include <cstdio>
 #include <cstdlib>
@@ -17,10 +18,10 @@ std::mt19937 random_bits(1);
 float normal() { return std::normal_distribution<float>()(random_bits); }
 
 template <class T>
-struct Buffer {  // on the heap, at an odd place unless T needs another
+struct Buffer {  // on the heap; bytes begin at an odd address, because kernels must not rely on alignment
     std::unique_ptr<char[]> raw;
-    int64_t size;
-    T* data;
+    int64_t size;  // elements
+    T* data;       // (size), inside raw
 
     explicit Buffer(int64_t n) : raw(new char[n * sizeof(T) + (sizeof(T) == 1)]), size(n) {
         data = reinterpret_cast<T*>(raw.get() + (sizeof(T) == 1));
@@ -28,18 +29,21 @@ struct Buffer {  // on the heap, at an odd place unless T needs another
     }
 };
 
+// A random packed weight, with a decoder of its own for comparison.
 struct Matrix {
-    Buffer<uint8_t> codes;
-    Buffer<uint16_t> half;
-    Buffer<float> single, sums;
+    Buffer<uint8_t> codes;  // (rows, (columns + 1) / 2)
+    Buffer<uint16_t> half;  // (rows or 1, groups): float16 scales, or empty
+    Buffer<float> single;   // (rows or 1, groups): float32 scales, or empty
+    Buffer<float> sums;     // (rows)
     PotWeight w{};
 
     Matrix(int64_t rows, int64_t columns, int64_t groups, bool per_row, bool is_half, bool in8, int grid)
         : codes(rows * ((columns + 1) / 2)), half(is_half ? groups * (per_row ? rows : 1) : 0),
           single(is_half ? 0 : groups * (per_row ? rows : 1)), sums(rows) {
-        static const float levels[3][8] = {{0, 1, 2, 4, 8, 16, 32, 64}, {0, 1, 2, 3, 4, 6, 8, 12}, {0, 1, 2, 3, 4, 5, 6, 7}};
+        static const float levels[3][8] = {
+            {0, 1, 2, 4, 8, 16, 32, 64}, {0, 1, 2, 3, 4, 6, 8, 12}, {0, 1, 2, 3, 4, 5, 6, 7}};
         for (int64_t i = 0; i < codes.size; i++) codes.data[i] = uint8_t(random_bits());
-        if (columns % 2)  // the last half byte of a row is padding, and zero
+        if (columns % 2)  // the last four bits of a row are padding and must be zero
             for (int64_t r = 0; r < rows; r++) codes.data[(r + 1) * ((columns + 1) / 2) - 1] &= 15;
         for (int64_t i = 0; i < half.size; i++) half.data[i] = uint16_t(0x2c00 + random_bits() % 0x800);
         for (int64_t i = 0; i < single.size; i++) single.data[i] = 0.01f + random_bits() % 100 * 1e-3f;
@@ -61,7 +65,7 @@ struct Matrix {
     int code(int64_t r, int64_t c) const {
         const uint8_t* row = codes.data + r * ((w.columns + 1) / 2);
         if (c >= w.columns / 128 * 128) return row[c / 2] >> 4 * (c & 1) & 15;
-        const int64_t in = c % 128, word = in % 16, nibble = in / 16;
+        const int64_t column = c % 128, word = column % 16, nibble = column / 16;
         return row[c / 128 * 64 + 4 * word + nibble / 2] >> 4 * (nibble & 1) & 15;
     }
 
@@ -70,11 +74,12 @@ struct Matrix {
 
 double worst = 0;
 
-void check(double found, double expected, double bound, double tolerance, const char* what) {
-    const double error = std::fabs(found - expected) / (bound + 1e-30);
+// Exits if the error is larger than tolerance * bound, where bound is the size of the values that were summed.
+void check(double actual, double expected, double bound, double tolerance, const char* name) {
+    const double error = std::fabs(actual - expected) / (bound + 1e-30);
     worst = std::max(worst, error);
     if (!(error <= tolerance)) {
-        std::printf("%s: %g instead of %g\n", what, found, expected);
+        std::printf("%s: %g instead of %g\n", name, actual, expected);
         std::exit(1);
     }
 }
@@ -89,43 +94,43 @@ float bf16(float f) {
 
 void products(const Matrix& m, int64_t n, bool tiles) {
     const PotWeight& w = m.w;
-    const int64_t stride = w.columns + (n % 2 ? 0 : 3), taken = (w.rows + 1) / 2;
+    const int64_t stride = w.columns + (n % 2 ? 0 : 3), count = (w.rows + 1) / 2;
     const bool biased = n % 3 > 0;
     Buffer<float> x((n - 1) * stride + w.columns), y(n * w.rows), bias(biased ? w.rows : 0);
-    Buffer<float> unpacked(w.rows * w.columns), some(taken * w.columns);
-    Buffer<int64_t> index(taken);
+    Buffer<float> unpacked(w.rows * w.columns), selected(count * w.columns);
+    Buffer<int64_t> index(count);
     for (int64_t i = 0; i < x.size; i++) x.data[i] = normal() + 0.3f;
     for (int64_t i = 0; i < bias.size; i++) bias.data[i] = normal();
     const float* b = biased ? bias.data : nullptr;
     if (tiles && pot_linear_tiles(&w, b, x.data, n, stride, y.data, w.rows, 2) == -1) return;
     if (!tiles) pot_linear(&w, b, x.data, n, stride, y.data, w.rows, 2);
     pot_unpack(&w, nullptr, 0, w.rows, unpacked.data, 2);
-    for (int64_t i = 0; i < taken; i++) index.data[i] = i ? random_bits() % w.rows : w.rows - 1;
-    if (pot_unpack(&w, index.data, 0, taken, some.data, 2)) std::exit(1);
-    for (int64_t i = 0; i < some.size; i++)
-        check(some.data[i], unpacked.data[index.data[i / w.columns] * w.columns + i % w.columns], 0, 0, "rows");
-    index.data[taken - 1] = w.rows;
-    if (!pot_unpack(&w, index.data, 0, taken, some.data, 2)) std::exit(1);
+    for (int64_t i = 0; i < count; i++) index.data[i] = i ? random_bits() % w.rows : w.rows - 1;
+    if (pot_unpack(&w, index.data, 0, count, selected.data, 2)) std::exit(1);
+    for (int64_t i = 0; i < selected.size; i++)
+        check(selected.data[i], unpacked.data[index.data[i / w.columns] * w.columns + i % w.columns], 0, 0, "rows");
+    index.data[count - 1] = w.rows;
+    if (!pot_unpack(&w, index.data, 0, count, selected.data, 2)) std::exit(1);
     std::vector<double> value(unpacked.size);
     for (int64_t i = 0; i < unpacked.size; i++) {
         value[i] = m.value(i / w.columns, i % w.columns);
         check(unpacked.data[i], value[i], std::fabs(value[i]), 1e-6, "unpacked");
     }
     for (int64_t i = 0; i < n; i++) {
-        std::vector<double> seen(w.columns);
+        std::vector<double> rounded(w.columns);
         Buffer<uint8_t> q(w.columns);
         float scale = 0;
         int32_t zero = 0;
         if (w.row_sums && pot_quantize(x.data + i * stride, w.columns, q.data, &scale, &zero)) std::exit(1);
         for (int64_t c = 0; c < w.columns; c++) {
             const float f = x.data[i * stride + c];
-            seen[c] = w.row_sums ? double(scale) * (q.data[c] - zero) : tiles ? bf16(f) : f;
-            if (w.row_sums && !(std::fabs(seen[c] - f) <= 0.51 * scale)) return check(seen[c], f, 0, 0, "8 bits");
+            rounded[c] = w.row_sums ? double(scale) * (q.data[c] - zero) : tiles ? bf16(f) : f;
+            if (w.row_sums && !(std::fabs(rounded[c] - f) <= 0.51 * scale)) return check(rounded[c], f, 0, 0, "8 bits");
         }
         for (int64_t r = 0; r < w.rows; r++) {
             double sum = b ? b[r] : 0, bound = std::fabs(sum);
             for (int64_t c = 0; c < w.columns; c++) {
-                const double part = value[r * w.columns + c] * seen[c];
+                const double part = value[r * w.columns + c] * rounded[c];
                 sum += part, bound += std::fabs(part);
             }
             check(y.data[i * w.rows + r], sum, bound, 3e-6, tiles ? "tiles" : "product");
@@ -133,7 +138,7 @@ void products(const Matrix& m, int64_t n, bool tiles) {
     }
 }
 
-// A few tokens, each one's logits beside those of double arithmetic on the same weights.
+// Decodes a few tokens with random weights, and compares the logits with those of the same model in double.
 void decode_step(int64_t vocabulary, int64_t layers, int64_t heads, int64_t E, bool biased, int grid, bool in8) {
     const int64_t size = E / heads, context = 9;
     using Vector = std::vector<double>;
@@ -146,21 +151,22 @@ void decode_step(int64_t vocabulary, int64_t layers, int64_t heads, int64_t E, b
         for (int64_t i = 0; i < rows * columns; i++) values_of[m.w.codes].push_back(m.value(i / columns, i % columns));
         return m.w;
     };
-    auto room = [&](int64_t n, float by, float mean) {
+    auto buffer = [&](int64_t n, float deviation, float mean) {
         floats.push_back(std::make_unique<Buffer<float>>(n));
-        for (int64_t i = 0; i < n; i++) floats.back()->data[i] = mean + by * normal();
+        for (int64_t i = 0; i < n; i++) floats.back()->data[i] = mean + deviation * normal();
         return floats.back()->data;
     };
-    auto bias = [&](int64_t n) { return biased ? room(n, 0.1f, 0) : nullptr; };
-    auto norm = [&] { return GptNorm{room(E, 0.1f, 1), bias(E)}; };
+    auto bias = [&](int64_t n) { return biased ? buffer(n, 0.1f, 0) : nullptr; };
+    auto norm = [&] { return GptNorm{buffer(E, 0.1f, 1), bias(E)}; };
     auto linear = [&](int64_t rows, int64_t columns) { return GptLinear{matrix(rows, columns), bias(rows)}; };
-    std::vector<GptLayer> all;
+    std::vector<GptLayer> gpt_layers;
     for (int64_t l = 0; l < layers; l++)
-        all.push_back({norm(), norm(), linear(3 * E, E), linear(E, E), linear(4 * E, E), linear(E, 4 * E),
-                       room(E * context, 0, 0), room(E * context, 0, 0)});
-    Gpt gpt{layers, heads, E, context, matrix(vocabulary, E), matrix(context, E), norm(), linear(vocabulary, E), all.data()};
+        gpt_layers.push_back({norm(), norm(), linear(3 * E, E), linear(E, E), linear(4 * E, E), linear(E, 4 * E),
+                              buffer(E * context, 0, 0), buffer(E * context, 0, 0)});
+    Gpt gpt{layers, heads, E, context, matrix(vocabulary, E), matrix(context, E), norm(), linear(vocabulary, E),
+            gpt_layers.data()};
 
-    auto normed = [&](const GptNorm& n, const Vector& x) {
+    auto normalize = [&](const GptNorm& n, const Vector& x) {
         double mean = 0, square = 0;
         for (double f : x) mean += f / E;
         for (double f : x) square += (f - mean) * (f - mean) / E;
@@ -169,7 +175,7 @@ void decode_step(int64_t vocabulary, int64_t layers, int64_t heads, int64_t E, b
             y[i] = (x[i] - mean) / std::sqrt(square + 1e-5) * n.weight[i] + (biased ? n.bias[i] : 0);
         return y;
     };
-    auto times = [&](const GptLinear& l, const Vector& x) {
+    auto product = [&](const GptLinear& l, const Vector& x) {
         Vector y(l.weight.rows);
         const double* w = values_of[l.weight.codes].data();
         for (int64_t r = 0; r < l.weight.rows; r++) {
@@ -184,9 +190,10 @@ void decode_step(int64_t vocabulary, int64_t layers, int64_t heads, int64_t E, b
         Buffer<float> logits(vocabulary);
         gpt_decode(&gpt, token, t, logits.data, 1 + t % 3);
         Vector x(E);
-        for (int64_t i = 0; i < E; i++) x[i] = values_of[gpt.wte.codes][token * E + i] + values_of[gpt.wpe.codes][t * E + i];
+        for (int64_t i = 0; i < E; i++)
+            x[i] = values_of[gpt.wte.codes][token * E + i] + values_of[gpt.wpe.codes][t * E + i];
         for (int64_t l = 0; l < layers; l++) {
-            const Vector qkv = times(all[l].c_attn, normed(all[l].ln_1, x));
+            const Vector qkv = product(gpt_layers[l].c_attn, normalize(gpt_layers[l].ln_1, x));
             keys[l].emplace_back(qkv.begin() + E, qkv.begin() + 2 * E);
             values[l].emplace_back(qkv.begin() + 2 * E, qkv.end());
             Vector attended(E);
@@ -200,29 +207,29 @@ void decode_step(int64_t vocabulary, int64_t layers, int64_t heads, int64_t E, b
                 for (int64_t u = 0; u <= t; u++)
                     for (int64_t i = h * size; i < (h + 1) * size; i++) attended[i] += p[u] / sum * values[l][u][i];
             }
-            const Vector a = times(all[l].attn_c_proj, attended);
+            const Vector a = product(gpt_layers[l].attn_c_proj, attended);
             for (int64_t i = 0; i < E; i++) x[i] += a[i];
-            Vector hidden = times(all[l].c_fc, normed(all[l].ln_2, x));
+            Vector hidden = product(gpt_layers[l].c_fc, normalize(gpt_layers[l].ln_2, x));
             for (double& f : hidden) f *= 0.5 * (1 + std::tanh(std::sqrt(2 / M_PI) * (f + 0.044715 * f * f * f)));
-            const Vector b = times(all[l].mlp_c_proj, hidden);
+            const Vector b = product(gpt_layers[l].mlp_c_proj, hidden);
             for (int64_t i = 0; i < E; i++) x[i] += b[i];
         }
-        const Vector expected = times(gpt.lm_head, normed(gpt.ln_f, x));
+        const Vector expected = product(gpt.lm_head, normalize(gpt.ln_f, x));
         double largest = 0;
         for (double f : expected) largest = std::max(largest, std::fabs(f));
-        for (int64_t i = 0; i < vocabulary; i++)  // 8-bit activations are another function: near it, no more
+        for (int64_t i = 0; i < vocabulary; i++)  // the reference does not round activations to 8 bits
             check(logits.data[i], expected[i], largest, in8 ? 0.1 : 1e-5, "decode");
     }
 }
 
-void all_scales(int64_t rows, int64_t columns, std::vector<int64_t> few, std::vector<int64_t> many) {
+void all_scales(int64_t rows, int64_t columns, std::vector<int64_t> few_rows, std::vector<int64_t> many_rows) {
     for (int64_t size : {0, 32, 64, 128}) {
         if (size && columns % size) continue;
-        const int pick = int(random_bits() % 6);
+        const int choice = int(random_bits() % 6);
         for (bool in8 : {false, true}) {
-            const Matrix m(rows, columns, size ? columns / size : 1, size || pick % 2, pick < 3, in8, pick % 3);
-            for (int64_t n : few) products(m, n, false);
-            for (int64_t n : many) products(m, n, true);
+            const Matrix m(rows, columns, size ? columns / size : 1, size || choice % 2, choice < 3, in8, choice % 3);
+            for (int64_t n : few_rows) products(m, n, false);
+            for (int64_t n : many_rows) products(m, n, true);
         }
     }
 }
@@ -237,11 +244,11 @@ int main() {
         for (int64_t columns : {1, 7, 64, 77, 128, 192, 200, 384})
             for (int64_t rows : {1, 6, 33}) all_scales(rows, columns, {1, 2, 3, 4, 5}, {17, 33});
         const int64_t shapes[][2] = {{5, 128}, {64, 768}, {7, 200}, {3, 1000}, {2, 1}, {9, 77}, {100, 1600}};
-        for (auto& [rows, columns] : shapes) all_scales(rows, columns, {1, 8}, {70});  // of tests/test_kernel.py
+        for (auto& [rows, columns] : shapes) all_scales(rows, columns, {1, 8}, {70});  // as in tests/test_kernel.py
         std::printf("%s: largest error of a product %.1e of what is summed", name.c_str(), worst);
-        for (int kind = 2; kind >= 0; kind--) {  // 8-bit activations first, as they are not as near
+        for (int kind = 2; kind >= 0; kind--) {  // 2: 8-bit activations, whose larger errors are not reported
             if (kind == 1) worst = 0;
-            const int grid = kind % 2;  // single powers in groups, or two terms per channel
+            const int grid = kind % 2;  // 0: single powers in groups; 1: two terms per channel
             decode_step(101, 3, 4, 128, true, grid, kind == 2);
             decode_step(300, 2, 3, 192, false, grid, kind == 2);
             decode_step(50, 1, 1, 64, true, grid, kind == 2);

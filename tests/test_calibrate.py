@@ -1,4 +1,4 @@
-"""pot.calibrate against GPTQ written out in float64, one weight column and one Hessian inverse at a time."""
+"""calibrate.py against GPTQ written out in float64, one weight column and one Hessian inverse at a time."""
 
 import copy
 import math
@@ -9,8 +9,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import pot
+from calibrate import calibrate
 from model import GPT, GPTConfig
-from pot import PoTConfig, PoTEmbedding, calibrate, compute_scale, convert, prepare
+from pot import PoTConfig, PoTEmbedding, compute_scale, convert, prepare
 
 CONFIGS = [
     PoTConfig(group_size=32),
@@ -120,7 +121,7 @@ def test_a_layer_that_would_lose_stays(monkeypatch):
     layer, x = nn.Sequential(nn.Linear(64, 8)), torch.randn(99, 64)
     prepare(layer)
     w = layer[0].weight.detach().clone()
-    monkeypatch.setattr(pot, "_compensated", lambda w, *_: -w)
+    monkeypatch.setattr("calibrate.gptq", lambda w, *_: -w)
     ((before, after),) = calibrate(layer, [x]).values()
     assert before == after > 0 and torch.equal(layer[0].weight, w)
 
@@ -326,7 +327,8 @@ def test_odd_ways_against_plain_passes(way, act_bits):
 def test_errors_and_loss_of_a_trained_model_fall(house, float_run, config):
     import checkpoint
     import dataset
-    from eval import evaluate, random_windows
+    from dataset import random_windows
+    from metrics import evaluate
 
     ids, _ = dataset.load(str(house / "data" / "tiny"), "train")
     losses, done = [], []

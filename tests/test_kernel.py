@@ -1,4 +1,4 @@
-"""kernels/pot.cpp against float64, on every instruction set that this machine has."""
+"""pot_kernel against float64, on every instruction set that this machine has."""
 
 import copy
 import ctypes
@@ -18,7 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import pot
-from decode import decoder_of
+import pot_kernel
+from checkpoint import make_decoder
 from model import GPT, GPTConfig, KVCache
 from pot import (
     PackedWeight,
@@ -39,25 +40,25 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 @pytest.fixture
 def kernel(monkeypatch):
     """kernel("avx2") loads the library with that instruction set; the tests around run without any."""
-    before = pot._kernel
+    before = pot_kernel.load
 
     def load(name=""):
         monkeypatch.setenv("NANOPOT_KERNEL", name)
-        pot._kernel.cache_clear()
-        return pot._kernel()
+        pot_kernel.load.cache_clear()
+        return pot_kernel.load()
 
     yield load
     if (library := load()) is not None:
         library.pot_choose(library.pot_instruction_sets().split()[0])
     monkeypatch.undo()
-    pot._kernel.cache_clear()
-    assert pot._kernel is before
+    pot_kernel.load.cache_clear()
+    assert pot_kernel.load is before
 
 
 def instruction_sets():
     if COMPILER is None:
         return []
-    library = ctypes.CDLL(pot._build(str(ROOT / "kernels" / "decode.cpp")))
+    library = ctypes.CDLL(pot_kernel.build(pot_kernel.SOURCE))
     library.pot_instruction_sets.restype = ctypes.c_char_p
     return library.pot_instruction_sets().decode().split()
 
@@ -158,7 +159,6 @@ def test_8_bit_activations_are_integer_sums(kernel, name, terms, group_size):
         q[0], q[1] = 0, 255
         x = (q - zero).float()
         found, step, z = torch.zeros(columns, dtype=torch.uint8), ctypes.c_float(), ctypes.c_int32()
-        library.pot_quantize.argtypes = [ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 3]
         assert (
             library.pot_quantize(x.data_ptr(), columns, found.data_ptr(), ctypes.addressof(step), ctypes.addressof(z))
             == 0
@@ -174,7 +174,6 @@ def test_8_bit_activations_are_integer_sums(kernel, name, terms, group_size):
 @needs_compiler
 def test_8_bit_activations_round_as_the_fake_quantization(kernel):
     library = kernel()
-    library.pot_quantize.argtypes = [ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 3]
     torch.manual_seed(0)
     for i in range(300):
         x = torch.randn(1, 77) * 10.0 ** torch.randint(-6, 6, (1,)) + (i % 3) * torch.randn(1)
@@ -325,7 +324,7 @@ def test_8_bit_activations_after_loading_moving_and_pickling(kernel):
     without = pickle.dumps(quantize_(copy.deepcopy(other)))
     assert kernel()
     for found in (other, copied, layer, pickle.loads(without)):
-        assert found.packed._fast and torch.allclose(found(x).double(), expected, atol=1e-4)
+        assert found.packed.on_kernel and torch.allclose(found(x).double(), expected, atol=1e-4)
 
 
 @needs_compiler
@@ -348,7 +347,7 @@ def test_a_trainable_bias_and_odd_strides(kernel):
 @needs_compiler
 def test_products_in_slices(kernel, monkeypatch):
     assert kernel()
-    monkeypatch.setattr(pot, "_SLICE", 1000)
+    monkeypatch.setattr(pot_kernel, "SLICE", 1000)
     weight, x, bias = packed(33, 384, PoTConfig()), torch.randn(70, 384), torch.randn(33)
     check_product(weight, weight(), x, bias, x)
 
@@ -387,14 +386,14 @@ def test_a_library_for_each_processor_and_after_damage(kernel, monkeypatch, tmp_
     path.unlink()  # this process has it mapped
     path.write_bytes(b"")  # a full disk
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", "import pot; assert pot._kernel()"],
+        [sys.executable, "-W", "error", "-c", "import pot_kernel; assert pot_kernel.load()"],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert not done.returncode, done.stderr
-    monkeypatch.setattr(pot, "_processor", lambda: "another")
-    assert pot._build(str(ROOT / "kernels" / "decode.cpp")) != str(path)
+    monkeypatch.setattr(pot_kernel, "_processor", lambda: "another")
+    assert pot_kernel.build(pot_kernel.SOURCE) != str(path)
 
 
 @needs_compiler
@@ -488,7 +487,7 @@ def test_decode_step(kernel, name, config, shape):
     """A token at a time in one call, beside the model's own layers."""
     assert kernel(name)
     model = random_gpt(config, shape)
-    decode = decoder_of(model)
+    decode = make_decoder(model)
     ids = torch.randint(shape.vocab_size, (1, 40))
     one, other = KVCache(40), KVCache(40)
     model(ids[:, :3], cache=one)
@@ -530,7 +529,7 @@ def test_decoding_of_large_scores(kernel):
     one, other, ids = KVCache(40), KVCache(40), torch.randint(101, (1, 30))
     for cache in (one, other):
         model(ids[:, :10], cache=cache)
-    decode = decoder_of(model)
+    decode = make_decoder(model)
     for i in range(10, 30):
         expected, found = model(ids[:, i : i + 1], cache=one)[:, -1], decode(ids[:, i : i + 1], other)
         assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
@@ -540,7 +539,7 @@ def test_decoding_of_large_scores(kernel):
 def test_threads_share_a_decoder_and_weights_may_go(kernel):
     assert kernel()
     model = random_gpt(PoTConfig(), GPTConfig(64, 101, 2, 4, 128))
-    decode = decoder_of(model)
+    decode = make_decoder(model)
     prompts = [torch.randint(101, (1, 5)) for _ in range(3)]
     expected = [torch.cat(list(model.generate(p, 50, temperature=0))) for p in prompts]
     wrong = []
@@ -568,15 +567,15 @@ def test_threads_share_a_decoder_and_weights_may_go(kernel):
 @needs_compiler
 def test_what_cannot_be_decoded_in_one_call(kernel):
     shape = GPTConfig(16, 50, 1, 2, 64)
-    assert kernel() and decoder_of(random_gpt(PoTConfig(), shape))
-    assert decoder_of(GPT(shape)) is None and decoder_of(prepare(model := GPT(shape)) and model) is None
-    assert decoder_of(random_gpt(PoTConfig(bits=3), shape)) is None
-    assert decoder_of(random_gpt(PoTConfig(), shape).bfloat16()) is None
+    assert kernel() and make_decoder(random_gpt(PoTConfig(), shape))
+    assert make_decoder(GPT(shape)) is None and make_decoder(prepare(model := GPT(shape)) and model) is None
+    assert make_decoder(random_gpt(PoTConfig(bits=3), shape)) is None
+    assert make_decoder(random_gpt(PoTConfig(), shape).bfloat16()) is None
     mixed = GPT(shape)
     prepare(mixed, filter_fn=lambda name, module: "mlp" not in name)
-    assert decoder_of(convert(mixed)) is None
+    assert make_decoder(convert(mixed)) is None
     kernel("off")
-    assert decoder_of(random_gpt(PoTConfig(), shape)) is None
+    assert make_decoder(random_gpt(PoTConfig(), shape)) is None
 
 
 @needs_compiler
@@ -588,7 +587,7 @@ def test_loss_and_text_of_a_packed_model(kernel, house, sh, qat_run):
     plain, _ = checkpoint.load_model(str(house / qat_run))
     assert kernel()
     fast, _ = checkpoint.load_model(str(house / qat_run))
-    assert fast.lm_head.packed._fast and not plain.lm_head.packed._fast
+    assert fast.lm_head.packed.on_kernel and not plain.lm_head.packed.on_kernel
     x = torch.randint(0, 28, (3, 32))
     with torch.no_grad():
         assert torch.equal(plain(x), fast(x))
@@ -597,33 +596,100 @@ def test_loss_and_text_of_a_packed_model(kernel, house, sh, qat_run):
     assert len(sh(f"sample.py --ckpt={qat_run} --max_new_tokens=50 --prompt=the").stdout) == 54
 
 
-def test_without_a_compiler_or_the_folder(tmp_path):
-    """One message, and PyTorch's way."""
+PACKED_LINEAR = (
+    "import torch, pot\n"
+    "config = pot.PoTConfig(granularity='channel')\n"
+    "model = pot.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.Linear(8, 3)), config)\n"
+    "x = torch.randn(1, 64)\n"
+    "h = torch.nn.functional.linear(x, model[0].weight, model[0].bias)\n"
+    "y = torch.nn.functional.linear(h, model[1].weight, model[1].bias)\n"
+    "assert torch.allclose(model(x), y, atol=1e-6)\n"
+)
+
+
+def run_copy(folder, code, **env):
+    """Runs code in a folder that files were copied to. Returns stderr."""
+    env = os.environ | {"NANOPOT_KERNEL": ""} | env
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def copy_kernel(folder):
+    shutil.copytree(ROOT / "pot_kernel", folder / "pot_kernel", ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def test_a_copy_of_pot_py_alone(tmp_path):
+    """PTQ by rounding, QAT and packed files work, and nothing warns about a missing kernel."""
     shutil.copy(ROOT / "pot.py", tmp_path)
-    code = (
-        "import torch, pot\n"
-        "model = pot.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.Linear(8, 3)), pot.PoTConfig(granularity='channel'))\n"
-        "x = torch.randn(1, 64)\n"
-        "h = torch.nn.functional.linear(x, model[0].weight, model[0].bias)\n"
-        "assert torch.equal(model(x), torch.nn.functional.linear(h, model[1].weight, model[1].bias))\n"
+    code = PACKED_LINEAR + (
+        "layers = torch.nn.Sequential(torch.nn.Embedding(9, 64), torch.nn.Linear(64, 9))\n"
+        "pot.prepare(layers)\n"
+        "index = torch.arange(9)\n"
+        "torch.nn.functional.cross_entropy(layers(index), index).backward()\n"
+        "assert layers[1].weight.grad.any()\n"
+        "y = pot.convert(layers)(index)\n"
+        "tensors, metadata = pot.packed_state(layers)\n"
+        "empty = torch.nn.Sequential(torch.nn.Embedding(9, 64), torch.nn.Linear(64, 9))\n"
+        "assert torch.equal(pot.load_packed(empty, tensors, metadata)(index), y)\n"
+        "assert not layers[1].packed.on_kernel\n"
     )
+    assert run_copy(tmp_path, code) == ""
 
-    def run(**env):
-        env = os.environ | {"NANOPOT_KERNEL": ""} | env
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
-        assert done.returncode == 0, done.stderr
-        return done.stderr
 
-    assert run().count("packed weights are unpacked by PyTorch") == 1
-    (tmp_path / "kernels").mkdir()
-    shutil.copy(ROOT / "kernels" / "pot.cpp", tmp_path / "kernels")
-    stderr = run(PATH="/nowhere", CXX="")
-    assert stderr.count("packed weights are unpacked") == 1 and "there is no C++ compiler" in stderr
-    assert run(NANOPOT_KERNEL="off") == ""
+def test_a_copy_with_calibrate(tmp_path):
+    for name in ("pot.py", "calibrate.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    code = (
+        "import torch, pot, calibrate\n"
+        "layer, x = torch.nn.Sequential(torch.nn.Linear(64, 8)), torch.randn(99, 64) @ torch.randn(64, 64)\n"
+        "pot.prepare(layer)\n"
+        "((before, after),) = calibrate.calibrate(layer, [x]).values()\n"
+        "assert after < before\n"
+    )
+    assert run_copy(tmp_path, code) == ""
+
+
+@needs_compiler
+def test_a_copy_with_the_kernel(tmp_path):
+    shutil.copy(ROOT / "pot.py", tmp_path)
+    copy_kernel(tmp_path)
+    assert run_copy(tmp_path, PACKED_LINEAR + "assert model[0].packed.on_kernel\n") == ""
+
+
+def test_a_kernel_that_cannot_be_built(tmp_path):
+    """One warning, and PyTorch unpacks."""
+    shutil.copy(ROOT / "pot.py", tmp_path)
+    copy_kernel(tmp_path)
+    stderr = run_copy(tmp_path, PACKED_LINEAR, PATH="/nowhere", CXX="")
+    assert stderr.count("PyTorch unpacks packed weights") == 1 and "there is no C++ compiler" in stderr
+    assert run_copy(tmp_path, PACKED_LINEAR, NANOPOT_KERNEL="off") == ""
     if COMPILER:
-        (tmp_path / "kernels" / "pot.cpp").write_text("no C++")
-        assert run(XDG_CACHE_HOME=str(tmp_path / "cache")).count("packed weights are unpacked by PyTorch") == 1
+        (tmp_path / "pot_kernel" / "pot.cpp").write_text("no C++")
+        stderr = run_copy(tmp_path, PACKED_LINEAR, XDG_CACHE_HOME=str(tmp_path / "cache"))
+        assert stderr.count("PyTorch unpacks packed weights") == 1
         assert not list((tmp_path / "cache" / "nanopot").iterdir())
+
+
+@needs_compiler
+def test_weights_that_the_kernel_would_misread_are_refused(kernel):
+    """load_state_dict(assign=True) takes tensors of any dtype and layout. The kernel reads them by a pointer."""
+    assert kernel()
+    layer = quantize_(nn.Linear(128, 16)).requires_grad_(False)
+    state = layer.state_dict()
+    codes, scale = state["packed.codes"], state["packed.scale"]
+    wrong = [
+        {"packed.codes": codes.long()},
+        {"packed.codes": codes.t().contiguous().t()},
+        {"packed.scale": scale.double()},
+        {"packed.scale": scale.bfloat16()},
+        {"packed.scale": scale.t().contiguous().t()},
+    ]
+    for part in wrong:
+        other = quantize_(nn.Linear(128, 16)).requires_grad_(False)
+        other.load_state_dict(state | part, assign=True)
+        with pytest.raises(ValueError, match="the kernel takes codes|must be contiguous"):
+            other(torch.randn(1, 128))
 
 
 @needs_compiler

@@ -560,13 +560,13 @@ def test_load_packed_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="no positive number"):
         load(tensors | {f"{key}.packed.scale": tensors[f"{key}.packed.scale"] * torch.nan})
     for name in (f"{key}.bias", "transformer.ln_f.weight"):
-        with pytest.raises(ValueError, match="no floats|of another kind"):
+        with pytest.raises(ValueError, match="is torch.int32, expected torch.float32"):
             load(tensors | {name: tensors[name].int()})
     for alias in metadata["aliases"]:
         others = {a: t for a, t in metadata["aliases"].items() if a != alias}
-        with pytest.raises(ValueError, match="is missing"):
+        with pytest.raises(ValueError, match="is missing|Missing key"):
             load(m=metadata | {"aliases": others | {"unknown." + alias: metadata["aliases"][alias]}})
-    with pytest.raises(ValueError, match="stranger is not in the model"):
+    with pytest.raises(ValueError, match='Unexpected key.* "stranger"'):
         load(tensors | {"stranger": torch.zeros(1)})
     with pytest.raises(ValueError, match="of shape"):
         load(into=lambda: tiny_gpt(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=128))

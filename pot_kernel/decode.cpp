@@ -1,41 +1,50 @@
-// GPT-2's decode step with packed weights: one token in, logits out, in one call and with one team of threads through all
-// layers. The layer-by-layer way hands over to the threads 49 times a token, and pays for PyTorch's small operations in
-// between; at this size both cost as much as the products. All threads do the same steps, each its share of the rows or
-// heads, and wait for each other where one needs what all have computed. What is cheap, layer norm and the rounding of
-// activations, every thread does for itself.
+// GPT-2's decode step with packed weights: one token in, logits out, in one call.
+//
+// Running GPT-2 (124M) layer by layer starts threads for 49 products per token and calls PyTorch's small operations
+// between them. At this size both cost as much as the products. Here one team of threads runs through all layers. Each
+// thread computes its share of rows or heads, and a barrier follows where a thread needs results of the others. Layer
+// norm and the rounding of activations are cheap, so every thread does them for itself.
 
-#define POT_SPINS 5000  // there is little between two tokens that wants the processor
+#define POT_SPINS 5000  // more than in pot.cpp: between two tokens little else needs the cores
 #include "pot.cpp"
 
 extern "C" {
 
 struct GptNorm {
-    const float *weight, *bias;  // n_embd; bias may be null
+    const float* weight;  // (n_embd)
+    const float* bias;    // (n_embd), or null
 };
 
 struct GptLinear {
-    PotWeight weight;
-    const float* bias;  // or null
+    PotWeight weight;   // (out, in)
+    const float* bias;  // (out), or null
 };
 
 struct GptLayer {
     GptNorm ln_1, ln_2;
-    GptLinear c_attn, attn_c_proj, c_fc, mlp_c_proj;
-    float *keys, *values;  // n_head x capacity x n_embd / n_head
+    GptLinear c_attn;       // (3 n_embd, n_embd): queries, keys, values
+    GptLinear attn_c_proj;  // (n_embd, n_embd)
+    GptLinear c_fc;         // (4 n_embd, n_embd)
+    GptLinear mlp_c_proj;   // (n_embd, 4 n_embd)
+    float* keys;            // (n_head, capacity, n_embd / n_head): the cache
+    float* values;          // (n_head, capacity, n_embd / n_head)
 };
 
 struct Gpt {
-    int64_t n_layer, n_head, n_embd, capacity;
-    PotWeight wte, wpe;
+    int64_t n_layer, n_head, n_embd;
+    int64_t capacity;   // tokens that keys and values have room for
+    PotWeight wte;      // (vocabulary, n_embd): token embedding
+    PotWeight wpe;      // (context, n_embd): position embedding
     GptNorm ln_f;
-    GptLinear lm_head;
-    GptLayer* layers;
+    GptLinear lm_head;  // (vocabulary, n_embd)
+    GptLayer* layers;   // (n_layer)
 };
 
 }
 
 namespace {
 
+// Lets threads go on when all of them have arrived. It spins, as the waits are short.
 class Barrier {
   public:
     explicit Barrier(int parts) : parts_(parts) {}
@@ -48,15 +57,16 @@ class Barrier {
             return;
         }
         for (int spin = 0; phase_.load(std::memory_order_acquire) == phase; spin++)
-            spin < 1000 ? relax() : std::this_thread::yield();  // it may be waiting for this processor
+            spin < 1000 ? relax() : std::this_thread::yield();  // a thread that is awaited may need this core
     }
 
   private:
-    const int parts_;
-    std::atomic<int> arrived_{0}, phase_{0};
+    const int parts_;              // threads
+    std::atomic<int> arrived_{0};  // threads that wait in this phase
+    std::atomic<int> phase_{0};    // changes when all have arrived
 };
 
-// Loops below have no branches and sixteen sums, so that compilers make vectors of them.
+// The loops below have 16 partial sums and no branches, so that compilers vectorize them.
 
 float dot(const float* a, const float* b, int64_t n) {
     float part[16] = {}, rest = 0;
@@ -67,7 +77,8 @@ float dot(const float* a, const float* b, int64_t n) {
     return sum_of(part) + rest;
 }
 
-// exp with the polynomial of Cephes' expf, to some 2 ulp.
+// exp(x) by the polynomial of Cephes' expf, with an error of about 2 ulp. Compilers vectorize loops over it, unlike
+// loops over std::exp.
 inline float exponential(float x) {
     x = x < -87.3f ? -87.3f : x > 88.3f ? 88.3f : x;
     const float magic = 0x1.8p23f, shifted = x * 1.44269504f + magic, n = shifted - magic;
@@ -81,7 +92,7 @@ inline float exponential(float x) {
     p = p * r * r + r + 1;
     int32_t bits;
     std::memcpy(&bits, &shifted, 4);
-    bits = int32_t(uint32_t(bits) << 23) + 0x3f800000;  // the magic number's own bits are shifted out
+    bits = int32_t(uint32_t(bits) << 23) + 0x3f800000;  // 2^n: the shift removes the bits of magic
     float power;
     std::memcpy(&power, &bits, 4);
     return p * power;
@@ -99,7 +110,7 @@ void layer_norm(const GptNorm& norm, const float* x, int64_t n, float* y) {
         for (int64_t i = 0; i < n; i++) y[i] += norm.bias[i];
 }
 
-// GELU by tanh, as x times the logistic function of twice tanh's argument.
+// GELU in its tanh form. (1 + tanh(u)) / 2 is the logistic function of 2 u, which needs only exp.
 void gelu(float* x, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
         const float u = 0.7978845608f * (x[i] + 0.044715f * x[i] * x[i] * x[i]);
@@ -107,37 +118,43 @@ void gelu(float* x, int64_t n) {
     }
 }
 
-// Head `head` of a layer: out = softmax(q keys / sqrt(size)) values, over n tokens. score: room for n.
-void attend(const GptLayer& layer, int64_t head, int64_t capacity, int64_t size, const float* q, int64_t n, float* score,
-            float* out) {
+// Attention of one head over n tokens: out (size) = softmax(q keys / sqrt(size)) values. score (n) is scratch memory.
+void attend(const GptLayer& layer, int64_t head, int64_t capacity, int64_t size, const float* q, int64_t n,
+            float* score, float* out) {
     const float *k = layer.keys + head * capacity * size, *v = layer.values + head * capacity * size;
     const float scale = 1 / std::sqrt(float(size));
-    float highest = -INFINITY, sum[16] = {};
+    float maximum = -INFINITY, sum[16] = {};
     for (int64_t t = 0; t < n; t++) {
         score[t] = dot(q, k + t * size, size) * scale;
-        highest = std::max(highest, score[t]);
+        maximum = std::max(maximum, score[t]);
     }
-    for (int64_t t = 0; t < n; t++) score[t] = exponential(score[t] - highest);
+    for (int64_t t = 0; t < n; t++) score[t] = exponential(score[t] - maximum);
     for (int64_t t = 0; t < n; t++) sum[t % 16] += score[t];
-    const float over = 1 / sum_of(sum);
+    const float inverse = 1 / sum_of(sum);
     for (int64_t i = 0; i < size; i++) out[i] = 0;
     for (int64_t t = 0; t < n; t++)
         for (int64_t i = 0; i < size; i++) out[i] += score[t] * v[t * size + i];
-    for (int64_t i = 0; i < size; i++) out[i] *= over;
+    for (int64_t i = 0; i < size; i++) out[i] *= inverse;
 }
 
+// The state of one decode step, which all threads share.
 struct Step {
     const Gpt* gpt;
     int64_t token, position;
-    float* logits;
-    std::vector<float> x, qkv, attended, hidden, added;  // shared by the threads
+    float* logits;                // (vocabulary)
+    std::vector<float> x;         // (n_embd): residual stream
+    std::vector<float> qkv;       // (3 n_embd)
+    std::vector<float> attended;  // (n_embd): attention's output
+    std::vector<float> hidden;    // (4 n_embd): inside the MLP
+    std::vector<float> added;     // (n_embd): output of a projection, added to x
 };
 
-// One thread's way through the model.
+// One thread's path through the model.
 class Walk {
   public:
     Walk(Step& step, Barrier& barrier, int part, int parts)
-        : s(step), barrier_(barrier), part_(part), parts_(parts), normed_(step.gpt->n_embd), score_(step.position + 1) {}
+        : s(step), barrier_(barrier), part_(part), parts_(parts), normed_(step.gpt->n_embd),
+          score_(step.position + 1) {}
 
     void run() {
         const Gpt& g = *s.gpt;
@@ -154,8 +171,8 @@ class Walk {
             residual(layer.attn_c_proj, s.attended.data());
             barrier_.wait();
             layer_norm(layer.ln_2, s.x.data(), E, normed_.data());
-            const Share mine = product(layer.c_fc, normed_.data(), s.hidden.data());
-            gelu(&s.hidden[mine.from], mine.to - mine.from);
+            const Share share = product(layer.c_fc, normed_.data(), s.hidden.data());
+            gelu(&s.hidden[share.from], share.to - share.from);
             barrier_.wait();
             residual(layer.mlp_c_proj, s.hidden.data());
             barrier_.wait();
@@ -173,7 +190,7 @@ class Walk {
         for (int64_t i = 0; i < g.n_embd; i++) s.x[i] += position[i];
     }
 
-    // This thread's rows of the product, which it returns.
+    // Computes this thread's rows of the product, and returns which rows they are.
     Share product(const GptLinear& linear, const float* x, float* y) {
         const PotWeight& w = linear.weight;
         if (w.row_sums) quantize(x, w.columns, &x8_);
@@ -183,8 +200,8 @@ class Walk {
     }
 
     void residual(const GptLinear& linear, const float* x) {
-        const Share mine = product(linear, x, s.added.data());
-        for (int64_t i = mine.from; i < mine.to; i++) s.x[i] += s.added[i];
+        const Share share = product(linear, x, s.added.data());
+        for (int64_t i = share.from; i < share.to; i++) s.x[i] += s.added[i];
     }
 
     void attention(const GptLayer& layer) {
@@ -193,33 +210,35 @@ class Walk {
         const Share heads(g.n_head, 1, part_, parts_);
         for (int64_t h = heads.from; h < heads.to; h++) {
             const float* q = &s.qkv[h * size];
-            const int64_t at = (h * g.capacity + s.position) * size;
-            std::memcpy(layer.keys + at, q + E, 4 * size);
-            std::memcpy(layer.values + at, q + 2 * E, 4 * size);
+            const int64_t offset = (h * g.capacity + s.position) * size;
+            std::memcpy(layer.keys + offset, q + E, 4 * size);
+            std::memcpy(layer.values + offset, q + 2 * E, 4 * size);
             attend(layer, h, g.capacity, size, q, s.position + 1, score_.data(), &s.attended[h * size]);
         }
     }
 
     Step& s;
     Barrier& barrier_;
-    const int part_, parts_;
-    std::vector<float> normed_, score_;
-    Row8 x8_;
+    const int part_, parts_;     // number of this thread, and of all threads
+    std::vector<float> normed_;  // (n_embd)
+    std::vector<float> score_;   // (position + 1)
+    Row8 x8_;                    // input of the current product, in 8 bits
 };
 
 }  // namespace
 
-// logits (rows of lm_head) of the token after `token`, which stands at `position` and sees the keys and values of those
-// before it; adds its own. The caller has seen to it that token and position are there.
+// Computes logits (vocabulary) of the token that follows `token`. Reads keys and values of the tokens before
+// `position`, and writes those of `token`. The caller checks that token and position are in range.
 extern "C" void gpt_decode(const Gpt* gpt, int64_t token, int64_t position, float* logits, int threads) {
     const int64_t E = gpt->n_embd;
     Step step{gpt, token, position, logits, {}, {}, {}, {}, {}};
-    for (auto [part, n] : {std::pair(&step.x, E), {&step.qkv, 3 * E}, {&step.attended, E}, {&step.hidden, 4 * E}, {&step.added, E}})
-        part->resize(n);
+    for (auto [vector, n] : {std::pair(&step.x, E), {&step.qkv, 3 * E}, {&step.attended, E}, {&step.hidden, 4 * E},
+                             {&step.added, E}})
+        vector->resize(n);
     std::unique_ptr<Barrier> barrier;
     std::atomic<Barrier*> ready{nullptr};
     team().run(threads, [&](int part, int parts) {
-        if (part == 0) {  // how many parts there are is known only now
+        if (part == 0) {  // the number of threads is known only here
             barrier.reset(new Barrier(parts));
             ready.store(barrier.get(), std::memory_order_release);
         }

@@ -1,0 +1,370 @@
+"""
+GPTQ for power-of-two weights: better post-training quantization from a little text. Copy this file beside pot.py.
+
+    prepare(model, PoTConfig(bits=4))
+    calibrate(model, batches)        # batches of text, 16k tokens are usual: seconds to minutes, no training
+    convert(model)
+
+Rounding to nearest treats each weight alone. GPTQ (Frantar et al., arXiv 2210.17323) rounds the weights of one input
+feature after the other, and the features that are not yet rounded make up for the error in the layer's output. It needs
+the second moment of the layer's inputs, sum of x x^T. Only the rounding step depends on the grid, so GPTQ works on
+powers of two as it does on integers.
+
+Here a layer also makes up for the errors of the layers before it: it sees the inputs of the quantized model and aims at
+the outputs of the float model (as in GPTAQ, arXiv 2504.02692).
+
+Sections: calibrate, passes through the model, GPTQ of one layer.
+"""
+
+import copy
+import graphlib
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn as nn
+
+from pot import PoTConfig, PoTEmbedding, PoTQuantizer, check_weight, compute_scale, is_prepared, weight_matrix
+
+# Share of the mean square added to the diagonal of a second moment. This text may hardly use a feature that other text
+# uses, and the moment needs an inverse.
+DAMPING = 0.01
+# The same for a tied table. Its rows are also looked up as they are, where no other feature makes up for an error.
+TABLE_DAMPING = 0.1
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module, batches: Iterable, progress: Callable[[int, int], None] | None = None
+) -> dict[str, tuple[float, float]]:
+    """Chooses the codes of a prepared model by the inputs that its layers see, in place.
+
+    batches: inputs of the model; 16k tokens of text are usual. It is called as model(batch), as model(*batch) for a tuple
+    or list, and as model(**batch) for a mapping. An output of every finished block is kept in memory for each batch, and
+    a copy of the float model.
+    progress(done, total) is called after each set of layers.
+
+    First come embeddings and weights that several layers share (a tied head). Weighted least squares gives them new
+    scales, and GPTQ gives codes to those that a linear layer uses. Then come linear layers in the order of execution.
+    Afterwards `weight` holds compensated values that are not rounded yet; the layer's own rounding gives the codes. So
+    convert the model, or train on. A layer that the batches do not reach, or that would lose, stays as it was.
+
+    Returns {name: (before, after)}: squared distance of a linear layer's output from the float model's, relative to the
+    squared output. Raises ValueError if there is nothing to calibrate, if there is no batch, or if weights or inputs hold
+    NaN or inf.
+    """
+    batches = list(batches)
+    names = {m: name for name, m in model.named_modules() if is_prepared(m) and m.quantizer.enabled}
+    if not names:
+        raise ValueError("the model has no prepared layer to calibrate: call prepare first")
+    if not batches:
+        raise ValueError("there is no batch to calibrate on: pass some text, 16k tokens are usual")
+    users = {}
+    for layer, name in names.items():
+        check_weight(name or type(layer).__name__, weight_matrix(layer), layer.quantizer.config)
+        users.setdefault(layer.quantizer, []).append(layer)
+    shared = {q: layers for q, layers in users.items() if len(layers) > 1 or isinstance(layers[0], PoTEmbedding)}
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        runner, reference = _Runner(model, batches, names), copy.deepcopy(model)
+        by_name = dict(reference.named_modules())
+        twins = {layer: by_name[name] for layer, name in names.items()}  # layer -> the same layer of the float model
+        for twin in twins.values():
+            twin.quantizer.enabled = False
+        float_runner = _Runner(reference, batches, twins.values())
+        sets, calls, importance = _record(float_runner, {twin: layer for layer, twin in twins.items()}, shared)
+        for q, moment in importance.items():
+            _check_finite(names[shared[q][0]], moment)
+        for q, moment in importance.items():
+            calibrate_shared(weight_matrix(shared[q][0]), q, moment)
+        unreached = names.keys() - {layer for layers in sets for layer in layers}
+        runner.finish(unreached)
+        float_runner.finish(twins[layer] for layer in unreached)
+        errors = {}
+        for done, layers in enumerate(sets, start=1):
+            moments = _moments(runner, float_runner, layers[0], twins[layers[0]], calls)
+            _check_finite(names[layers[0]], *moments)
+            for layer in layers:
+                errors[names[layer]] = calibrate_layer(layer, *moments)
+            runner.finish(layers)
+            float_runner.finish(twins[layer] for layer in layers)
+            if progress:
+                progress(done, len(sets))
+        return errors
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _check_finite(name, *moments):
+    if not all(torch.isfinite(m).all() for m in moments):
+        raise ValueError(f"{name}: its inputs hold NaN or inf: calibrate a model that works")
+
+
+# -----------------------------------------------------------------------------
+# Passes through the model
+
+
+class _Stop(BaseException):
+    """Ends a forward pass early. It is no Exception, because models may catch those."""
+
+
+class _Runner:
+    """Runs a model over batches, and caches outputs of finished modules.
+
+    A module is finished once every prepared layer in it is calibrated. The output of a finished module that runs before
+    the first unfinished layer does not change any more, so it is kept, until a finished module around it is kept instead.
+    So reaching a layer in block n recomputes only block n.
+    """
+
+    def __init__(self, model, batches, layers):
+        self.model, self.batches = model, batches
+        self.unfinished = {m: {d for d in m.modules() if d in layers} for m in model.modules()}
+        self.unfinished = {m: inside for m, inside in self.unfinished.items() if inside}
+        compiled = [m for m in model.modules() if hasattr(m, "_orig_mod")]
+        self.uncached = {d for m in compiled for d in m.modules()}  # torch.compile cannot trace the cache
+        self.finished, self.outputs = [], {}
+
+    def finish(self, layers):
+        """Marks layers as calibrated."""
+        layers = set(layers)
+        for m in list(self.unfinished):
+            self.unfinished[m] -= layers
+            if not self.unfinished[m]:
+                del self.unfinished[m]
+                self.finished += [m] if m not in self.uncached else []
+
+    def call(self, batch):
+        batch = copy.deepcopy(batch)  # a model may change it
+        if isinstance(batch, (tuple, list)):
+            self.model(*batch)
+        elif hasattr(batch, "keys"):
+            self.model(**batch)
+        else:
+            self.model(batch)
+
+    def inputs(self, layer, i, limit):
+        """Inputs of a layer in batch i, of its first `limit` calls (None: all): a list of (rows, in) float32."""
+        inputs = []
+
+        def record(_, args):
+            rows = _rows(layer.quantizer, args[0])
+            in_place = rows.data_ptr() == args[0].data_ptr()
+            inputs.append(rows.clone() if in_place else rows)  # the model may change its tensor later
+            if len(inputs) == limit:
+                raise _Stop
+
+        self.settled, calls, hidden = True, {}, {}
+        hooks = [m.register_forward_pre_hook(self._unsettle) for m in self.unfinished if is_prepared(m)]
+        hooks.append(layer.register_forward_pre_hook(record))
+        try:
+            for m in self.finished:
+                hidden[m] = vars(m).get("forward")  # other libraries may have put a forward on the instance
+                m.forward = self._cached(m, i, calls)
+            self.call(self.batches[i])
+        except _Stop:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for m, forward in hidden.items():
+                del m.forward
+                if forward is not None:
+                    m.forward = forward
+        return inputs
+
+    def _unsettle(self, module, inputs):
+        self.settled = False
+
+    def _cached(self, module, i, calls):
+        """module.forward for batch i, which returns the kept output where there is one."""
+        compute = module.forward
+
+        def forward(*args, **kwargs):
+            call = calls[module] = calls.get(module, -1) + 1
+            kept = self.outputs.setdefault((module, i), {})
+            if call in kept:
+                return copy.deepcopy(kept[call])  # the next module may work in place
+            before, earlier = _fingerprint(args, kwargs), dict(calls)
+            result = compute(*args, **kwargs)
+            if self.settled and before == _fingerprint(args, kwargs):  # a module with side effects must run again
+                kept[call] = copy.deepcopy(result)
+                for inner in module.modules():
+                    if inner is not module:
+                        self.outputs.pop((inner, i), None)
+                        calls[inner] = earlier.get(inner, -1)  # as in a pass that does not enter module
+            return result
+
+        return forward
+
+
+def _fingerprint(args, kwargs):
+    """A value that changes if a module writes to its arguments."""
+    prints = []
+    for a in (*args, *kwargs.values()):
+        values = a.values() if hasattr(a, "keys") else a if isinstance(a, list) else ()
+        prints.append((a._version if isinstance(a, torch.Tensor) else None, [id(v) for v in values]))
+    return prints
+
+
+def _record(runner, layers, shared):
+    """Runs one whole pass over all batches. layers: {module that runs: the layer that it stands for}.
+
+    Returns (sets, calls, importance):
+    sets: lists of layers with the same inputs, in the order of execution;
+    calls: {(batch, layer): how often the batch calls the layer};
+    importance: {quantizer of a shared weight: (rows, 1), how often each row is looked up, or (in, in), sum of x x^T}.
+    """
+    inputs_of, calls, importance, number, last = {}, {}, {}, 0, None
+    before, previous = {}, None  # {layer: layers that run just before it}; a batch need not call all layers
+
+    def record(module, inputs):
+        nonlocal number, last, previous
+        x, layer = inputs[0], layers[module]
+        q = layer.quantizer
+        if q in shared:
+            if not isinstance(layer, PoTEmbedding):
+                rows = _rows(q, x)
+                importance[q] = importance.get(q, 0) + rows.t() @ rows
+            elif all(isinstance(user, PoTEmbedding) for user in shared[q]):
+                importance[q] = importance.get(q, 0) + torch.bincount(x.flatten(), minlength=len(layer.weight))[:, None]
+            return
+        version = None if x.is_nested else x._version
+        number += not (last is not None and last[0] is x and last[1:] == (version, q.config.act_bits))
+        last = x, version, q.config.act_bits
+        inputs_of.setdefault(layer, []).append(number)
+        if (i, layer) not in calls:
+            before.setdefault(layer, set()).update([previous] if previous is not None else [])
+            previous = layer
+        calls[i, layer] = calls.get((i, layer), 0) + 1
+
+    hooks = [module.register_forward_pre_hook(record) for module in layers]
+    try:
+        for i in range(len(runner.batches)):
+            previous = None
+            runner.call(runner.batches[i])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    try:
+        order = list(graphlib.TopologicalSorter(before).static_order())
+    except graphlib.CycleError:  # the batches disagree
+        order = list(inputs_of)
+    sets = {}
+    for layer in order:
+        sets.setdefault(tuple(inputs_of[layer]), []).append(layer)
+    return list(sets.values()), calls, {q: moment.float() for q, moment in importance.items() if moment.any()}
+
+
+def _rows(quantizer, x):
+    """Inputs x of a layer, quantized to 8 bits if the config says so, as (rows, in) float32."""
+    x = torch.cat(x.unbind()) if x.is_nested else x
+    return quantizer.inputs(x).float().reshape(-1, x.shape[-1])
+
+
+def _moments(runner, float_runner, layer, twin, calls):
+    """Sums (in, in) float32 of x x^T, (y - x) x^T and (y - x) (y - x)^T over all inputs x of a layer and the inputs y of
+    the same layer in the float model."""
+    n = weight_matrix(layer).shape[1]
+    xx, dx, dd = (layer.weight.new_zeros(n, n, dtype=torch.float32) for _ in range(3))
+    for i in range(len(runner.batches)):
+        limit = calls.get((i, layer))  # None: the float model does not reach the layer with this batch
+        inputs = runner.inputs(layer, i, limit)
+        targets = float_runner.inputs(twin, i, limit) if limit else []
+        for k, x in enumerate(inputs):
+            xx.addmm_(x.t(), x)
+            y = targets[k] if len(inputs) == len(targets) and targets[k].shape == x.shape else x
+            d = y - x
+            # A mixture of experts may send a token another way. Then the two inputs cannot be compared.
+            if not d.square().sum() >= y.square().sum():
+                dx.addmm_(d.t(), x)
+                dd.addmm_(d.t(), d)
+    return xx, dx, dd
+
+
+# -----------------------------------------------------------------------------
+# GPTQ of one layer
+
+
+def calibrate_shared(w: torch.Tensor, q: PoTQuantizer, importance: torch.Tensor) -> None:
+    """Chooses scale and codes of a weight w (out, in) that an embedding or several layers use, in place.
+
+    importance: (out, 1), or (in, in) for a weight that a linear layer uses too (see _record).
+    """
+    is_moment = importance.shape[1] > 1
+    weights = importance.diagonal() if is_moment else importance  # an input feature counts by its mean square
+    if q.config.scale == "mse":
+        q.scale = compute_scale(w, q.config, weights + DAMPING * weights.mean())
+    if is_moment:
+        moment, old, rounded = damped(importance, TABLE_DAMPING), w.clone(), q(w)
+        w.copy_(gptq(w, q.scale, q.config, moment))
+        before, after = (((d @ moment) * d).sum() for d in ((old - rounded).float(), (old - q(w)).float()))
+        if not after < before:
+            w.copy_(old)
+
+
+def calibrate_layer(layer: nn.Module, xx: torch.Tensor, dx: torch.Tensor, dd: torch.Tensor) -> tuple[float, float]:
+    """GPTQ of a layer by its _moments, in place. Returns its relative output error (before, after)."""
+    w, q = weight_matrix(layer), layer.quantizer
+    old = w.float().clone()
+    signal = ((old @ (xx + dx + dx.t() + dd)) * old).sum().item()
+
+    def error():
+        """|y W^T - x Q^T|^2 / |y W^T|^2, where y W^T - x Q^T = (y - x) W^T + x (W - Q)^T."""
+        lost = old - q(w).float()
+        noise = ((old @ dd) * old).sum() + 2 * ((old @ dx) * lost).sum() + ((lost @ xx) * lost).sum()
+        return max(0.0, noise.item()) / signal if signal > 0 else 0.0
+
+    before, kept = error(), w.clone()
+    if before == 0:
+        return before, before
+    # The float weight T with the least |y W^T - x T^T|^2, damped so that it stays near W where x has little to say:
+    # T = W + W dx (xx + damping)^-1.
+    factor = torch.linalg.cholesky(_double(damped(xx, DAMPING)))
+    target = old + torch.cholesky_solve(_double(old @ dx).t(), factor).t().to(old)
+    w.copy_(gptq(target.to(w.dtype), q.scale, q.config, xx))
+    after = error()
+    if not after < before:
+        w.copy_(kept)
+    return before, min(before, after)
+
+
+def gptq(w: torch.Tensor, scale: torch.Tensor, config: PoTConfig, moment: torch.Tensor) -> torch.Tensor:
+    """w (out, in), with the errors of features rounded earlier made up for, in w's dtype; not rounded itself.
+
+    moment: (in, in), sum of x x^T. Features come in the order of their mean squares, largest first: rounding those costs
+    most, and most features are left to make up for it. Scales are fixed before ("static groups"), so the features of a
+    group need not be neighbours in that order.
+    """
+    n = w.shape[1]
+    order = moment.diagonal().argsort(descending=True)
+    hessian = damped(_double(moment[order][:, order]), DAMPING)
+    # Upper U with U^T U = hessian^-1: the flipped inverse of the Cholesky factor of the flipped hessian.
+    factor = torch.linalg.cholesky(hessian.flip(0, 1))
+    eye = torch.eye(n, dtype=factor.dtype, device=factor.device)
+    u = torch.linalg.solve_triangular(factor, eye, upper=False).flip(0, 1).float().to(w.device)
+    units = config.unit(scale).squeeze(-1).t().expand(-1, len(w)).contiguous()  # (groups, out)
+    group = order // (n // len(units))
+    left = w.float().t()[order]  # (in, out): the weights of a feature lie side by side
+    result = torch.empty_like(left)
+    for start in range(0, n, 128):  # one large product for features beyond the block is faster than many small ones
+        end = min(start + 128, n)
+        errors = left.new_empty(end - start, len(w))
+        for i in range(start, end):
+            column, unit = left[i].to(w.dtype).float(), units[group[i]]
+            result[i] = column
+            errors[i - start] = (column - config.round_(column / unit) * unit) / u[i, i]
+            left[i + 1 : end].addr_(u[i, i + 1 : end], errors[i - start], alpha=-1)
+        left[end:].addmm_(u[start:end, end:].t(), errors, alpha=-1)
+    return result[order.argsort()].t().to(w.dtype)
+
+
+def damped(moment: torch.Tensor, share: float) -> torch.Tensor:
+    """moment (in, in) with `share` of its mean diagonal added to the diagonal."""
+    moment = moment.clone()
+    moment.diagonal().add_(share * moment.diagonal().mean())
+    return moment
+
+
+def _double(x):
+    return x.double() if x.device.type != "mps" else x.cpu().double()  # mps has no float64

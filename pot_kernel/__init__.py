@@ -1,0 +1,242 @@
+"""
+Products of packed 4-bit weights on a CPU. Copy this folder beside pot.py to make packed layers fast.
+
+pot.cpp multiplies by the codes as they are, with the processor's best instruction set (AMX, AVX-512, AVX2, NEON or portable
+C++). decode.cpp runs the whole decode step of a GPT in one call; decode.py calls it. `load` builds both at the first use
+for this machine and keeps the library in the user's cache.
+
+NANOPOT_KERNEL=off turns the kernel off. NANOPOT_KERNEL=amx, avx512, avx2, neon or portable forces an instruction set.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "decode.cpp")  # includes pot.cpp
+
+
+class Weight(ctypes.Structure):
+    """struct PotWeight of pot.cpp, with pointers into tensors that it keeps alive.
+
+    codes: (rows, (columns + 1) // 2) uint8; scale: (rows or 1, groups) float16 or float32; row_sums: (rows) float32 from
+    `row_sums`, or None for float activations; table: the 16 levels of the codes; top: the level that a scale is the value
+    of. Raises ValueError for tensors of another dtype or shape, not contiguous, or not on the CPU.
+    """
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "row_sums")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "groups")),
+        *((name, ctypes.c_int32) for name in ("scale_per_row", "scale_is_half")),
+        ("top", ctypes.c_float),
+        ("table", ctypes.c_float * 16),
+    ]
+
+    def __init__(self, codes, scale, row_sums, columns, table, top):
+        shape = (len(codes), (columns + 1) // 2)
+        if codes.dtype != torch.uint8 or codes.shape != shape or scale.dtype not in (torch.float16, torch.float32):
+            raise ValueError(
+                f"codes are {tuple(codes.shape)} {codes.dtype} and scales {scale.dtype}: the kernel takes codes {shape} "
+                "torch.uint8 and scales of float16 or float32"
+            )
+        if scale.dim() != 2 or len(scale) not in (1, len(codes)) or columns % scale.shape[1]:
+            raise ValueError(
+                f"scales {tuple(scale.shape)} do not fit a weight of {len(codes)} rows and {columns} columns"
+            )
+        if not all(t.device.type == "cpu" and t.is_contiguous() for t in (codes, scale)):
+            raise ValueError("codes and scales must be contiguous and on the CPU")
+        super().__init__(
+            codes.data_ptr(), scale.data_ptr(), None if row_sums is None else row_sums.data_ptr(), len(codes), columns,
+            scale.shape[1], len(scale) > 1, scale.dtype == torch.float16, top, (ctypes.c_float * 16)(*table),
+        )  # fmt: skip
+        self.tensors = codes, scale, row_sums
+
+    @property
+    def pointers(self) -> tuple[int, int]:
+        """Addresses of codes and scale."""
+        return self.codes, self.scale
+
+
+# -----------------------------------------------------------------------------
+# Build and load
+
+
+@functools.cache
+def load() -> ctypes.CDLL | None:
+    """The library of decode.cpp and pot.cpp. None, with one warning, if it cannot be built; None if it is turned off.
+
+    Raises ValueError if NANOPOT_KERNEL names an instruction set that this machine does not have.
+    """
+    choice = os.environ.get("NANOPOT_KERNEL", "")
+    if choice == "off":
+        return None
+    try:
+        path = build(SOURCE)
+        try:
+            library = ctypes.CDLL(path)
+        except OSError:  # the file is damaged, for example by a full disk
+            os.remove(path)
+            library = ctypes.CDLL(build(SOURCE))
+    except (OSError, subprocess.CalledProcessError) as e:
+        lines = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
+        reason = next((line for line in lines if "error" in line), lines[0] if lines else e)
+        warnings.warn(
+            f"PyTorch unpacks packed weights, which is slow, because {SOURCE} cannot be built ({reason}): install g++ or "
+            "clang++, and let XDG_CACHE_HOME name a folder that can be written; NANOPOT_KERNEL=off silences this",
+            stacklevel=2,
+        )
+        return None
+    weight, pointer, i64 = ctypes.POINTER(Weight), ctypes.c_void_p, ctypes.c_int64
+    linear = [weight, pointer, pointer, i64, i64, pointer, i64, ctypes.c_int]
+    library.pot_linear.argtypes = library.pot_linear_tiles.argtypes = linear
+    library.pot_unpack.argtypes = [weight, pointer, i64, i64, pointer, ctypes.c_int]
+    library.pot_row_sums.argtypes = [weight, pointer]
+    library.pot_quantize.argtypes = [pointer, i64, pointer, pointer, pointer]
+    library.pot_read.argtypes = [pointer, i64, ctypes.c_int]
+    library.pot_linear.restype = library.pot_row_sums.restype = library.pot_read.restype = None
+    library.pot_instruction_sets.restype = ctypes.c_char_p
+    if choice and library.pot_choose(choice.encode()):
+        available = library.pot_instruction_sets().decode().replace(" ", ", ")
+        raise ValueError(f"NANOPOT_KERNEL={choice}: this machine has {available}; or off")
+    return library
+
+
+def build(source: str) -> str:
+    """Path of the shared library of a C++ file. Builds it if source, compiler, flags or processor are new.
+
+    Raises OSError without a compiler or a writable cache, and CalledProcessError if the compiler fails.
+    """
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
+    if compiler is None:
+        raise OSError("there is no C++ compiler")
+    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    flags = ["-O3", native, "-std=c++17", "-shared", "-fPIC", "-pthread", "-ldl"]
+    key = hashlib.sha256()
+    for path in (source, os.path.join(os.path.dirname(source), "pot.cpp")):
+        with open(path, "rb") as f:
+            key.update(f.read())
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    key.update(repr((compiler, version, flags, _processor())).encode())
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    path = os.path.join(home, "nanopot", f"pot-{key.hexdigest()[:16]}.so")
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        handle, temporary = tempfile.mkstemp(suffix=".so", dir=os.path.dirname(path))
+        os.close(handle)
+        try:  # several processes may build at once: each renames a finished file
+            subprocess.run([compiler, *flags, "-o", temporary, source], capture_output=True, text=True, check=True)
+            os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+    return path
+
+
+def _processor():
+    # Machines of several kinds may share a home folder.
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            return sorted({line for line in f if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    return platform.processor()
+
+
+# -----------------------------------------------------------------------------
+# Calls. `load` must have returned a library.
+
+TILE = 16  # rows of x in an AMX tile; fewer rows gain little from tiles
+FEW_ROWS = 64  # with more rows of x, unpacking a weight once and one large product is faster
+SLICE = 2**22  # weights unpacked at a time: 16 MiB of float32, enough for all but the largest layers
+
+
+def linear(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None, bfloat16: bool) -> torch.Tensor:
+    """x (..., columns) float32 times weight, plus bias (rows) float32 -> (..., rows) float32.
+
+    With row_sums, x is rounded to 8 bits as pot.fake_quantize_activations does. bfloat16 allows rounding many rows of x to
+    bfloat16, where the processor has tiles for that.
+    """
+    library, threads = load(), torch.get_num_threads()
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    y = rows.new_empty(len(rows), weight.rows)
+    bias_pointer = None if bias is None else bias.data_ptr()
+    args = (weight, bias_pointer, rows.data_ptr(), len(rows), rows.stride(0), y.data_ptr(), weight.rows, threads)
+    if len(rows) > TILE and (weight.row_sums or bfloat16) and library.pot_linear_tiles(*args) == 0:
+        pass
+    elif len(rows) <= FEW_ROWS:
+        library.pot_linear(*args)
+    else:
+        rows = _through_8_bits(rows) if weight.row_sums else rows
+        for i in range(0, weight.rows, step := max(1, SLICE // weight.columns)):
+            w = rows.new_empty(min(step, weight.rows - i), weight.columns)
+            library.pot_unpack(weight, None, i, len(w), w.data_ptr(), threads)
+            y[:, i : i + step] = F.linear(rows, w, None if bias is None else bias[i : i + step])
+    return y.view(*x.shape[:-1], weight.rows)
+
+
+def _through_8_bits(rows):
+    """rows (n, columns) float32 rounded to 8 bits and back, as pot.fake_quantize_activations does."""
+    q, zero = torch.empty(rows.shape, dtype=torch.uint8), torch.empty(len(rows), 1, dtype=torch.int32)
+    scale = torch.empty(len(rows), 1)
+    for i, row in enumerate(rows):
+        args = row.data_ptr(), len(row), q[i].data_ptr(), scale[i].data_ptr(), zero[i].data_ptr()
+        if load().pot_quantize(*args):  # NaN or inf
+            scale[i] = torch.nan
+    return (q.float() - zero) * scale
+
+
+def unpack(weight: Weight, index: torch.Tensor | None = None) -> torch.Tensor:
+    """The weight (rows, columns) float32, or only its rows `index` (an int tensor): (*index.shape, columns).
+
+    Raises IndexError for an index out of range and TypeError for one that is not integer.
+    """
+    library, threads = load(), torch.get_num_threads()
+    if index is None:
+        out = torch.empty(weight.rows, weight.columns)
+        library.pot_unpack(weight, None, 0, weight.rows, out.data_ptr(), threads)
+        return out
+    if index.is_floating_point():
+        raise TypeError(f"an index of {index.dtype}: rows are looked up by integers")
+    rows, out = index.long().contiguous(), torch.empty(*index.shape, weight.columns)
+    if library.pot_unpack(weight, rows.data_ptr(), 0, rows.numel(), out.data_ptr(), threads):
+        raise IndexError(f"an index is out of range: there are {weight.rows} rows")
+    return out
+
+
+def row_sums(weight: Weight) -> torch.Tensor:
+    """(rows) float32: sum of unit * level over each row, which products with 8-bit activations need."""
+    sums = torch.zeros(weight.rows)
+    load().pot_row_sums(weight, sums.data_ptr())
+    return sums
+
+
+def read_once(buffer: torch.Tensor) -> None:
+    """Reads a contiguous buffer once with all threads, to measure the bandwidth of memory."""
+    load().pot_read(buffer.data_ptr(), buffer.nbytes // 8, torch.get_num_threads())
+
+
+@torch.library.custom_op("nanopot::linear", mutates_args=(), device_types="cpu")
+def _linear_op(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    row_sums: torch.Tensor | None,
+    table: torch.Tensor,
+    top: float,
+    bias: torch.Tensor | None,
+    bfloat16: bool,
+) -> torch.Tensor:
+    """`linear` as an operator, for torch.compile and torch.export."""
+    return linear(Weight(codes, scale, row_sums, x.shape[-1], table.tolist(), top), x, bias, bfloat16)
+
+
+@_linear_op.register_fake
+def _(x, codes, scale, row_sums, table, top, bias, bfloat16):
+    return x.new_empty(*x.shape[:-1], len(codes))

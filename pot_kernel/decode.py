@@ -1,0 +1,115 @@
+"""
+The decode step of a GPT in one call: a token in, logits out, by decode.cpp. For packed 4-bit weights on a CPU.
+"""
+
+import ctypes
+import threading
+from dataclasses import dataclass
+
+import torch
+
+from . import Weight, load
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int  # context in tokens
+    vocab_size: int
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p)]
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [("weight", Weight), ("bias", ctypes.c_void_p)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Norm) for name in ("ln_1", "ln_2")),
+        *((name, _Linear) for name in ("c_attn", "attn_c_proj", "c_fc", "mlp_c_proj")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+    ]
+
+
+class _Gpt(ctypes.Structure):
+    """struct Gpt of decode.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("n_layer", "n_head", "n_embd", "capacity")),
+        *((name, Weight) for name in ("wte", "wpe")),
+        ("ln_f", _Norm),
+        ("lm_head", _Linear),
+        ("layers", ctypes.POINTER(_Layer)),
+    ]
+
+
+class Decoder:
+    """decoder(token, cache) -> logits (1, vocab_size) float32 of the token after `token` (1, 1), for a batch of one.
+
+    The result is that of the model layer by layer, up to the order of summation. The token continues the cache, which
+    grows by it. Threads may share a decoder; they take turns.
+
+    weights: a packed weight for each matrix, by GPT-2's names ("transformer.h.0.attn.c_attn").
+    tensors: norms and biases, float32 and contiguous on the CPU, by name ("transformer.h.0.ln_1.weight"). A bias may be
+    missing. The decoder keeps pointers into both: make a new one after moving, casting or assigning weights.
+    """
+
+    def __init__(self, shape: DecoderShape, weights: dict[str, Weight], tensors: dict[str, torch.Tensor]):
+        self.shape, self.lock = shape, threading.Lock()
+        self.kept = weights, tensors
+        self.step = load().gpt_decode
+        self.step.argtypes = [ctypes.POINTER(_Gpt), ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int]
+        self.step.restype = None
+
+        def pointer(name):
+            return tensors[name].data_ptr() if name in tensors else None
+
+        def norm(name):
+            return _Norm(pointer(f"{name}.weight"), pointer(f"{name}.bias"))
+
+        def linear(name):
+            return _Linear(weights[name], pointer(f"{name}.bias"))
+
+        self.layers = (_Layer * shape.n_layer)()
+        for i in range(shape.n_layer):
+            block = f"transformer.h.{i}"
+            norms = norm(f"{block}.ln_1"), norm(f"{block}.ln_2")
+            parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+            self.layers[i] = _Layer(*norms, *(linear(f"{block}.{part}") for part in parts))
+        self.gpt = _Gpt(
+            shape.n_layer, shape.n_head, shape.n_embd, 0, weights["transformer.wte"], weights["transformer.wpe"],
+            norm("transformer.ln_f"), linear("lm_head"), self.layers,
+        )  # fmt: skip
+
+    def __call__(self, token: torch.Tensor, cache) -> torch.Tensor:
+        """cache: model.KVCache. Raises ValueError for a token or a cache that does not fit."""
+        shape, token = self.shape, int(token)
+        if not 0 <= token < shape.vocab_size or cache.length >= min(cache.capacity, shape.block_size):
+            raise ValueError(
+                f"token {token} at position {cache.length} does not fit a vocabulary of {shape.vocab_size}, a cache of "
+                f"{cache.capacity} and a context of {shape.block_size}"
+            )
+        size = (1, shape.n_head, cache.capacity, shape.n_embd // shape.n_head)
+        layers = [cache.layers.get(i) for i in range(shape.n_layer)]
+        if not all(kv and all(map(_is_plain, kv)) and kv[0].shape == kv[1].shape == size for kv in layers):
+            raise ValueError(
+                f"the cache does not hold float32 keys and values of shape {size} for {shape.n_layer} layers on the CPU: "
+                "let the model itself read the first tokens, a batch of one"
+            )
+        logits = torch.empty(1, self.gpt.lm_head.weight.rows)
+        with self.lock:
+            self.gpt.capacity = cache.capacity
+            for layer, kv in zip(self.layers, layers):
+                layer.keys, layer.values = (t.data_ptr() for t in kv)
+            self.step(self.gpt, token, cache.length, logits.data_ptr(), torch.get_num_threads())
+        cache.length += 1
+        return logits
+
+
+def _is_plain(tensor):
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
