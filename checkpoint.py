@@ -1,12 +1,12 @@
 """
-The only place that writes and opens a run's folder:
+The only place that reads and writes the folder of a run:
 
-    out/ckpt.pt             training state: model, optimizer, step, settings
-    out/model.safetensors   the finished model alone, float or packed, to evaluate, sample and hand on
+    out/ckpt.pt             training state: model, optimizer, step
+    out/model.safetensors   the finished model alone, float or packed, to evaluate, sample and share
+    out/log.jsonl           a line of losses per entry of the log
 
-and that reads GPT-2 from a folder in Hugging Face's format, or by its name from the hub. What a checkpoint is stands in
-it. Both are written to a temporary file and renamed, so that an old one is replaced whole
-or not at all.
+It also reads GPT-2 from a folder in Hugging Face's format, or from the hub by name. Both kinds of checkpoint hold a
+CheckpointInfo. Both are written to a temporary file and renamed, so an old file is replaced whole or not at all.
 """
 
 import json
@@ -14,7 +14,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,15 +22,69 @@ from safetensors.torch import save_file
 
 from dataset import GPT2, BPETokenizer, vocab_size
 from model import GPT, GPTConfig
-from pot import PoTConfig, load_packed, packed_state, prepare
+from pot import PackedPoTEmbedding, PackedPoTLinear, PoTConfig, load_packed, packed_state, prepare
+from pot_kernel.decode import Decoder, DecoderShape
 
-TRAINING, MODEL = "ckpt.pt", "model.safetensors"
+TRAINING, MODEL, LOG = "ckpt.pt", "model.safetensors", "log.jsonl"
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
+@dataclass
+class CheckpointInfo:
+    """What a checkpoint is. Read from a file by from_dict, which validates it."""
+
+    tokenizer: dict  # meta.json of the data set: {"tokenizer": "gpt2"}, or {"tokenizer": "char", "chars": ...}
+    method: str  # "float", "float control", "QAT", "PTQ" or "PTQ, GPTQ on 16,384 tokens"
+    model_args: GPTConfig
+    pot: PoTConfig | None = None  # None: float weights
+    origin: str | None = None  # folder of the float model that it comes from
+    step: int = 0  # optimizer steps
+    # settings of train.py; "dataset" and "seed" are always there
+    settings: dict = field(default_factory=lambda: {"dataset": None, "seed": None})
+    val_loss: float | None = None  # in nats, at the end of training
+    provenance: dict | None = None  # see machine.provenance
+
+    def to_dict(self) -> dict:
+        """For json and torch.save."""
+        optional = ("val_loss", "provenance")
+        return {k: v for k, v in asdict(self).items() if v is not None or k not in optional}
+
+    @classmethod
+    def from_dict(cls, d: dict) -> "CheckpointInfo":
+        """Raises KeyError, TypeError or ValueError if d, which came from a file, lacks or garbles a value."""
+        kinds = {"method": str, "pot": dict | None, "origin": str | None, "step": int}
+        kinds |= {"settings": dict, "model_args": dict}
+        for values, expected in ((d, kinds), (d["settings"], {"dataset": str | None, "seed": int | None})):
+            for key, kind in expected.items():
+                if not isinstance(values[key], kind):
+                    raise TypeError(f"{key} is {values[key]!r}")
+        info = cls(
+            d["tokenizer"], d["method"], GPTConfig(**d["model_args"]), PoTConfig(**d["pot"]) if d["pot"] else None,
+            d["origin"], d["step"], d["settings"], d.get("val_loss"), d.get("provenance"),
+        )  # fmt: skip
+        if vocab_size(info.tokenizer) > info.model_args.vocab_size:
+            raise ValueError(f"its tokenizer has more than the {info.model_args.vocab_size} tokens of the model")
+        return info
+
+
+@dataclass
+class TrainingState:
+    """The content of ckpt.pt."""
+
+    info: CheckpointInfo
+    model: dict[str, torch.Tensor]  # state_dict; with scales if info.pot
+    optimizer: dict
+    scaler: dict  # of GradScaler; empty without float16
+
+
+# --- writing ---
+
+
 def write(path: str, save: Callable[[str], object], stale: str | None = None) -> None:
-    """Has save(temporary path) write a file, and puts it in the place of path; just before, stale is removed, a file that
-    must not be found beside the new one. Raises OSError; what was there stays."""
+    """Writes `path` atomically through a temporary file, and deletes `stale` first. save(path) writes a file.
+
+    Raises OSError; then the old file is untouched.
+    """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     tmp = path + ".tmp"
     try:
@@ -48,147 +102,196 @@ def write(path: str, save: Callable[[str], object], stale: str | None = None) ->
 
 
 class Lock:
-    """Holds a folder for one run, as long as this object lives or the process does. Raises ValueError if another has it."""
+    """Reserves a folder for one run: `with Lock(folder) as lock: ... lock.acquire()`. The end of the process releases it."""
 
     def __init__(self, folder: str):
-        self.fd = None
-        os.makedirs(folder, exist_ok=True)
+        self.folder, self.fd = folder, None
+
+    def acquire(self) -> None:
+        """Makes the folder and reserves it, if that is not done yet. Raises ValueError if another run has it."""
+        os.makedirs(self.folder, exist_ok=True)
         try:
             import fcntl
         except ImportError:  # Windows
             return
-        self.fd = os.open(folder, os.O_RDONLY)
+        if self.fd is not None:
+            return
+        self.fd = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder} is in use by another run: wait for it, or choose another --out_dir") from None
-        except OSError:  # some network drives know no locks
+            raise ValueError(
+                f"{self.folder} is in use by another run: wait for it, or choose another --out_dir"
+            ) from None
+        except OSError:  # some network drives have no locks
             pass
 
-    def __del__(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         if self.fd is not None:
             os.close(self.fd)
+            self.fd = None
 
 
-def save_training(folder: str, model: GPT, info: dict, **state: dict) -> None:
-    """Writes the training state. A finished model that the folder holds is of an older step now, and is removed."""
-    state |= {"info": info | {"model_args": asdict(model.config)}, "model": model.state_dict()}
+def save_training(folder: str, model: GPT, info: CheckpointInfo, optimizer: dict, scaler: dict) -> None:
+    """Writes the training state. Deletes a finished model in the folder, because it belongs to an older step."""
+    state = {"info": info.to_dict(), "model": model.state_dict(), "optimizer": optimizer, "scaler": scaler}
     write(os.path.join(folder, TRAINING), lambda path: torch.save(state, path), stale=os.path.join(folder, MODEL))
 
 
-def load_training(folder: str) -> dict:
-    """Training state as it was saved, on the CPU."""
-    path = os.path.join(folder, TRAINING)
-    require_folder(folder)
-    if not os.path.exists(path):
-        what = (
-            f"{MODEL} alone, which cannot be trained on"
-            if os.path.exists(os.path.join(folder, MODEL))
-            else "no checkpoint"
-        )
-        raise ValueError(f"{folder} holds {what}: pass the out_dir of a training run, with its {TRAINING}")
-    try:
-        _check_zip(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        _checked(state["info"], state["model"])
-        state["model"], state["optimizer"], state["scaler"]
-        return state
-    except OSError:
-        raise
-    except Exception as e:  # a zip error, EOFError, UnpicklingError, KeyError: torch.load raises whatever it meets
-        raise ValueError(f"{path} is truncated, damaged or no nanoPoT checkpoint ({type(e).__name__})") from None
-
-
-def save_model(folder: str, model: GPT, info: dict) -> int:
-    """Writes a float or packed model; returns the file's size in bytes."""
+def save_model(folder: str, model: GPT, info: CheckpointInfo) -> int:
+    """Writes a float or packed model. Returns the size of the file in bytes."""
     tensors, metadata = packed_state(model)
-    header = json.dumps(info | {"model_args": asdict(model.config), "packed": metadata}, separators=(",", ":"))
+    header = json.dumps(info.to_dict() | {"packed": metadata}, separators=(",", ":"))
     path = os.path.join(folder, MODEL)
     write(path, lambda tmp: save_file({n: t.contiguous() for n, t in tensors.items()}, tmp, {"nanopot": header}))
     return os.path.getsize(path)
 
 
-def file_size(folder: str | None, model: GPT, info: dict) -> int:
-    """Bytes of the finished model's file in folder, or of the one that save_model would write; of GPT-2 from elsewhere,
-    whose file may hold more, those of its tensors."""
-    if folder and is_foreign(folder):
-        return sum(t.nbytes for t in packed_state(model)[0].values())
-    if folder and os.path.exists(os.path.join(folder, MODEL)):
-        return os.path.getsize(os.path.join(folder, MODEL))
-    with tempfile.TemporaryDirectory() as elsewhere:
-        return save_model(elsewhere, model, info)
+# --- reading ---
 
 
-def load_model(folder: str) -> tuple[GPT, dict]:
-    """The model in a folder, on the CPU, in eval mode, and its info (tokenizer, method, pot, origin, step, settings).
+def load_training(folder: str) -> TrainingState:
+    """Training state of a run, on the CPU."""
+    path = os.path.join(folder, TRAINING)
+    require_folder(folder)
+    if not os.path.exists(path):
+        has_model = os.path.exists(os.path.join(folder, MODEL))
+        content = f"{MODEL} alone, which cannot be trained on" if has_model else "no checkpoint"
+        raise ValueError(f"{folder} holds {content}: pass the out_dir of a training run, with its {TRAINING}")
+    try:
+        _check_zip(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        info = CheckpointInfo.from_dict(state["info"])
+        _check_layers(info, state["model"])
+        return TrainingState(info, state["model"], state["optimizer"], state["scaler"])
+    except OSError:
+        raise
+    except Exception as e:  # torch.load raises a zip error, EOFError, UnpicklingError, KeyError and others
+        raise ValueError(f"{path} is truncated, damaged or no nanoPoT checkpoint ({type(e).__name__})") from None
 
-    The finished model if there is one, else the one in training (fake-quantized if it is QAT). GPT-2 if the folder is in
-    Hugging Face's format, or is no folder but one of the names in HUB.
 
-    A finished model's tensors are its mapped file, copied where they are written to: as long as they are in use, replace
-    the file, as save_model does, and do not write into it.
+def load_model(folder: str) -> tuple[GPT, CheckpointInfo]:
+    """The model of a folder, on the CPU, in eval mode: the finished model, else the one in training (fake-quantized if it
+    is QAT). folder may be in Hugging Face's format, or a name in HUB.
+
+    The tensors of a finished model are its mapped file, copied where they are written to. So replace the file while they
+    are in use, as save_model does, and do not write into it.
     """
     if is_foreign(folder):
         return _load_huggingface(folder if os.path.isdir(folder) else _download(folder), folder)
     path = os.path.join(folder, MODEL)
     if not os.path.exists(path):
         state = load_training(folder)
-        return model_of(state), state["info"]
+        return model_of(state), state.info
     try:
         with safe_open(path, "pt") as f:
-            info = json.loads(f.metadata()["nanopot"])
+            header = json.loads(f.metadata()["nanopot"])
             tensors = {name: f.get_tensor(name) for name in f.keys()}
-            shape = _checked(info, tensors)
-            kinds = {its["dtype"] for its in info["packed"]["layers"].values()}
-            kinds |= {str(t.dtype).removeprefix("torch.") for name, t in tensors.items() if "packed." not in name}
-            if len(kinds) > 1:
-                raise ValueError(f"it mixes weights of {' and '.join(sorted(kinds))}")
-            return load_packed(GPT.meta(shape), tensors, info["packed"]).eval(), info
+            info, packed = CheckpointInfo.from_dict(header), header["packed"]
+            _check_layers(info, tensors)
+            dtypes = {layer["dtype"] for layer in packed["layers"].values()}
+            dtypes |= {str(t.dtype).removeprefix("torch.") for name, t in tensors.items() if "packed." not in name}
+            if len(dtypes) > 1:
+                raise ValueError(f"it mixes weights of {' and '.join(sorted(dtypes))}")
+            return load_packed(GPT.meta(info.model_args), tensors, packed).eval(), info
     except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{path} is truncated, damaged or not of nanoPoT: {e}") from None
 
 
-def model_of(state: dict, quantized: bool = True) -> GPT:
-    """Model of a training state, in eval mode; quantized=False leaves its float weights unquantized."""
-    weights = state["model"]
+def load_float(folder: str) -> tuple[GPT, CheckpointInfo]:
+    """A model with float weights to quantize or fine-tune. Of a QAT run these are its float weights, not the rounded ones.
+
+    Raises ValueError if the folder holds a packed model alone.
+    """
+    if not is_foreign(folder) and os.path.exists(os.path.join(folder, TRAINING)):
+        state = load_training(folder)
+        return model_of(state, quantized=False), state.info
+    if not exists(folder):
+        load_training(folder)  # raises the error that says what is missing
+    model, info = load_model(folder)
+    if info.pot:
+        load_training(folder)
+    return model.float(), info
+
+
+def model_of(state: TrainingState, quantized: bool = True) -> GPT:
+    """Model of a training state, in eval mode; quantized=False leaves its float weights as they are."""
+    weights, info = state.model, state.info
     try:
-        model = GPT.meta(GPTConfig(**state["info"]["model_args"]))
-        if state["info"]["pot"] and quantized:
-            prepare(model, PoTConfig(**state["info"]["pot"]))
-        elif state["info"]["pot"]:
+        model = GPT.meta(info.model_args)
+        if info.pot and quantized:
+            prepare(model, info.pot)
+        elif info.pot:
             weights = {name: t for name, t in weights.items() if ".quantizer." not in name}
         expected = model.state_dict()
         for name in expected.keys() ^ weights.keys():
             raise ValueError(f"{name} is {'missing' if name in expected else 'not in such a model'}")
         for name, t in weights.items():
-            scale = name.endswith("quantizer.scale")
-            dtypes = (torch.float32, torch.float16) if scale else (torch.float32,)
+            is_scale = name.endswith("quantizer.scale")
+            dtypes = (torch.float32, torch.float16) if is_scale else (torch.float32,)
             if t.dtype not in dtypes or t.is_sparse or t.is_meta or t.nbytes > t.untyped_storage().nbytes():
-                raise TypeError(f"{name} is {t.dtype}, or more than there is of it")
-            if scale and not (t > 0).logical_and(t < torch.inf).all():
+                raise TypeError(f"{name} is {t.dtype}, or has more elements than its storage")
+            if is_scale and not (t > 0).logical_and(t < torch.inf).all():
                 raise ValueError(f"{name} holds a value that is no positive number")
             if t.shape != expected[name].shape:
                 raise ValueError(f"{name} is {tuple(t.shape)}, not {tuple(expected[name].shape)}")
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError, AttributeError, ValueError) as e:
-        raise ValueError(f"the checkpoint's weights do not fit its own settings, it is damaged: {e}") from None
+        raise ValueError(f"the checkpoint is damaged: its weights do not fit its settings: {e}") from None
     model.tie_weights()
     return model.eval()
 
 
-def load_float(folder: str) -> tuple[GPT, dict]:
-    """As load_model, but with float weights to fine-tune: those that a run in training holds, not their rounded values."""
+def make_decoder(model: GPT) -> Decoder | None:
+    """The fused decode step of a model. None if a part of it is not packed to 4 bits in float32 on the CPU, or the kernel
+    is not available."""
+    named = list(model.named_modules())
+    packed = {n: m.packed for n, m in named if isinstance(m, (PackedPoTLinear, PackedPoTEmbedding))}
+    unpacked = any(isinstance(m, (torch.nn.Linear, torch.nn.Embedding)) for _, m in named)
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    if unpacked or not all(p.on_kernel and p.dtype == torch.float32 for p in packed.values()):
+        return None
+    if not all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors.values()):
+        return None
+    c = model.config
+    shape = DecoderShape(c.n_layer, c.n_head, c.n_embd, c.block_size, c.vocab_size)
+    return Decoder(shape, {name: p.kernel_weight() for name, p in packed.items()}, tensors)
+
+
+def file_size(folder: str, model: GPT, info: CheckpointInfo) -> int:
+    """Bytes of the finished model's file, or of the file that save_model would write. Of Hugging Face's GPT-2, whose file
+    may hold more, the bytes of the tensors."""
     if is_foreign(folder):
-        return load_model(folder)
-    state = load_training(folder)
-    return model_of(state, quantized=False), state["info"]
+        return sum(t.nbytes for t in packed_state(model)[0].values())
+    if os.path.exists(os.path.join(folder, MODEL)):
+        return os.path.getsize(os.path.join(folder, MODEL))
+    with tempfile.TemporaryDirectory() as temporary:
+        return save_model(temporary, model, info)
+
+
+def read_log(folder: str) -> list[dict]:
+    """Entries of log.jsonl. A killed run may leave half a line at the end, which is skipped."""
+    path = os.path.join(folder, LOG)
+    if not os.path.exists(path):
+        raise ValueError(f"there is no {path}: pass the out_dir of a training run")
+    entries = []
+    with open(path) as f:
+        for line in f:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                pass
+    return entries
 
 
 # --- GPT-2 in Hugging Face's format ---
 
 
 def is_foreign(folder: str) -> bool:
-    """Is it GPT-2 of Hugging Face's? A folder that is there goes before the hub's model of that name."""
+    """Is it GPT-2 in Hugging Face's format? An existing folder takes precedence over the hub's model of that name."""
     return os.path.exists(os.path.join(folder, "config.json")) if os.path.isdir(folder) else folder in HUB
 
 
@@ -200,9 +303,9 @@ def _download(name, offline=False):
     try:
         folder = snapshot_download(f"openai-community/{name}", allow_patterns=patterns, local_files_only=offline)
         if not all(os.path.exists(os.path.join(folder, file)) for file in patterns):
-            raise FileNotFoundError("only a part of it is in the cache")
+            raise FileNotFoundError("the cache holds a part of it only")
         return folder
-    except Exception as e:  # of requests, httpx or the hub, by version and by what is wrong with the network
+    except Exception as e:  # of requests, httpx or the hub, by version and by the state of the network
         raise ValueError(
             f"cannot download {name} from the Hugging Face hub ({type(e).__name__}): check the network, or pass a folder "
             "that holds its config.json and model.safetensors"
@@ -210,20 +313,18 @@ def _download(name, offline=False):
 
 
 def _load_huggingface(folder, name):
-    config = os.path.join(folder, "config.json")
     try:
-        with open(config, encoding="utf-8") as f:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
             model = GPT.from_huggingface(json.load(f), _tensors(folder))
-    except Exception as e:  # whatever its files make json, safetensors and torch raise
-        what = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
-        raise ValueError(f"{name} is no GPT-2 that can be read: {what}") from None
+    except Exception as e:  # json, safetensors and torch raise many kinds for damaged files
+        reason = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
+        raise ValueError(f"{name} is no GPT-2 that can be read: {reason}") from None
     if model.config.vocab_size < BPETokenizer.vocab_size:
         raise ValueError(
             f"{name} has a vocabulary of {model.config.vocab_size}, GPT-2's byte pairs need {BPETokenizer.vocab_size}: "
             "it was trained with another tokenizer, which is not known here"
         )
-    info = {"tokenizer": GPT2, "method": "float", "pot": None, "origin": None, "step": 0}
-    return model.eval(), info | {"settings": {"dataset": None, "seed": None}}
+    return model.eval(), CheckpointInfo(GPT2, "float", model.config)
 
 
 def _tensors(folder):
@@ -238,7 +339,7 @@ def _tensors(folder):
             try:
                 _check_zip(old)
                 return torch.load(old, map_location="cpu", weights_only=True)
-            except Exception as e:  # torch.load raises whatever it meets
+            except Exception as e:  # torch.load raises many kinds
                 raise ValueError(
                     f"pytorch_model.bin is damaged or holds more than tensors ({type(e).__name__})"
                 ) from None
@@ -251,30 +352,17 @@ def _tensors(folder):
     return tensors
 
 
-# --- parts ---
+# --- checks ---
 
 
-def _checked(info, tensors) -> GPTConfig:
-    """The shape that info gives. Raises ValueError, KeyError or TypeError if info, which came from a file, lacks or garbles
-    what every reader relies on."""
-    kinds = {"method": str, "pot": dict | None, "origin": str | None, "step": int, "settings": dict, "model_args": dict}
-    kinds_of_settings = {"dataset": str | None, "seed": int | None}
-    for where, expected in ((info, kinds), (info["settings"], kinds_of_settings)):
-        for key, kind in expected.items():
-            if not isinstance(where[key], kind):
-                raise TypeError(f"{key} is {where[key]!r}")
-    config = GPTConfig(**info["model_args"])
-    if info["pot"]:
-        PoTConfig(**info["pot"])
-    if vocab_size(info["tokenizer"]) > config.vocab_size:
-        raise ValueError(f"its tokenizer has more than the {config.vocab_size} tokens of the model")
-    if config.n_layer > len(tensors):  # before so many are built
-        raise ValueError(f"{config.n_layer} layers cannot be in {len(tensors)} tensors")
-    return config
+def _check_layers(info, tensors):
+    """Refuses a number of layers that the tensors cannot hold, before so many are built."""
+    if info.model_args.n_layer > len(tensors):
+        raise ValueError(f"{info.model_args.n_layer} layers cannot be in {len(tensors)} tensors")
 
 
 def _check_zip(path):
-    """Refuses what would take more memory than the file is large: torch.save compresses nothing, torch.load unpacks all."""
+    """Refuses a compressed file, which takes more memory than its size. torch.save compresses nothing."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as z:
             if sum(part.file_size for part in z.infolist()) > os.path.getsize(path):
@@ -282,7 +370,7 @@ def _check_zip(path):
 
 
 def exists(folder: str) -> bool:
-    """Is there a checkpoint of any kind in the folder?"""
+    """Does the folder hold a checkpoint of any kind?"""
     return any(os.path.exists(os.path.join(folder, name)) for name in (TRAINING, MODEL, "config.json"))
 
 
@@ -298,9 +386,7 @@ def is_at_hand(folder: str) -> bool:
 
 def require_folder(folder: str) -> None:
     """Raises ValueError if it is neither a folder nor the name of a model on the hub."""
-    if folder in HUB:
-        return
-    if not os.path.isdir(folder):
+    if folder not in HUB and not os.path.isdir(folder):
         raise ValueError(
             f"no folder {folder}: pass the out_dir of a training run, GPT-2 in Hugging Face's format, or {', '.join(HUB)}"
         )

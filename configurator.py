@@ -1,20 +1,19 @@
 """
-Settings of a script: a dataclass gives the keys, their types and defaults; config files and the command line override.
+Settings of a script. A dataclass gives the keys, their types and defaults. Config files and the command line override them:
 
-    python train.py config/x.py --key=value --key value     # in this order, later ones win
+    python train.py config/x.py --key=value --key value     # later settings win
     python train.py --help
 
 A field whose type is a dataclass, such as `pot: PoTConfig | None`, is set by its parts: --pot_bits=4, or --pot=None.
+The comment behind a field, or in the lines above it, is its help text.
 """
 
 import dataclasses
 import difflib
 import inspect
 import os
-import platform
 import re
 import runpy
-import subprocess
 import sys
 import types
 import typing
@@ -25,7 +24,7 @@ T = TypeVar("T")
 
 
 def run(main: Callable[[T], object], settings: type[T]) -> None:
-    """Calls main(settings from the command line). Bad input ends in one line on stderr and exit status 2."""
+    """Calls main with the settings of the command line. Bad input ends with one line on stderr and exit status 2."""
     try:
         main(configure(settings, sys.argv[1:]))
     except KeyboardInterrupt:
@@ -37,9 +36,9 @@ def run(main: Callable[[T], object], settings: type[T]) -> None:
 
 
 def configure(settings: type[T], argv: list[str]) -> T:
-    """Instance of the dataclass `settings`, its defaults overridden by config files and --key=value of argv.
+    """An instance of the dataclass `settings`. Config files and --key=value of argv override its defaults.
 
-    Raises ValueError for an unknown key, naming the nearest known one, and for a value of the wrong type.
+    Raises ValueError for an unknown key, with the nearest known key, and for a value of the wrong type.
     """
     if "--help" in argv or "-h" in argv:
         print(_help(settings))
@@ -61,14 +60,14 @@ def configure(settings: type[T], argv: list[str]) -> T:
 
 
 def check_minimum(settings: object, **least: float) -> None:
-    """Raises ValueError for a setting that is below the least value given for it; None is let pass."""
+    """Raises ValueError for a setting below its least value. A setting of None passes."""
     for key, value in least.items():
         if getattr(settings, key) is not None and not getattr(settings, key) >= value:
             raise ValueError(f"{key}={getattr(settings, key)} must be at least {value}")
 
 
 def _keys(cls, prefix=""):
-    """Key -> (type, may it be None, default), for every field and every part of a field."""
+    """{key: (type, may it be None, default)} of every field and every part of a field."""
     keys = {}
     for field in dataclasses.fields(cls):
         kind = typing.get_type_hints(cls)[field.name]
@@ -83,7 +82,7 @@ def _keys(cls, prefix=""):
 
 
 def _build(settings, values):
-    # In the order given: --pot=None undoes the pot_bits before it, and the other way round.
+    # In the given order: --pot=None undoes an earlier --pot_bits, and the other way round.
     kinds = {
         f.name: [o for o in typing.get_args(f.type) if dataclasses.is_dataclass(o)]
         for f in dataclasses.fields(settings)
@@ -133,11 +132,11 @@ def _read_config_file(path, keys):
     if not os.path.isfile(path):
         raise ValueError(f"no config file {path}: pass an existing .py file, or settings as --key=value")
     try:
-        found = runpy.run_path(path)
+        names = runpy.run_path(path)
     except Exception as e:
         raise ValueError(f"{path} does not run: {e!r}") from None
     values = []
-    for key, value in found.items():
+    for key, value in names.items():
         if key.startswith("_") or isinstance(value, types.ModuleType):
             continue
         _known(key, keys, f"in {path}: ")
@@ -151,46 +150,24 @@ def _read_config_file(path, keys):
 
 
 def _help(settings):
-    comments = {}
-    for cls, prefix in [(settings, "")] + [
-        (o, f"{f.name}_")
-        for f in dataclasses.fields(settings)
-        for o in typing.get_args(f.type)
-        if dataclasses.is_dataclass(o)
-    ]:
-        for name, comment in re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(cls), re.MULTILINE):
-            comments[prefix + name] = comment
+    parts = [(f"{f.name}_", o) for f in dataclasses.fields(settings) for o in typing.get_args(f.type)]
+    comments = _comments(settings)
+    for prefix, part in parts:
+        if dataclasses.is_dataclass(part):
+            comments |= {prefix + name: comment for name, comment in _comments(part).items()}
     lines = [f"usage: python {os.path.basename(sys.argv[0])} [config.py ...] [--key=value ...]", ""]
     for key, (_, _, default) in _keys(settings).items():
+        default = repr(default)[1:-1] if isinstance(default, str) else default  # a newline as \\n
         lines.append(f"  --{key}={default}".ljust(36) + "  " + comments.get(key, ""))
     return "\n".join(lines)
 
 
-def provenance() -> dict:
-    """What a measured figure has to say of its origin: command, commit, versions and machine, as a dict."""
-    import torch
-
-    def output(*command):
-        try:
-            return subprocess.run(
-                command, capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__))
-            ).stdout.strip()
-        except OSError:
-            return ""
-
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as f:
-            cpu = next((line.partition(":")[2].strip() for line in f if line.startswith("model name")), cpu)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    commit = output("git", "rev-parse", "--short=12", "HEAD")
-    figures = [f":!results/*.{kind}" for kind in ("json", "md", "png")]  # that are being measured
-    changed = "+changes" if output("git", "status", "--porcelain", "--untracked-files=no", ".", *figures) else ""
-    return {
-        "command": " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-        "commit": commit + changed if commit else None,
-        "machine": f"{cpu}, {os.cpu_count()} cores" + (f", {gpu}" if gpu else ""),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+def _comments(cls):
+    """{field: its comment}, behind the field or in the lines above it. A line "# --- ..." is a heading, no comment."""
+    comments, above = {}, []
+    for line in inspect.getsource(cls).splitlines():
+        line = line.strip()
+        if field := re.match(r"(\w+):[^#]*(?:# *(.*))?$", line):
+            comments[field[1]] = field[2] or " ".join(above)
+        above = [*above, line.strip("# ")] if line.startswith("#") and not line.startswith("# ---") else []
+    return comments

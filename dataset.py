@@ -1,6 +1,6 @@
 """
-A data set is a folder: train.bin, val.bin and test.bin (token ids, uint16) and meta.json (the tokenizer). Scripts under
-data/ write such folders; training and evaluation read them here.
+Data sets and tokenizers. A data set is a folder with train.bin, val.bin and test.bin (token ids, uint16) and meta.json (the
+tokenizer). The scripts under data/ write such folders; training and evaluation read them.
 """
 
 import gc
@@ -20,7 +20,7 @@ SPLITS = ("train", "val", "test")
 
 
 class CharTokenizer:
-    """One token a character."""
+    """One token per character."""
 
     def __init__(self, chars: str):
         self.chars = chars
@@ -43,7 +43,7 @@ class CharTokenizer:
 
 
 class BPETokenizer:
-    """GPT-2's byte pairs, by tiktoken, which downloads them at the first use."""
+    """GPT-2's byte pairs. tiktoken downloads them at the first use."""
 
     vocab_size = 50257
     end_of_text = 50256
@@ -58,7 +58,7 @@ class BPETokenizer:
                 f"cannot download GPT-2's byte pairs ({type(e).__name__}): connect once, or copy a cache of tiktoken's "
                 "from a machine that has it and set TIKTOKEN_CACHE_DIR to it"
             ) from None
-        # tiktoken's table lies in Rust. The one in Python that it was made from is of no use: 8 MB.
+        # tiktoken keeps its table in Rust. The Python table that it was made from only takes 8 MB.
         self.bpe._mergeable_ranks = None
         gc.collect()
 
@@ -66,7 +66,7 @@ class BPETokenizer:
         return self.bpe.encode(text, allowed_special="all")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        # Models may have more rows than there are tokens, to be a multiple of 64 or 128.
+        # A model may have more rows than tokens, so that the vocabulary is a multiple of 64 or 128.
         return self.bpe.decode_bytes([i for i in ids if i < self.vocab_size])
 
 
@@ -74,7 +74,7 @@ GPT2 = {"tokenizer": "gpt2"}  # meta of GPT-2's byte pairs
 
 
 def tokenizer_of(meta: dict) -> CharTokenizer | BPETokenizer:
-    """Tokenizer that a meta.json or a checkpoint describes."""
+    """The tokenizer that meta.json or a checkpoint describes."""
     if meta == GPT2:
         return BPETokenizer()
     if not isinstance(meta, dict) or meta.get("tokenizer") != "char" or not isinstance(meta.get("chars"), str):
@@ -83,7 +83,8 @@ def tokenizer_of(meta: dict) -> CharTokenizer | BPETokenizer:
 
 
 def vocab_size(meta: dict) -> int:
-    return BPETokenizer.vocab_size if meta == GPT2 else tokenizer_of(meta).vocab_size  # without any download
+    """Number of tokens. Downloads nothing."""
+    return BPETokenizer.vocab_size if meta == GPT2 else tokenizer_of(meta).vocab_size
 
 
 def read_text(path: str) -> str:
@@ -95,8 +96,8 @@ def read_text(path: str) -> str:
 
 
 def read_documents(paths: str) -> Iterator[str]:
-    """Yields the documents of files with commas between them: lines {"text": ...} of a .jsonl file; any other file is
-    text, which is cut at blank lines into documents of at least 10,000 characters."""
+    """Yields the documents of files, separated by commas. A .jsonl file has lines {"text": ...}. Any other file is text, cut
+    at blank lines into documents of at least 10,000 characters."""
     for path in paths.split(","):
         if not path.endswith(".jsonl"):
             document = ""
@@ -112,35 +113,35 @@ def read_documents(paths: str) -> Iterator[str]:
                 if line.strip():
                     try:
                         text = json.loads(line)["text"]
-                        text.encode()  # refuses what is no text, and half a surrogate pair
+                        text.encode()  # fails for half a surrogate pair and for anything but text
                     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
                         raise ValueError(
-                            f'{path}, line {number} is no {{"text": ...}} ({type(e).__name__}): mend or remove it'
+                            f'{path}, line {number} is no {{"text": ...}} ({type(e).__name__}): correct or remove it'
                         ) from None
                     yield text
 
 
 def stream_documents(hub: str, splits: Iterable[str] = ("train",), revision: str | None = None) -> Iterator[str]:
-    """Yields the documents of a data set on the Hugging Face hub that has a column text."""
+    """Yields the documents of a data set on the Hugging Face hub that has a column "text"."""
     import datasets
 
     try:
         for split in splits:
             for row in datasets.load_dataset(hub, revision=revision, split=split, streaming=True):
                 yield row["text"]
-    except Exception as e:  # of datasets, the hub, requests or httpx, by version and by what is wrong with the network
+    except Exception as e:  # of datasets, the hub, requests or httpx, by version and by the state of the network
         raise ValueError(
             f"cannot stream {hub} from the Hugging Face hub ({type(e).__name__}): check the network, or get the text "
             "another way and pass it with --input FILE.jsonl"
         ) from None
 
 
-# Its main branch was a loading script, which datasets 4 no longer runs; the hub keeps a conversion.
+# The main branch holds a loading script, which datasets 4 no longer runs. The hub keeps a conversion to parquet.
 OPENWEBTEXT = {"hub": "Skylion007/openwebtext", "revision": "refs/convert/parquet"}
 
 
 def write(folder: str, meta: dict, pieces: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes a data set whole or not at all, and prints what it holds. pieces: (split, token ids), in any order."""
+    """Writes a data set whole or not at all, and prints its sizes. pieces: (split, token ids), in any order."""
     names = [f"{split}.bin" for split in SPLITS] + ["meta.json"]
     counts = dict.fromkeys(SPLITS, 0)
     try:
@@ -151,7 +152,7 @@ def write(folder: str, meta: dict, pieces: Iterable[tuple[str, np.ndarray]]) -> 
                 counts[split] += len(ids)
         if not all(counts.values()):
             raise ValueError(
-                f"too little text to split into train, val and test, which takes at least 11 documents: tokens would be {counts}"
+                f"too little text to split into train, val and test: pass at least 11 documents; the tokens would be {counts}"
             )
         with open(os.path.join(folder, "meta.json.tmp"), "w") as f:
             json.dump(meta, f)
@@ -173,10 +174,10 @@ def write_chars(folder: str, texts: dict[str, str]) -> None:
 
 
 def write_documents(folder: str, documents: Iterable[str]) -> None:
-    """Writes documents, an iterable of texts, as a data set of GPT-2's tokens, each ended by the end-of-text token.
+    """Writes texts as a data set of GPT-2's tokens. An end-of-text token follows each document.
 
-    Exact duplicates are left out first. One document in 20 goes to test and one to val until these hold HELD_OUT tokens
-    each; all others go to train.
+    Exact duplicates are left out first. One document in 20 goes to test and one in 20 to val, until these hold HELD_OUT
+    tokens each. All others go to train.
     """
     bpe, seen, number = BPETokenizer(), set(), 0
 
@@ -190,7 +191,7 @@ def write_documents(folder: str, documents: Iterable[str]) -> None:
     def pieces():
         nonlocal number
         held, texts = {"test": 0, "val": 0}, new(documents)
-        while batch := list(islice(texts, 256)):  # several at a time, as tiktoken encodes them side by side
+        while batch := list(islice(texts, 256)):  # tiktoken encodes a batch in parallel
             for ids in bpe.bpe.encode_ordinary_batch(batch):
                 split = {0: "test", 10: "val"}.get(number % 20, "train")
                 if held.get(split, HELD_OUT) >= HELD_OUT:
@@ -204,11 +205,11 @@ def write_documents(folder: str, documents: Iterable[str]) -> None:
     print(f"{number:,} documents, exact duplicates left out")
 
 
-HELD_OUT = 500_000  # tokens
+HELD_OUT = 500_000  # tokens of val and of test
 
 
 def load(folder: str, split: str) -> tuple[np.ndarray, dict]:
-    """(token ids, meta) of one split. Raises ValueError that names the command which makes the data set."""
+    """(token ids, meta) of a split. The ValueError for a missing data set names the command that makes it."""
     path, meta_path = os.path.join(folder, f"{split}.bin"), os.path.join(folder, "meta.json")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
@@ -216,43 +217,66 @@ def load(folder: str, split: str) -> tuple[np.ndarray, dict]:
     if not os.path.exists(path) or not os.path.exists(meta_path):
         if os.path.exists(script):
             raise ValueError(f"the data set {folder} is not there yet: make it with `python {script}`")
-        here = (
-            sorted(d for d in os.listdir("data") if os.path.exists(f"data/{d}/prepare.py"))
-            if os.path.isdir("data")
-            else []
-        )
-        raise ValueError(f"no data set {folder}: choose one of {', '.join(here)}" if here else f"no data set {folder}")
+        known = sorted(d for d in _subfolders("data") if os.path.exists(f"data/{d}/prepare.py"))
+        hint = f": choose one of {', '.join(known)}" if known else ""
+        raise ValueError(f"no data set {folder}{hint}")
     with open(meta_path) as f:
         try:
             meta = json.load(f)
         except ValueError:
-            raise ValueError(f"{meta_path} is damaged: make the data set anew with `python {script}`") from None
+            raise ValueError(f"{meta_path} is damaged: make the data set again with `python {script}`") from None
     if os.path.getsize(path) % 2:
-        raise ValueError(f"{path} is cut short: make the data set anew with `python {script}`")
+        raise ValueError(f"{path} is cut short: make the data set again with `python {script}`")
     small = os.path.getsize(path) < 2**20
     ids = np.fromfile(path, dtype=np.uint16) if small else np.memmap(path, dtype=np.uint16, mode="r")
     if len(ids) and ids.max() >= vocab_size(meta):
         raise ValueError(
-            f"{path} holds the token {ids.max()}, unknown to {meta_path}: make the data set anew with `python {script}`"
+            f"{path} holds the token {ids.max()}, unknown to {meta_path}: make the data set again with `python {script}`"
         )
     return ids, meta
 
 
-def check_vocabulary(folder: str, theirs: dict, name: str, meta: dict) -> None:
-    """Raises ValueError if a checkpoint's tokenizer is not that of the data set."""
-    if theirs != meta:
+def _subfolders(folder):
+    return os.listdir(folder) if os.path.isdir(folder) else []
+
+
+def check_vocabulary(ckpt: str, tokenizer: dict, name: str, meta: dict) -> None:
+    """Raises ValueError if the tokenizer of checkpoint `ckpt` is not that of data set `name`, which is meta."""
+    if tokenizer != meta:
         raise ValueError(
-            f"{folder} was trained with another vocabulary than data/{name} has: use the data set it was trained on"
+            f"{ckpt} was trained with another vocabulary than data/{name} has: use the data set it was trained on"
         )
 
 
+def tokens_for(
+    ckpt: str, tokenizer: dict, name: str | None, split: str, text: str | None = None, count: int | None = None
+) -> np.ndarray:
+    """The first `count` token ids (None: all) of the file `text`, or else of a split of data/name, for checkpoint `ckpt`
+    with this tokenizer."""
+    if text:
+        return np.array(tokenizer_of(tokenizer).encode(read_text(text)), dtype=np.uint16)[:count]
+    if name is None:
+        raise ValueError(f"{ckpt} names no data set: pass --dataset=openwebtext or --text FILE")
+    ids, meta = load(os.path.join("data", name), split)
+    check_vocabulary(ckpt, tokenizer, name, meta)
+    return ids[:count]
+
+
 def windows(ids: np.ndarray, block_size: int, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Cuts ids into fixed windows, yields (x, y) int64 (batch, length): each position but the first is a target once."""
+    """Cuts ids into fixed windows. Yields (x, y) int64 (batch, length). Each position but the first is a target once."""
     n = (len(ids) - 1) // block_size * block_size
     for start in range(0, n, batch_size * block_size):
         end = min(start + batch_size * block_size, n)
         piece = torch.from_numpy(ids[start : end + 1].astype(np.int64))
         yield piece[:-1].view(-1, block_size), piece[1:].view(-1, block_size)
-    if n < len(ids) - 1:  # the rest, a shorter window
+    if n < len(ids) - 1:  # the last window is shorter
         rest = torch.from_numpy(ids[n:].astype(np.int64))
         yield rest[None, :-1], rest[None, 1:]
+
+
+def random_windows(ids: np.ndarray, length: int, count: int, seed: int) -> torch.Tensor:
+    """(count, length) int64: windows at random places of ids. Raises ValueError if ids are fewer than length."""
+    if len(ids) < length:
+        raise ValueError(f"{len(ids)} tokens are too few to draw windows of {length} from: pass more text")
+    places = np.random.default_rng(seed).integers(len(ids) - length + 1, size=count)
+    return torch.from_numpy(np.stack([ids[i : i + length] for i in places]).astype(np.int64))

@@ -1,6 +1,6 @@
 """
-A GPT in one file, with GPT-2's architecture and parameter names, which takes GPT-2's weights. It knows nothing of quantization: pot.prepare works on
-it from outside, as on any other model.
+A GPT in one file. It has GPT-2's architecture and parameter names, and takes GPT-2's weights. It knows nothing of
+quantization: pot.prepare works on it from outside, as on any other model.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,13 +14,13 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass
 class GPTConfig:
-    block_size: int = 1024  # context: the most tokens that the model sees at once
+    block_size: int = 1024  # context: most tokens that the model sees at once
     vocab_size: int = 50257
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True  # in linear layers and LayerNorms, as GPT-2 has it
+    bias: bool = True  # in linear layers and LayerNorms, as in GPT-2
 
     def __post_init__(self):
         for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -33,7 +33,7 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for every layer: (batch, n_head, capacity, head) each."""
+    """Keys and values of the tokens so far, for each layer: (batch, n_head, capacity, head size) each."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity  # tokens
@@ -41,7 +41,7 @@ class KVCache:
         self.layers = {}
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
-        """Adds (batch, n_head, T, head) keys and values behind the `length` earlier ones; returns all of them."""
+        """Adds keys and values (batch, n_head, T, head size) behind the `length` earlier ones. Returns all of them."""
         if layer not in self.layers:
             batch, heads, _, size = k.shape
             self.layers[layer] = [x.new_empty(batch, heads, self.capacity, size) for x in (k, v)]
@@ -66,9 +66,10 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             past = cache.length
             k, v = cache.append(self.layer, k, v)
-            if past > 0 and T > 1:  # the i-th new token sees the past and the new ones up to itself
+            if past > 0 and T > 1:  # new token i sees the past and the new tokens up to itself
                 mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        # Nothing cached before: plain causal attention. A single token sees everything. bool, as T may be a symbol.
+        # With an empty cache the mask is the causal one. A single token sees everything. bool() because torch.compile may
+        # make T a symbol.
         causal = bool(T > 1 and mask is None)
         y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=causal)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
@@ -98,7 +99,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-# What a GPT-2 checkpoint on the hub may say differently, and this GPT cannot do; the first value is the default.
+# Keys of a Hugging Face config.json with the values that this GPT supports. The first value is the default.
 GPT2_CONFIG = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -111,8 +112,7 @@ GPT2_CONFIG = {
 
 
 class _NoInit(TorchFunctionMode):
-    """Leaves out what nn.init does. On the meta device it has nothing to fill, and normal_ would import torch's compiler
-    for that: 90 MB and seconds."""
+    """Skips nn.init. On the meta device there is nothing to fill, but normal_ would import torch's compiler: 90 MB, seconds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return None if getattr(func, "__module__", None) == nn.init.__name__ else func(*args, **(kwargs or {}))
@@ -135,53 +135,54 @@ class GPT(nn.Module):
         self.tie_weights()
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # GPT-2: keeps the residual stream's variance independent of depth
+            if name.endswith("c_proj.weight"):  # as GPT-2: the variance of the residual stream does not grow with depth
                 nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5)
 
     @classmethod
     def meta(cls, config: GPTConfig) -> "GPT":
-        """The structure alone, on the meta device: nothing is allocated or initialized that loading would overwrite."""
+        """The structure alone, on the meta device. It allocates no weights, because loading brings them."""
         with torch.device("meta"), _NoInit():
             return cls(config)
 
     @classmethod
     def from_huggingface(cls, config: dict, tensors: dict[str, torch.Tensor]) -> "GPT":
-        """GPT-2 from what a Hugging Face folder holds: its config.json and its tensors, which become the Parameters.
+        """GPT-2 from the config.json and the tensors of a Hugging Face folder. The tensors become the Parameters.
 
-        Raises ValueError for another architecture and for tensors that are missing, unknown or of another shape.
+        Raises ValueError for another architecture, and for tensors that are missing, unknown or of another shape.
         """
         wanted = GPT2_CONFIG | {"n_inner": (None, 4 * config.get("n_embd", 0)), "quantization_config": (None,)}
-        for key, possible in wanted.items():
-            if config.get(key, None if key == "model_type" else possible[0]) not in possible:
-                raise ValueError(f"{key} is {config.get(key)!r}, and only GPT-2's {possible[0]!r} is known here")
+        for key, values in wanted.items():
+            if config.get(key, None if key == "model_type" else values[0]) not in values:
+                raise ValueError(f"{key} is {config.get(key)!r}, and only GPT-2's {values[0]!r} is known here")
         try:
             shape = {k: config[k] for k in ("vocab_size", "n_layer", "n_head", "n_embd")}
             shape["block_size"] = config["n_positions"]
         except KeyError as e:
             raise ValueError(f"its config.json has no {e.args[0]}") from None
         shape = GPTConfig(**shape)
-        if shape.n_layer > len(tensors):  # before so many are built
+        if shape.n_layer > len(tensors):  # refuse before building so many
             raise ValueError(f"its config.json says {shape.n_layer} layers, it holds {len(tensors)} tensors")
         model = cls.meta(shape)
-        found = {}
+        state = {}
         for name, tensor in tensors.items():
             name = name.removeprefix("transformer.")
             if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
-                continue  # the token table again; masks that old files carry
-            if not tensor.is_floating_point() or "transformer." + name in found:
+                continue  # the token table again; masks in old files
+            if not tensor.is_floating_point() or "transformer." + name in state:
                 raise ValueError(f"its tensor {name} is {tensor.dtype} or there twice")
             if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
-                tensor = tensor.mT  # there a layer's weight is (in, out)
-            found["transformer." + name] = tensor.float().contiguous()
-        found["lm_head.weight"] = found.get("transformer.wte.weight")
+                tensor = tensor.mT  # transformers keeps these weights as (in, out)
+            state["transformer." + name] = tensor.float().contiguous()
+        state["lm_head.weight"] = state.get("transformer.wte.weight")
         expected = model.state_dict()
-        for name in [*expected, *found]:
-            if name not in expected or found.get(name) is None or found[name].shape != expected[name].shape:
-                what = (
-                    "unknown" if name not in expected else "missing" if found.get(name) is None else "of another shape"
-                )
-                raise ValueError(f"its tensor {name} is {what}")
-        model.load_state_dict(found, assign=True)
+        for name in [*expected, *state]:
+            if name not in expected:
+                raise ValueError(f"its tensor {name} is unknown")
+            if state.get(name) is None:
+                raise ValueError(f"its tensor {name} is missing")
+            if state[name].shape != expected[name].shape:
+                raise ValueError(f"its tensor {name} is of another shape")
+        model.load_state_dict(state, assign=True)
         model.tie_weights()
         return model
 
@@ -196,7 +197,7 @@ class GPT(nn.Module):
                 module.dropout = p
 
     def tie_weights(self) -> None:
-        """Makes the head's weight the token table again, as loading with assign=True takes them apart."""
+        """Makes the head's weight the token table again. Loading with assign=True separates them."""
         self.lm_head.weight = self.transformer.wte.weight
 
     def _init_weights(self, module):
@@ -208,10 +209,10 @@ class GPT(nn.Module):
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None, last: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """idx (B, T) -> logits (B, T, vocab_size), of the last position alone (B, 1, vocab_size) if last; with targets
-        (B, T) -> (logits, mean loss in nats).
+        """idx (B, T) -> logits (B, T, vocab_size), or (B, 1, vocab_size) of the last position if last.
+        With targets (B, T) -> (logits, mean loss in nats).
 
-        With a KVCache, idx continues the tokens that the cache has seen. Raises ValueError beyond block_size.
+        With a KVCache, idx continues the tokens of the cache. Raises ValueError beyond block_size.
         """
         past = 0 if cache is None else cache.length
         T = idx.shape[1]
@@ -231,30 +232,31 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(
         self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-        generator: torch.Generator | None = None, use_cache: bool = True,
+        generator: torch.Generator | None = None,
         decode: Callable[[torch.Tensor, KVCache], torch.Tensor] | None = None,
     ) -> Iterator[torch.Tensor]:  # fmt: skip
-        """Yields max_new_tokens tokens (B, 1), each sampled from the top_k most likely after idx (B, T); greedy at
-        temperature 0. Beyond block_size the context slides: positions shift with it, so that nothing cached stays valid
-        and the window is computed anew for every token. For a batch of one, decode(token, cache) -> logits (1,
-        vocab_size) may do what forward does for one token."""
-        cache = KVCache(min(self.config.block_size, idx.shape[1] + max_new_tokens)) if use_cache else None
+        """Yields max_new_tokens tokens (B, 1). Each is sampled from the top_k most likely tokens after idx (B, T);
+        temperature 0 is greedy.
+
+        Beyond block_size the context slides. All positions shift then, so the cache is useless and each token computes the
+        whole window. For a batch of one, decode(token, cache) -> logits (1, vocab_size) may replace forward for one token.
+        """
+        cache = KVCache(min(self.config.block_size, idx.shape[1] + max_new_tokens))
         new = idx
         for _ in range(max_new_tokens):
-            if cache is not None and idx.shape[1] > self.config.block_size:
-                cache = None
-            context = idx[:, -self.config.block_size :] if cache is None else new
-            if decode is not None and cache is not None and cache.length > 0:
+            if idx.shape[1] > self.config.block_size:
+                logits = self(idx[:, -self.config.block_size :], last=True)[:, -1].float()
+            elif decode is not None and cache.length > 0:
                 logits = decode(new, cache)
             else:
-                logits = self(context, cache=cache, last=True)[:, -1, :].float()
+                logits = self(new, cache=cache, last=True)[:, -1].float()
             if not logits.isfinite().all():
                 raise ValueError("the model's logits are not finite: its file is damaged, or its training diverged")
             if temperature == 0:
                 new = logits.max(-1, keepdim=True).indices
             else:
                 likely = logits.topk(logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1]))
-                logits = (likely.values - likely.values[:, :1]) / temperature  # below 0: no temperature overflows
+                logits = (likely.values - likely.values[:, :1]) / temperature  # at most 0: a small temperature is safe
                 new = likely.indices.gather(1, torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator))
             yield new
             idx = torch.cat([idx, new], dim=1)

@@ -1,11 +1,12 @@
 """
-Quantizes a float model in many ways and tells what each one costs: rounded to nearest (rtn), by GPTQ (gptq), and by
-QAT (qat), which stands beside a float control trained equally long on the same batches.
+Quantizes a float model in many ways and measures each: rounded to nearest (rtn), by GPTQ (gptq), and by QAT (qat), beside a
+float control that is trained as long as QAT on the same batches.
 
     python sweep.py config/sweep_shakespeare_char.py
 
-A row is kept in out_dir/rows.jsonl as soon as it is measured: a sweep that was cut goes on when it is started again,
-in the middle of a QAT run if need be. Two sweeps of different seeds or methods may work on one out_dir side by side.
+Each row is a checkpoint of train.py, measured by eval.py. out_dir/rows.jsonl keeps a row as soon as it is measured, so a
+sweep that was cut goes on when it is started again, even in the middle of a QAT run. Two sweeps of different seeds or
+methods may share an out_dir.
 """
 
 import json
@@ -17,15 +18,18 @@ import time
 from dataclasses import asdict, dataclass, replace
 
 import checkpoint
-import eval
 import train
-from configurator import check_minimum, configure, provenance, run
+from configurator import check_minimum, configure, run
+from eval import Settings as EvalSettings
+from eval import measure
+from machine import keep_freed_memory, pick_device, provenance
 from pot import PoTConfig, convert
 
 METHODS = ("rtn", "gptq", "qat")
-# What all rows of an out_dir have in common, of the settings and of train.py's in finetune; the rest is in their names.
-HOW = ("init_from", "calibrate_tokens", "split", "tokens", "block_size", "protocol")
-TRAINING = (
+# Settings that all rows of an out_dir share: of this script, and of train.py in the config `finetune`. A row's name holds
+# the others.
+SHARED = ("init_from", "calibrate_tokens", "split", "tokens", "protocol")
+SHARED_TRAINING = (
     *("dataset", "calibrate_tokens", "distill", "last_position", "block_size", "dropout", "dtype"),
     *("batch_size", "gradient_accumulation_steps", "learning_rate", "min_lr", "warmup_iters"),
     *("weight_decay", "beta1", "beta2", "grad_clip"),
@@ -35,95 +39,100 @@ TRAINING = (
 @dataclass
 class Settings:
     init_from: str = "out"  # the float model: a folder, gpt2, ...; {seed} in it stands for the seed
-    finetune: str = "config/finetune_shakespeare_char_pot4.py"  # train.py's config for QAT and the float control
-    weights: list | None = None  # one dict of PoTConfig's keys a row; also "seeds" and "papers": {method: their loss}
-    methods: str = "rtn,gptq,qat"  # which of them, with commas between
-    seeds: str = "1337"  # of batches and calibration text, with commas between; a row of weights may say others
+    # train.py's config for QAT and the float control
+    finetune: str = "config/finetune_shakespeare_char_pot4.py"
+    # a dict of PoTConfig's keys for each row; also "seeds", and "papers": {method: loss that the papers report}
+    weights: list | None = None
+    methods: str = "rtn,gptq,qat"  # methods to run, with commas between them
+    # seeds of batches and calibration text, with commas between them; a row of weights may have its own
+    seeds: str = "1337"
     max_iters: int | None = None  # QAT steps; None: those of finetune
-    calibrate_tokens: int = 16384  # for GPTQ
-    # what on, and where to
+    calibrate_tokens: int = 16384  # for gptq
+
+    # --- measuring and results ---
     split: str = "test"  # train, val or test
-    tokens: int | None = None  # the first so many tokens of it; None: all
-    block_size: int | None = None  # tokens a window; None: the model's own context
+    tokens: int | None = None  # number of tokens from the start of it; None: all
     protocol: str = "windows"  # "windows": every position; "paper": last position of 1,200 random windows of 64
-    out_dir: str = "out-sweep"  # runs and rows.jsonl
+    out_dir: str = "out-sweep"  # folder of the checkpoints and of rows.jsonl
     results: str = "sweep"  # written: .json, .md and .png with this name
-    left_out: str = ""  # said below the table
-    device: str = "auto"  # "auto": cuda, mps or cpu; or one of them
+    left_out: str = ""  # a note below the table
+    device: str = "auto"  # "auto", or cuda, mps or cpu
 
 
 def main(s: Settings):
-    check_minimum(s, max_iters=0, calibrate_tokens=1, tokens=2, block_size=1)
+    check_minimum(s, max_iters=0, calibrate_tokens=1, tokens=2)
     methods = [m for m in s.methods.split(",") if m]
     if unknown := [m for m in methods if m not in METHODS]:
         raise ValueError(f"methods={s.methods}: there is no {unknown[0]}, choose among {', '.join(METHODS)}")
     plan = plan_of(s, methods)
-    if eval.pick_device(s.device) == "cpu":
-        eval.keep_freed_memory()
+    if pick_device(s.device) == "cpu":
+        keep_freed_memory()
     for *_, seed in plan:
         checkpoint.require_folder(s.init_from.replace("{seed}", str(seed)))
     os.makedirs(s.out_dir, exist_ok=True)
     path = os.path.join(s.out_dir, "rows.jsonl")
     training = configure(train.Settings, [s.finetune])
     s = replace(s, max_iters=training.max_iters if s.max_iters is None else s.max_iters)
-    how = {key: getattr(s, key) for key in HOW} | {f"finetune.{key}": getattr(training, key) for key in TRAINING}
+    shared = {key: getattr(s, key) for key in SHARED}
+    shared |= {f"finetune.{key}": getattr(training, key) for key in SHARED_TRAINING}
     for row in read(path).values():
-        if other := sorted(key for key in how | row["how"] if how.get(key) != row["how"].get(key)):
-            theirs, ours = ({key: which.get(key) for key in other} for which in (row["how"], how))
-            raise ValueError(
-                f"{s.out_dir} holds rows that were measured with {theirs}, the settings say {ours}: choose another --out_dir"
-            )
+        refuse_other_settings(s, row.get("shared", {}), shared)
     for i, (method, config, papers, seed) in enumerate(plan, start=1):
         name = name_of(s, method, config, seed)
         if name in read(path):
             continue
         print(f"--- {i} of {len(plan)}: {method}, {config or 'float32'}, seed {seed}", flush=True)
-        row = {"name": name, "kind": method, "papers": papers} | measured(s, method, config, seed, name)
-        row |= {"seed": seed, "config": asdict(config) if config else None, "how": how, "provenance": provenance()}
-        append(path, row)
+        row = {"name": name, "kind": method, "papers": papers} | make_row(s, method, config, seed, name)
+        row |= {"seed": seed, "config": asdict(config) if config else None}
+        append(path, row | {"shared": shared, "provenance": provenance()})
         state = os.path.join(s.out_dir, name, checkpoint.TRAINING)
-        if os.path.exists(state):  # as large as three float models, and of no more use
+        if os.path.exists(state):  # as large as three float models, and no longer needed
             os.remove(state)
     kept = read(path)
-    rows = [kept[name_of(s, method, config, seed)] for method, config, _, seed in plan]
-    write(s, rows)
+    write(s, [kept[name_of(s, method, config, seed)] for method, config, _, seed in plan])
+
+
+def refuse_other_settings(s, kept, shared):
+    if keys := sorted(key for key in shared | kept if shared.get(key) != kept.get(key)):
+        kept, shared = ({key: settings.get(key) for key in keys} for settings in (kept, shared))
+        raise ValueError(
+            f"{s.out_dir} holds rows that were measured with {kept}, the settings say {shared}: choose another --out_dir"
+        )
 
 
 def plan_of(s, methods):
-    """(method, PoTConfig or None, papers' loss or None, seed) of every row: float models first."""
+    """(method, PoTConfig or None, the papers' loss or None, seed) of each row, float models first."""
     seeds, plan = _seeds(s.seeds), []
-    one = "{seed}" not in s.init_from  # float model: rounding it to nearest comes out the same for every seed
+    same_float = "{seed}" not in s.init_from  # then rounding to nearest gives the same for every seed
     for given in s.weights or []:
         if not isinstance(given, dict) or not isinstance(given.get("papers", {}), dict):
-            raise ValueError(
-                f"weights: {given!r} is no dict of PoTConfig's keys, with papers = {{method: loss}} perhaps"
-            )
+            raise ValueError(f"weights: {given!r} is no dict of PoTConfig's keys (and papers = {{method: loss}})")
         given = dict(given)
-        its, papers = _seeds(given.pop("seeds", s.seeds)), given.pop("papers", {})
+        row_seeds, papers = _seeds(given.pop("seeds", s.seeds)), given.pop("papers", {})
         try:
             config = PoTConfig(**given)
         except TypeError as e:
             raise ValueError(f"weights: {given}: {e}") from None
         for method in methods:
-            few = its[:1] if one and method == "rtn" else its
-            plan += [(method, config, papers.get(method), seed) for seed in few]
-        seeds += [seed for seed in its if seed not in seeds]
+            used = row_seeds[:1] if same_float and method == "rtn" else row_seeds
+            plan += [(method, config, papers.get(method), seed) for seed in used]
+        seeds += [seed for seed in row_seeds if seed not in seeds]
     if not plan:
-        raise ValueError('nothing to do: pass a config with weights = [{"bits": 4}], say')
-    controls = [("float", seed) for seed in (seeds[:1] if one else seeds)]
-    controls += [("control", seed) for seed in seeds if "qat" in methods]
-    return [(method, None, None, seed) for method, seed in controls] + plan
+        raise ValueError('nothing to do: pass a config with weights, such as [{"bits": 4}]')
+    floats = [("float", seed) for seed in (seeds[:1] if same_float else seeds)]
+    floats += [("control", seed) for seed in seeds if "qat" in methods]
+    return [(method, None, None, seed) for method, seed in floats] + plan
 
 
 def _seeds(text):
     try:
         return [int(seed) for seed in str(text).split(",")]
     except ValueError:
-        raise ValueError(f"seeds={text}: expected integers with commas between") from None
+        raise ValueError(f"seeds={text}: expected integers with commas between them") from None
 
 
 def name_of(s, method, config, seed):
-    """Of a row, and of its folder if it is trained."""
+    """Name of a row and of its folder."""
     parts = [str(config or "float"), method, f"s{seed}"]
     if method in ("qat", "control"):
         parts[1] += str(s.max_iters)
@@ -139,7 +148,7 @@ def read(path):
         for line in f:
             try:
                 row = json.loads(line)
-            except ValueError:  # of a sweep that was killed while it wrote
+            except ValueError:  # a sweep was killed while it wrote this line
                 continue
             rows[row["name"]] = row
     return rows
@@ -152,52 +161,52 @@ def append(path, row):
         f.write(b"\n" * cut + json.dumps(row).encode() + b"\n")
 
 
-def measured(s, method, config, seed, name):
-    base, device, start = s.init_from.replace("{seed}", str(seed)), eval.pick_device(s.device), time.time()
-    training = [s.finetune, f"--device={s.device}", f"--seed={seed}", f"--max_iters={s.max_iters}", "--pot=None"]
-    training += [f"--pot_{key}={value}" for key, value in (asdict(config) if config else {}).items()]
-    dataset = configure(train.Settings, training).dataset
-    folder = None
-    if method in ("qat", "control"):
-        folder = os.path.join(s.out_dir, name)
-        state = os.path.exists(os.path.join(folder, checkpoint.TRAINING))
-        training += [f"--out_dir={folder}", f"--init_from={'resume' if state else base}"]
-        if not os.path.exists(os.path.join(folder, checkpoint.MODEL)):  # else trained, and not measured yet
-            train.main(configure(train.Settings, training))
-    model, info = checkpoint.load_model(folder or base)
-    if config and not folder:
-        tokens = s.calibrate_tokens if method == "gptq" else 0
-        ptq = eval.quantize(model.to(device), config, tokens, dataset, info["tokenizer"], seed, device)
-        convert(model)
-        info |= {"method": ptq, "pot": asdict(config), "origin": base, "step": 0}
+def make_row(s, method, config, seed, name):
+    """Makes the checkpoint of a row by train.py, unless it exists, and measures it by eval.py."""
+    start, base = time.time(), s.init_from.replace("{seed}", str(seed))
+    folder = base if method == "float" else os.path.join(s.out_dir, name)
+    steps = s.max_iters if method in ("qat", "control") else 0
+    argv = [s.finetune, f"--device={s.device}", f"--seed={seed}", f"--max_iters={steps}", "--pot=None"]
+    argv += [f"--pot_{key}={value}" for key, value in (asdict(config) if config else {}).items()]
+    if not steps:
+        argv.append(f"--calibrate_tokens={s.calibrate_tokens if method == 'gptq' else 0}")
+    state = os.path.exists(os.path.join(folder, checkpoint.TRAINING))
+    argv += [f"--out_dir={folder}", f"--init_from={'resume' if state else base}"]
+    settings = configure(train.Settings, argv)
+    if method != "float" and not os.path.exists(os.path.join(folder, checkpoint.MODEL)):
+        train.main(settings)
+    model, info = checkpoint.load_model(folder)
     seconds = time.time() - start
-    how = dict(dataset=dataset, split=s.split, tokens=s.tokens, block_size=s.block_size, protocol=s.protocol, seed=seed)
-    row = eval.measure(eval.Settings(**how), model, info, folder or (None if config else base), device)
-    seen = s.calibrate_tokens if method == "gptq" else 0 if method == "rtn" else tokens_seen(info, model)
-    return row | {"tokens_seen": seen, "seconds": round(seconds, 1)}
+    measuring = EvalSettings(
+        dataset=settings.dataset, split=s.split, tokens=s.tokens, protocol=s.protocol, seed=seed
+    )  # fmt: skip
+    row = measure(measuring, convert(model), info, folder, pick_device(s.device))
+    return row | {"tokens_seen": tokens_seen(info), "seconds": round(seconds, 1)}
 
 
-def tokens_seen(info, model):
-    """In training, after the float model if it goes on from one; None if that is not known, as of GPT-2."""
-    its = info["settings"]
-    if "batch_size" not in its:
+def tokens_seen(info):
+    """Tokens of training and calibration, by a float model or after it. None if that is not known, as of GPT-2."""
+    settings = info.settings
+    if "batch_size" not in settings:
         return None
-    calibration = its["calibrate_tokens"] if info["pot"] else 0
-    step = its["batch_size"] * its["gradient_accumulation_steps"] * (its["block_size"] or model.config.block_size)
-    return info["step"] * step + calibration
+    calibration = settings["calibrate_tokens"] if info.pot else 0
+    length = settings["block_size"] or info.model_args.block_size
+    return info.step * settings["batch_size"] * settings["gradient_accumulation_steps"] * length + calibration
 
 
 def write(s, rows):
-    """The table, its JSON and its plot."""
+    """The table, its JSON and its picture."""
+    from extras.plot import draw_sweep  # here, because matplotlib takes a second to import
+
     first = rows[0]
-    measured_on = f"{first['tokens']:,} tokens in windows of {first['block_size']}"
+    amount = f"{first['tokens']:,} tokens in windows of {first['block_size']}"
     if s.protocol == "paper":
-        measured_on = "the last position of 1,200 random windows of 64"
+        amount = "the last position of 1,200 random windows of 64"
     lines = [
-        f"{first['dataset']}, {first['split']} split, {measured_on}. Above float, above control: the loss minus that of the "
-        "float model, and minus that of the float model trained on for as long as qat; where there are several seeds, the "
-        "mean of the paired differences and its 95 % interval. Tokens seen: by the float model, or after it. s: seconds of the "
-        "process that finished a row, which may have gone on from another.",
+        f"{first['dataset']}, {first['split']} split, {amount}. Above float: the loss minus that of the float model. Above "
+        "control: the loss minus that of the float model trained for as long as qat. With several seeds: mean of the paired "
+        "differences and its 95 % interval. Tokens seen: by the float model, or after it. s: seconds of the process that "
+        "finished a row; another process may have started the row.",
         "",
         "| weights | method | tokens seen | loss | perplexity | above float | above control | KL | top-1 | bits/weight | bytes | s | papers |",
         "| --- | --- " + "| ---: " * 11 + "|",
@@ -222,25 +231,25 @@ def write(s, rows):
         json.dump({"table": table, "rows": rows, **provenance()}, f, indent=1)
     with open(s.results + ".md", "w") as f:
         f.write(text)
-    plot(table, s.results + ".png")
+    draw_sweep(table, s.results + ".png")
     print(f"written to {s.results}.json, .md and .png")
 
 
 def summary(rows):
-    """One row for all seeds of one method and config."""
+    """A row for all seeds of a method and config."""
     losses = {(r["kind"], r["seed"]): r["loss"] for r in rows if r["config"] is None}
-    the_float = rows[0]["loss"]  # for seeds without one of their own: they share it
+    float_loss = rows[0]["loss"]  # for seeds that share the float model
     groups, table = {}, []
     for r in rows:
         groups.setdefault((r["kind"], r["weights"]), []).append(r)
-    for (kind, _), found in groups.items():
+    for (kind, _), members in groups.items():
         same = ("kind", "weights", "config", "steps", "tokens_seen", "bits_per_weight", "bytes", "papers")
-        t = {key: found[0][key] for key in same}
-        t["seeds"] = [r["seed"] for r in found]
+        t = {key: members[0][key] for key in same}
+        t["seeds"] = [r["seed"] for r in members]
         for key, source in (("loss", "loss"), ("kl", "kl"), ("top1", "top1_agreement"), ("seconds", "seconds")):
-            t[key] = statistics.mean(r[source] for r in found) if source in found[0] else None
-        for key, beside, has in (("above", "float", kind != "float"), ("above_control", "control", kind == "qat")):
-            above = [r["loss"] - losses.get((beside, r["seed"]), the_float) for r in found] if has else []
+            t[key] = statistics.mean(r[source] for r in members) if source in members[0] else None
+        for key, other, has in (("above", "float", kind != "float"), ("above_control", "control", kind == "qat")):
+            above = [r["loss"] - losses.get((other, r["seed"]), float_loss) for r in members] if has else []
             t[key] = statistics.mean(above) if above else None
             t[f"{key}_interval"] = None
             if len(above) > 1:
@@ -250,51 +259,7 @@ def summary(rows):
     return table
 
 
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % quantiles of t, from 2 values on
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, for all eyes
-
-
-def plot(table, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    kinds = [k for k in METHODS if any(t["kind"] == k for t in table)]
-    fig, axes = plt.subplots(
-        1, len(kinds), figsize=(4 * len(kinds), 4.5), sharey=True, squeeze=False, layout="constrained"
-    )
-    lines, size = {}, table[0]["bytes"] / table[0]["bits_per_weight"]
-    for t in table:
-        if t["config"]:
-            c = PoTConfig(**t["config"])
-            label = re.sub(r" \d bits|, range 2\^\d+", "", str(c))  # what is left is one line
-            power = f"$2^{{{c.range}}}$" if c.range else ""
-            key = "above_control" if t["kind"] == "qat" else "above"
-            point = t["bits_per_weight"], t[key], t[f"{key}_interval"] or 0.0, power
-            lines.setdefault(label, {}).setdefault(t["kind"], []).append(point)
-    for ax, kind in zip(axes[0], kinds):
-        for i, (label, found) in enumerate(lines.items()):
-            x, y, intervals, powers = zip(*sorted(found.get(kind, [(math.nan, math.nan, 0.0, "")])))
-            for a, b, power in zip(x, y, powers):
-                if power:
-                    ax.annotate(power, (a, b), (3, 4), textcoords="offset points", fontsize=7, color=COLOURS[i % 7])
-            bars = intervals if any(intervals) else None
-            style = {"fmt": "os^Dv<>p"[i % 8], "ls": "-" if len(x) > 1 else "", "ms": 5}
-            ax.errorbar(x, y, bars, color=COLOURS[i % 7], label=label, capsize=3, elinewidth=0.8, **style)
-        ax.set(
-            title={"rtn": "PTQ, nearest level", "gptq": "PTQ, GPTQ", "qat": "QAT"}[kind],
-            xlabel="bits per weight, whole file",
-        )
-        top = ax.secondary_xaxis("top", functions=(lambda bits: bits * size / 1e6, lambda mb: mb / size * 1e6))
-        top.set_xlabel("file, MB")
-        ax.axhline(0, color="black", lw=0.8, ls=":", label="float; with QAT, trained as long")
-        ax.set_yscale("symlog", linthresh=0.01)
-        ax.grid(alpha=0.3)
-    axes[0][0].set_ylabel("loss above float (nats)")
-    fig.legend(*axes[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    plt.savefig(path, dpi=120)
-    plt.close(fig)
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % quantiles of t for 2, 3, ... values
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 """
-Trains a GPT: from scratch, on from a checkpoint or from GPT-2, in float or, if a pot_ setting asks, with power-of-two
-weights (QAT).
+Makes every checkpoint: trains a GPT from scratch, fine-tunes it in float or with power-of-two weights (QAT), or only
+quantizes it (PTQ).
 
-    python train.py config/train_pydoc_char.py
-    python train.py config/finetune_pydoc_char_pot4.py
-    python train.py config/finetune_gpt2_pot4.py
-    python train.py config/train_pydoc_char.py --init_from=resume
+    python train.py config/train_pydoc_char.py                            # float, from scratch
+    python train.py config/ptq_pydoc_char_pot4.py                         # PTQ: --max_iters=0
+    python train.py config/finetune_pydoc_char_pot4.py                    # QAT
+    python train.py config/finetune_pydoc_char_pot4.py --pot=None --out_dir=out-control    # the float control
+    python train.py config/train_pydoc_char.py --init_from=resume         # go on with a run that was cut
 
-On several GPUs, or processors with gloo (each process takes batch_size sequences, so n processes take the steps of one
-with n times the batch):
+On several GPUs, or on CPU processes with gloo. Each process takes batch_size sequences, so n processes take the steps of
+one process with n times the batch:
 
     torchrun --standalone --nproc_per_node=4 train.py config/finetune_gpt2_pot4.py
 
-On two machines, the first of which answers at 10.0.0.1:
+On two machines, where the first one is reached at 10.0.0.1:
 
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train.py ...
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=1234 train.py ...
@@ -22,11 +23,12 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
 import threading
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,52 +40,65 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import dataset
-from configurator import check_minimum, provenance, run
-from eval import evaluate, keep_freed_memory, perplexity, pick_device, quantize
+from calibrate import calibrate
+from checkpoint import CheckpointInfo
+from configurator import check_minimum, run
+from machine import keep_freed_memory, peak_memory, pick_device, provenance
+from metrics import LOGITS, evaluate, perplexity
 from model import GPT, GPTConfig
-from pot import PoTConfig, convert
+from pot import PoTConfig, convert, prepare
 
 
 @dataclass
 class Settings:
-    # where from, where to
+    # --- source and destination ---
     dataset: str = "pydoc_char"  # folder under data/
-    init_from: str = "scratch"  # "scratch"; "resume": go on with out_dir; what to fine-tune: a folder, or gpt2, ...
-    out_dir: str = "out"  # written: ckpt.pt, log.jsonl, loss.png, and model.safetensors at the end
-    # model; None: the checkpoint's, or GPT-2's when from scratch
-    block_size: int | None = None  # tokens a sequence; from scratch also the model's context, else at most that
+    # "scratch"; "resume": go on with out_dir; or the model to start from: a folder, or gpt2, gpt2-medium, ...
+    init_from: str = "scratch"
+    # written: model.safetensors at the end, and in training ckpt.pt, log.jsonl and loss.png
+    out_dir: str = "out"
+
+    # --- model; None: the checkpoint's value, or GPT-2's from scratch ---
+    # tokens a sequence; from scratch also the model's context, else at most that
+    block_size: int | None = None
     n_layer: int | None = None  # transformer blocks
     n_head: int | None = None  # attention heads
     n_embd: int | None = None  # width
-    bias: bool | None = None  # in linear layers and LayerNorms
+    bias: bool | None = None  # biases in linear layers and LayerNorms
     dropout: float | None = None  # 0 is good for pretraining
-    # power-of-two weights
-    pot: PoTConfig | None = None  # any pot_ key turns QAT on; --pot=None turns it off: the float control
-    calibrate_tokens: int = 0  # with pot_ keys: start from GPTQ on so many tokens; 0: from the nearest levels
-    distill: float = 0.0  # with pot_ keys: share of the float model's predictions in the loss; the rest is the text's
-    # steps
+
+    # --- power-of-two weights ---
+    pot: PoTConfig | None = None  # any pot_ key quantizes; --pot=None turns it off: the float control
+    # with pot_ keys: tokens of the training split for GPTQ; 0: round to the nearest levels
+    calibrate_tokens: int = 0
+    # with pot_ keys: share of the float model's predictions in the loss; the rest is the text's
+    distill: float = 0.0
+
+    # --- steps ---
     max_iters: int = 5000  # optimizer steps; 0 only quantizes (PTQ)
     batch_size: int = 12  # sequences a micro-batch, in each process
     gradient_accumulation_steps: int = 1  # micro-batches a step
-    learning_rate: float = 1e-3  # highest
-    min_lr: float = 0.0  # reached at max_iters, along a cosine
+    learning_rate: float = 1e-3  # the highest
+    min_lr: float = 0.0  # the last, at the end of a cosine
     warmup_iters: int = 0  # steps of linear warm-up
     weight_decay: float = 0.1  # of matrices; biases and LayerNorms have none
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
-    grad_clip: float = 1.0  # norm; 0: no clipping
-    last_position: bool = False  # learn from the last position of a sequence alone, as the PoT papers' code does
-    seed: int = 1337  # of the initial weights, the batches and dropout
-    # progress
-    eval_interval: int = 500  # steps between validations; each one saves a checkpoint, too
-    eval_tokens: int | None = None  # validate on the first so many tokens of the split; None: on all
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    last_position: bool = False  # learn from the last position of a sequence only, as the PoT papers' code does
+    seed: int = 1337  # of initial weights, batches, calibration text and dropout
+
+    # --- progress ---
+    eval_interval: int = 500  # steps between validations; each validation saves a checkpoint
+    eval_tokens: int | None = None  # tokens of the validation split that are used; None: all
     log_interval: int = 100  # steps between lines
-    wandb_log: bool = False  # log to wandb as well
-    wandb_project: str = "nanopot"  # wandb project
-    wandb_run_name: str | None = None  # wandb run; None: out_dir
-    # machine
-    device: str = "auto"  # "auto": cuda, mps or cpu; or one of them
-    dtype: str = "auto"  # of products: bfloat16, float16, float32; "auto": on CUDA the first that it has, else float32
+    wandb_log: bool = False  # log to Weights & Biases too
+    wandb_project: str = "nanopot"  # project of wandb; a run is called like out_dir
+
+    # --- machine ---
+    device: str = "auto"  # "auto", or cuda, mps or cpu
+    # of products: bfloat16, float16 or float32; "auto": bfloat16 or float16 on CUDA, else float32
+    dtype: str = "auto"
     compile: bool = True  # torch.compile, on CUDA only
 
 
@@ -93,6 +108,20 @@ def main(s: Settings):
 
 
 def train(s: Settings, stop: "Stop"):
+    check(s)
+    with checkpoint.Lock(s.out_dir) as lock:
+        job = set_up(s, lock)
+        if job is None:
+            return
+        if s.max_iters:
+            take_steps(job, stop)
+        else:
+            job.val_loss = validate(job)
+        finish(job, lock)
+
+
+def check(s: Settings):
+    """Raises ValueError for settings that make no sense."""
     check_minimum(s, batch_size=1, gradient_accumulation_steps=1, block_size=1, eval_interval=1, log_interval=1)
     check_minimum(s, eval_tokens=2, max_iters=0, calibrate_tokens=0, seed=0, warmup_iters=0, learning_rate=0, min_lr=0)
     check_minimum(s, weight_decay=0, grad_clip=0, beta1=0, beta2=0)
@@ -101,170 +130,90 @@ def train(s: Settings, stop: "Stop"):
             raise ValueError(f"{key}={getattr(s, key)} must be below 1")
     if s.dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise ValueError(f"unknown dtype {s.dtype!r}: choose auto, bfloat16, float16 or float32")
-    if s.distill and not 0 <= s.distill <= 1:
+    if not 0 <= s.distill <= 1:
         raise ValueError(f"distill={s.distill} must be from 0 to 1")
     if s.distill and s.init_from == "scratch":
-        raise ValueError("distill asks for a float model to learn from: pass --init_from=FOLDER, or leave it out")
-    origin = provenance()  # now: the code may be another when a long run ends
+        raise ValueError("distill needs a float model to learn from: pass --init_from=FOLDER, or leave distill out")
+    if not s.max_iters and not s.pot:
+        raise ValueError("max_iters=0 only quantizes (PTQ): pass a pot_ setting such as --pot_bits=4, or take a step")
+
+
+# --- set-up ---
+
+
+@dataclass
+class Job:
+    """A training run, as one of its processes has it."""
+
+    settings: Settings
+    model: GPT
+    info: CheckpointInfo
+    data: np.ndarray  # token ids of the training split
+    val: np.ndarray  # token ids that are validated on
+    block_size: int  # tokens a sequence
+    device: str
+    rank: int  # of this process
+    world: int  # processes
+    step: int  # optimizer steps done
+    optimizer: torch.optim.Optimizer | None = None  # None for PTQ, as all that follows
+    scaler: torch.amp.GradScaler | None = None
+    autocast: object = None  # context of a forward pass
+    teacher: GPT | None = None  # the float model to distil from
+    training: torch.nn.Module | None = None  # the model, compiled and distributed
+    log: "Log | None" = None  # of the first process
+    val_loss: float = math.nan
+    seconds: float = 0.0  # in steps, since the start or the resume
+    first_step: int = 0  # step at the start or the resume
+
+
+def set_up(s: Settings, lock: checkpoint.Lock) -> Job | None:
+    """Everything before the first step. None if the run is finished already."""
+    origin = provenance()  # first, because the code may change before a long run ends
     rank, world, device = start_processes(s.device)
-    cuda = device.startswith("cuda")
     if device == "cpu":
         keep_freed_memory()
-    lock = checkpoint.Lock(s.out_dir) if rank == 0 and os.path.isdir(s.out_dir) else None  # before it is read
+    if rank == 0 and os.path.isdir(s.out_dir):
+        lock.acquire()  # before reading the folder
     data, meta = dataset.load(os.path.join("data", s.dataset), "train")
     val, _ = dataset.load(os.path.join("data", s.dataset), "val")
-
-    # --- model ---
     torch.manual_seed(s.seed)
-    model, info, state = build(s, meta, device)
-    model.to(device).train()
+    model, info, state = build(s, meta)
     block_size = model.config.block_size if s.block_size is None else s.block_size
     for split, ids in (("train", data), ("val", val)):
         if len(ids) <= block_size:
             raise ValueError(
-                f"data/{s.dataset}/{split}.bin holds {len(ids)} tokens, a context of {block_size} needs more: lower block_size"
+                f"data/{s.dataset}/{split}.bin holds {len(ids)} tokens, a context of {block_size} needs more: lower "
+                "block_size"
             )
-    optimizer = make_optimizer(model, s, device)
-    teacher = None
-    if s.pot and s.distill:  # a float control stays a control
-        if not info["origin"]:
-            raise ValueError(
-                f"distill={s.distill}: this model comes from no float model to learn from: leave distill out"
-            )
-        teacher = checkpoint.load_model(info["origin"])[0].to(device)
-    dtype = s.dtype
-    if dtype == "auto":
-        dtype = "float32" if not cuda else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    kind_of_device = torch.device(device).type
-    autocast = nullcontext() if dtype == "float32" else torch.autocast(kind_of_device, getattr(torch, dtype))
-    scaler = torch.amp.GradScaler(kind_of_device, enabled=dtype == "float16")
-    step = info["step"]
-    if state is not None:
-        load_optimizer(optimizer, scaler, state)
-        del state
-    if step == s.max_iters and os.path.exists(os.path.join(s.out_dir, checkpoint.MODEL)):
+    if s.pot and s.distill and not info.origin:
+        raise ValueError(f"distill={s.distill}: this model comes from no float model to learn from: leave distill out")
+    if info.step == s.max_iters and os.path.exists(os.path.join(s.out_dir, checkpoint.MODEL)):
         if rank == 0:
-            print(f"{s.out_dir}/ is finished: step {step} of {s.max_iters}")
-        return
-    kind = f"QAT, {PoTConfig(**info['pot'])}" if info["pot"] else "float"
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    where = f"{device} x {world}" if world > 1 else device
-    if world > 1:
-        dist.barrier()  # no process may still be looking at a folder that the first one writes to
-    log = None
+            print(f"{s.out_dir}/ is finished: step {info.step} of {s.max_iters}")
+        return None
     if rank == 0:
-        print(
-            f"{kind}: {millions:.2f} M parameters on {where}, step {step} to {s.max_iters}, {s.dataset}, to {s.out_dir}/"
-        )
-        log = Log(s, step, lock)
-
-    training = torch.compile(model) if s.compile and cuda else model
+        kind = f"{'QAT' if s.max_iters else 'PTQ'}, {s.pot}" if s.pot else "float"
+        place = f"{device} x {world}" if world > 1 else device
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        steps = f"step {info.step} to {s.max_iters}, " if s.max_iters else ""
+        print(f"{kind}: {millions:.2f} M parameters on {place}, {steps}{s.dataset}, to {s.out_dir}/", flush=True)
+    model.to(device)
+    if s.pot and state is None:
+        method = quantize(model, s, data, device, quiet=rank > 0)
+        info.pot, info.method = s.pot, "QAT" if s.max_iters else method
+    info.provenance = {k: v for k, v in origin.items() if k != "command"}
+    job = Job(s, model.train(), info, data, val[: s.eval_tokens], block_size, device, rank, world, info.step)
+    if s.max_iters:
+        prepare_steps(job, state)
     if world > 1:
-        training = DistributedDataParallel(training, [device] if cuda else None)
-    tokens_a_step = s.batch_size * s.gradient_accumulation_steps * block_size * world
-    resumed_at, start, losses = step, time.time(), []
-
-    def save():
-        info["step"] = step
-        states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        checkpoint.save_training(s.out_dir, model, info, **states)
-
-    # --- steps ---
-    while True:
-        if stop.asked(world) and step < s.max_iters:
-            check_losses(losses, step, s.out_dir)
-            if rank == 0 and step > resumed_at:
-                save()
-                print(f"stopped at step {step}, which {s.out_dir}/ keeps: --init_from=resume goes on", flush=True)
-            if world > 1:
-                dist.destroy_process_group()
-            sys.exit(128 + stop.signal)
-        if rank == 0 and (step == s.max_iters or step % s.eval_interval == 0 and step > resumed_at):
-            paused = time.time()
-            val_loss = evaluate(model, val[: s.eval_tokens], device, block_size=block_size)["loss"]
-            check_finite("validation loss", val_loss, step, s.out_dir)
-            log(f"step {step}/{s.max_iters}  validation loss {val_loss:.4f}", step=step, val_loss=val_loss)
-            save()
-            start += time.time() - paused
-        if step >= s.max_iters:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, s)
-        # Dropout is drawn from (seed, step, process) alone, as the batches are: a resumed run goes on with the same.
-        torch.manual_seed(int(np.random.SeedSequence([s.seed, step, rank]).generate_state(1)[0]))
-        x, y = batch(data, block_size, s, step, rank, world)
-        loss, micro_batches = 0.0, list(zip(x.split(s.batch_size), y.split(s.batch_size)))
-        for i, (xi, yi) in enumerate(micro_batches):
-            together = world == 1 or i == len(micro_batches) - 1  # gradients are exchanged once a step
-            with nullcontext() if together else training.no_sync():
-                xi, yi = xi.to(device), yi.to(device)
-                with autocast:
-                    if teacher is None:
-                        micro_loss = training(xi, yi)[1]
-                    else:
-                        with torch.no_grad():  # both losses in one: a cross entropy is linear in its target
-                            soft = teacher(xi, last=s.last_position).flatten(0, 1).float().softmax(-1).mul_(s.distill)
-                            true = yi[:, -1] if s.last_position else yi.flatten()
-                            soft[torch.arange(len(true), device=device), true] += 1 - s.distill
-                        logits = training(xi, last=s.last_position)
-                        micro_loss = F.cross_entropy(logits.flatten(0, 1).float(), soft)
-                    micro_loss = micro_loss / s.gradient_accumulation_steps
-                scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
-        scaler.unscale_(optimizer)
-        if s.grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        losses.append(loss)
-        step += 1
-        if step % s.log_interval == 0 or step == s.max_iters:
-            check_losses(losses, step, s.out_dir)
-            mean = torch.stack(losses).mean()
-            losses.clear()
-            if world > 1:
-                dist.all_reduce(mean)
-            mean = mean.item() / world
-            if rank > 0:
-                continue
-            speed = (step - resumed_at) / (time.time() - start)
-            left = f"{(s.max_iters - step) / speed:.0f} s left"
-            log(
-                f"step {step}/{s.max_iters}  loss {mean:.4f}  {speed * tokens_a_step:,.0f} tokens/s  {left}",
-                step=step, loss=mean, lr=learning_rate(step - 1, s), tokens_per_s=round(speed * tokens_a_step),
-            )  # fmt: skip
-
-    # --- what is left behind ---
-    seconds = time.time() - start
-    if world > 1:
-        dist.destroy_process_group()
-    if rank > 0:
-        return
-    peak = peak_memory(device)
-    if info["pot"]:
-        convert(model)
-    # Nothing of where it lies: the same run elsewhere, or one that was cut, leaves the same bytes.
-    info["settings"] = {k: v for k, v in info["settings"].items() if k not in ("out_dir", "init_from")}
-    info |= {"val_loss": val_loss, "provenance": {k: v for k, v in origin.items() if k != "command"}}
-    size = checkpoint.save_model(s.out_dir, model, info)
-    rows = {
-        "validation loss": f"{val_loss:.4f}",
-        "perplexity": f"{perplexity(val_loss):.2f}",
-        "steps, tokens": f"{step}, {step * tokens_a_step:,}",
-        "training time": f"{seconds:.0f} s, {seconds / max(1, step - resumed_at):.2f} s a step",
-        "peak memory": f"{peak / 2**20:,.0f} MiB",
-        f"{s.out_dir}/model.safetensors": f"{size:,} bytes, {'packed' if info['pot'] else 'float'}",
-        f"{s.out_dir}/ckpt.pt": "the state to resume or fine-tune from",
-    }
-    for name, value in rows.items():
-        print(f"{name:<{max(map(len, rows))}}  {value}")
-    log(None, step=step, seconds=round(seconds, 2), steps=step - resumed_at, peak_bytes=peak)
-    log.finish(rows)
+        dist.barrier()  # no process may still read the folder that the first process writes to
+    if rank == 0 and s.max_iters:
+        job.log = Log(s, info.step, lock)
+    return job
 
 
 def start_processes(device):
-    """(number of this process, how many there are, its device): torchrun says so in the environment."""
+    """(rank of this process, number of processes, device of this process). torchrun sets the environment."""
     keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if not all(key in os.environ for key in keys):
         return 0, 1, pick_device(device)
@@ -274,21 +223,282 @@ def start_processes(device):
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     backend = "nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first one validates
+    dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first process validates
     return rank, world, device
 
 
+def build(s: Settings, meta: dict) -> tuple[GPT, CheckpointInfo, checkpoint.TrainingState | None]:
+    """The model that the run starts from, on the CPU; what it is; and the training state of a resumed run.
+
+    The model is float, but that of a resumed QAT run is prepared.
+    """
+    shape = {k: getattr(s, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "bias", "dropout")}
+    given = {k: v for k, v in shape.items() if v is not None}
+    if s.init_from != "resume":
+        refuse_checkpoint(s.out_dir)
+    if s.init_from == "scratch":
+        model = GPT(GPTConfig(vocab_size=dataset.vocab_size(meta), **given))
+        return model, CheckpointInfo(meta, "float", model.config, settings=asdict(s)), None
+
+    state = None
+    if s.init_from == "resume":
+        folder, state = s.out_dir, checkpoint.load_training(s.out_dir)
+        model, source = checkpoint.model_of(state), state.info
+    else:
+        folder = s.init_from
+        model, source = checkpoint.load_float(folder)
+    dataset.check_vocabulary(folder, source.tokenizer, s.dataset, meta)
+    for key, value in given.items():
+        model_value = getattr(model.config, key)
+        if key == "block_size" and value > model_value:
+            raise ValueError(f"block_size={value} is more than the context of {folder}, {model_value}: lower it")
+        if key not in ("block_size", "dropout") and model_value != value:
+            raise ValueError(f"{key}={value}, but {folder} was trained with {key}={model_value}: leave {key} out")
+    if s.dropout is not None:
+        model.set_dropout(s.dropout)
+    info = CheckpointInfo(meta, source.method, model.config, source.pot, source.origin, source.step, asdict(s))
+    if state is None:
+        # The float model to compare with: the source, or the model that the source itself comes from.
+        origin = source.origin if source.pot else folder
+        return model, replace(info, method="float control", pot=None, origin=origin, step=0), None
+    if source.pot != s.pot:
+        raise ValueError(
+            f"{folder} was trained with {source.pot or 'float weights'}, the settings ask for {s.pot or 'float weights'}: "
+            "resume with the same"
+        )
+    if source.step > s.max_iters:
+        raise ValueError(f"{folder} is at step {source.step} already: max_iters={s.max_iters} must be at least that")
+    return model, info, state
+
+
+def refuse_checkpoint(folder):
+    if checkpoint.exists(folder):
+        raise ValueError(
+            f"{folder} holds a checkpoint already: --init_from=resume goes on with it; else choose another --out_dir"
+        )
+
+
+def quantize(model: GPT, s: Settings, data: np.ndarray, device: str, quiet: bool = False) -> str:
+    """Prepares a float model in place, and calibrates it by GPTQ on random windows of data if calibrate_tokens asks for
+    it. Returns the name of the method."""
+    prepare(model, s.pot)
+    if not s.calibrate_tokens:
+        return "PTQ"
+    start = time.time()
+    length = min(model.config.block_size, len(data), s.calibrate_tokens)
+    x = dataset.random_windows(data, length, max(1, s.calibrate_tokens // length), s.seed)
+    batches = x.to(device).split(max(1, LOGITS // (length * model.config.vocab_size)))
+
+    def progress(done, total):
+        seconds = time.time() - start
+        line = f"GPTQ on {x.numel():,} tokens of {s.dataset}: {done}/{total} sets of layers, "
+        if not quiet and done == total:
+            print(f"{line}{seconds:.0f} s", file=sys.stderr)
+        elif not quiet and sys.stderr.isatty():
+            print(f"{line}{seconds * (total - done) / done:.0f} s left  ", end="\r", file=sys.stderr)
+
+    errors = calibrate(model, batches, progress).values()
+    if not quiet:
+        before, after = (statistics.mean(e) for e in zip(*errors))
+        print(f"GPTQ: mean relative output error of the layers {before:.5f} -> {after:.5f}", flush=True)
+    return f"PTQ, GPTQ on {x.numel():,} tokens"
+
+
+def prepare_steps(job: Job, state: checkpoint.TrainingState | None):
+    """What steps need: optimizer, scaler, precision, teacher, and the compiled or distributed model."""
+    s, device = job.settings, job.device
+    cuda = device.startswith("cuda")
+    job.optimizer = make_optimizer(job.model, s, device)
+    if s.pot and s.distill:  # the float control learns from the text
+        job.teacher = checkpoint.load_model(job.info.origin)[0].to(device)
+    dtype = s.dtype
+    if dtype == "auto":
+        dtype = "float32" if not cuda else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    kind = torch.device(device).type
+    job.autocast = nullcontext() if dtype == "float32" else torch.autocast(kind, getattr(torch, dtype))
+    job.scaler = torch.amp.GradScaler(kind, enabled=dtype == "float16")
+    if state is not None:
+        load_optimizer(job.optimizer, job.scaler, state)
+    job.training = torch.compile(job.model) if s.compile and cuda else job.model
+    if job.world > 1:
+        job.training = DistributedDataParallel(job.training, [device] if cuda else None)
+    job.first_step = job.step
+
+
+def make_optimizer(model, s, device):
+    """AdamW with weight decay for matrices only."""
+    params = list(model.parameters())
+    groups = [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": s.weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=device != "mps")
+
+
+def load_optimizer(optimizer, scaler, state: checkpoint.TrainingState):
+    """Takes moments and step counts from a training state. Everything else stays as the settings say.
+
+    Raises ValueError for a state that does not fit, because the fused step would write beyond it.
+    """
+    options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state.optimizer)
+        for group, values in zip(optimizer.param_groups, options):
+            group.update(values)
+        for p, moments in optimizer.state.items():
+            kinds = {name: (t.shape, t.dtype, t.is_sparse, t.is_contiguous()) for name, t in moments.items()}
+            shapes = {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+            if kinds != {name: (shape, torch.float32, False, True) for name, shape in shapes.items()}:
+                raise ValueError(f"moments of other shapes or kinds for a weight of {tuple(p.shape)}")
+        if state.scaler:
+            scaler.load_state_dict(state.scaler)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError, NotImplementedError) as e:
+        raise ValueError(f"the optimizer's state in this checkpoint is damaged ({e!r}): start a new run") from None
+
+
+# --- steps ---
+
+
+def take_steps(job: Job, stop: "Stop"):
+    """Optimizer steps up to max_iters, with validation, saving and progress in between."""
+    s, losses = job.settings, []
+    while True:
+        if stop.asked(job.world) and job.step < s.max_iters:
+            stop_early(job, losses, stop)
+        due = job.step == s.max_iters or job.step % s.eval_interval == 0 and job.step > job.first_step
+        if job.rank == 0 and due:
+            job.val_loss = validate(job)
+            check_finite("validation loss", job.val_loss, job.step, s.out_dir)
+            line = f"step {job.step}/{s.max_iters}  validation loss {job.val_loss:.4f}"
+            job.log(line, step=job.step, val_loss=job.val_loss)
+            save(job)
+        if job.step >= s.max_iters:
+            break
+        start = time.time()
+        losses.append(take_step(job))
+        job.step += 1
+        if job.step % s.log_interval == 0 or job.step == s.max_iters:
+            check_losses(losses, job.step, s.out_dir)
+            mean = torch.stack(losses).mean()
+            losses.clear()
+            if job.world > 1:
+                dist.all_reduce(mean)
+            mean = mean.item() / job.world
+        job.seconds += time.time() - start
+        if job.rank == 0 and not losses:
+            log_progress(job, mean)
+
+
+def take_step(job: Job) -> torch.Tensor:
+    """One optimizer step. Returns its mean loss in this process."""
+    s = job.settings
+    for group in job.optimizer.param_groups:
+        group["lr"] = learning_rate(job.step, s)
+    # Dropout depends on (seed, step, rank) only, as the batches do, so a resumed run goes on with the same numbers.
+    torch.manual_seed(int(np.random.SeedSequence([s.seed, job.step, job.rank]).generate_state(1)[0]))
+    x, y = batch(job.data, job.block_size, s, job.step, job.rank, job.world)
+    loss, micro_batches = 0.0, list(zip(x.split(s.batch_size), y.split(s.batch_size)))
+    for i, (xi, yi) in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1
+        with nullcontext() if job.world == 1 or last else job.training.no_sync():  # exchange gradients once a step
+            with job.autocast:
+                micro_loss = loss_of(job, xi.to(job.device), yi.to(job.device)) / s.gradient_accumulation_steps
+            job.scaler.scale(micro_loss).backward()
+        loss += micro_loss.detach()
+    job.scaler.unscale_(job.optimizer)
+    if s.grad_clip:
+        torch.nn.utils.clip_grad_norm_(job.model.parameters(), s.grad_clip)
+    job.scaler.step(job.optimizer)
+    job.scaler.update()
+    job.optimizer.zero_grad()
+    return loss
+
+
+def loss_of(job: Job, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Mean loss in nats of x, y (B, T): the cross entropy with the text, mixed with that with the teacher's predictions."""
+    s = job.settings
+    if job.teacher is None:
+        return job.training(x, y)[1]
+    with torch.no_grad():  # a cross entropy is linear in its target, so one target serves both losses
+        target = job.teacher(x, last=s.last_position).flatten(0, 1).float().softmax(-1).mul_(s.distill)
+        text = y[:, -1] if s.last_position else y.flatten()
+        target[torch.arange(len(text), device=x.device), text] += 1 - s.distill
+    logits = job.training(x, last=s.last_position)
+    return F.cross_entropy(logits.flatten(0, 1).float(), target)
+
+
+def learning_rate(step, s):
+    """Linear warm-up, then a cosine to min_lr at max_iters."""
+    if step < s.warmup_iters:
+        return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
+    progress = (step - s.warmup_iters) / max(1, s.max_iters - s.warmup_iters)
+    return s.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (s.learning_rate - s.min_lr)
+
+
+def batch(data, block_size, s, step, rank=0, world=1):
+    """(x, y) of a step in one of `world` processes: (batch_size * gradient_accumulation_steps, block_size) int64 each.
+
+    It depends on (seed, step) only: a resumed run goes on with the batches of a run in one piece, and QAT and its float
+    control see the same batches. A y of -100 is no target.
+    """
+    count = s.batch_size * s.gradient_accumulation_steps
+    places = np.random.default_rng([s.seed, step]).integers(len(data) - block_size, size=count * world)
+    places = places[rank * count : (rank + 1) * count]
+    rows = torch.from_numpy(np.stack([data[i : i + block_size + 1] for i in places]).astype(np.int64))
+    x, y = rows[:, :-1], rows[:, 1:].clone()
+    if s.last_position:
+        y[:, :-1] = -100
+    return x, y
+
+
+def validate(job: Job) -> float:
+    return evaluate(job.model, job.val, job.device, block_size=job.block_size)["loss"]
+
+
+def save(job: Job):
+    job.info.step = job.step
+    checkpoint.save_training(
+        job.settings.out_dir, job.model, job.info, job.optimizer.state_dict(), job.scaler.state_dict()
+    )
+
+
+def log_progress(job: Job, loss: float):
+    s = job.settings
+    speed = (job.step - job.first_step) / job.seconds
+    rate = speed * tokens_a_step(job)
+    left = f"{(s.max_iters - job.step) / speed:.0f} s left"
+    line = f"step {job.step}/{s.max_iters}  loss {loss:.4f}  {rate:,.0f} tokens/s  {left}"
+    job.log(line, step=job.step, loss=loss, lr=learning_rate(job.step - 1, s), tokens_per_s=round(rate))
+
+
+def tokens_a_step(job: Job) -> int:
+    s = job.settings
+    return s.batch_size * s.gradient_accumulation_steps * job.block_size * job.world
+
+
+def stop_early(job: Job, losses, stop: "Stop"):
+    """Saves the run and ends the process, because a signal asks for it."""
+    check_losses(losses, job.step, job.settings.out_dir)
+    if job.rank == 0 and job.step > job.first_step:
+        save(job)
+        folder = job.settings.out_dir
+        print(f"stopped at step {job.step}, which {folder}/ keeps: --init_from=resume goes on", flush=True)
+    if job.world > 1:
+        dist.destroy_process_group()
+    sys.exit(128 + stop.signal)
+
+
 class Stop:
-    """Notes that SIGINT (Ctrl-C) or SIGTERM asks to stop, for the end of a step. A second one ends the process at once."""
+    """Notes SIGINT (Ctrl-C) and SIGTERM, so that a run stops at the end of a step. A second signal ends it at once."""
 
     def __enter__(self):
-        self.signal, self.before = 0, {}
-        if threading.current_thread() is threading.main_thread():  # nowhere else may signals be handled
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.signal, self.handlers = 0, {}
+        if threading.current_thread() is threading.main_thread():  # only there may signals be handled
+            self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
     def _note(self, number, frame):
@@ -303,144 +513,56 @@ class Stop:
         return self.signal > 0
 
 
-def peak_memory(device):
-    """Most bytes of the GPU's memory that tensors took, or of the machine's that the process took."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def check_finite(what, value, step, out_dir):
+def check_finite(name, value, step, out_dir):
     if not math.isfinite(value):
         kept = "keeps the last checkpoint" if checkpoint.exists(out_dir) else "holds no checkpoint yet"
         raise ValueError(
-            f"the {what} is {value} at step {step}: try a lower learning_rate or more warmup_iters; {out_dir}/ {kept}"
+            f"the {name} is {value} at step {step}: try a lower learning_rate or more warmup_iters; {out_dir}/ {kept}"
         )
 
 
 def check_losses(losses, step, out_dir):
-    """Raises ValueError for the first of the steps before `step` whose loss is not finite."""
+    """Raises ValueError for the first loss that is not finite. The last one belongs to the step before `step`."""
     for i, loss in enumerate(torch.stack(losses).tolist() if losses else []):
         check_finite("loss", loss, step - len(losses) + i + 1, out_dir)
 
 
-def build(s: Settings, meta, device):
-    """(model, info to store with it, training state or None) for init_from scratch, resume or a folder."""
-    shape = {k: getattr(s, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "bias", "dropout")}
-    given = {k: v for k, v in shape.items() if v is not None}
-    info = {"tokenizer": meta, "pot": None, "origin": None, "step": 0, "settings": asdict(s)}
-    if s.init_from != "resume":
+# --- finish ---
+
+
+def finish(job: Job, lock: checkpoint.Lock):
+    """Writes the finished model, prints the table, and draws the losses."""
+    s, info = job.settings, job.info
+    if job.world > 1:
+        dist.destroy_process_group()
+    if job.rank > 0:
+        return
+    peak = peak_memory(job.device)
+    if info.pot:
+        convert(job.model)
+    if not s.max_iters:  # training did so before its first step
+        lock.acquire()
         refuse_checkpoint(s.out_dir)
-    if s.init_from == "scratch":
-        model = GPT(GPTConfig(vocab_size=dataset.vocab_size(meta), **given))
-        return quantized(model, s, info | {"method": "float"}, device)
-
-    state = None
-    if s.init_from == "resume":
-        state = checkpoint.load_training(s.out_dir)
-        model, found = checkpoint.model_of(state), state["info"]
-    else:
-        model, found = checkpoint.load_float(s.init_from)
-    folder = s.out_dir if state else s.init_from
-    dataset.check_vocabulary(folder, found["tokenizer"], s.dataset, meta)
-    for key, value in given.items():
-        its = getattr(model.config, key)
-        if key == "block_size" and value > its:
-            raise ValueError(f"block_size={value} is more than the context of {folder}, {its}: lower it")
-        if key not in ("block_size", "dropout") and its != value:
-            raise ValueError(f"{key}={value}, but {folder} was trained with {key}={its}: leave {key} out")
-    if s.dropout is not None:
-        model.set_dropout(s.dropout)
-    if state is None:
-        # The float model to compare with: this one, or the one that it came from itself.
-        info |= {"method": "float control", "origin": found["origin"] if found["pot"] else folder}
-        return quantized(model, s, info, device)
-
-    pot = PoTConfig(**found["pot"]) if found["pot"] else None
-    if pot != s.pot:
-        raise ValueError(
-            f"{folder} was trained with {pot or 'float weights'}, the settings ask for {s.pot or 'float weights'}: "
-            "resume with the same"
-        )
-    if found["step"] > s.max_iters:
-        raise ValueError(f"{folder} is at step {found['step']} already: max_iters={s.max_iters} must be at least that")
-    kept = {key: found[key] for key in ("pot", "origin", "step", "method")}
-    if found["method"].startswith("PTQ") and s.max_iters:
-        kept["method"] = "QAT"
-    return model, info | kept, state
-
-
-def refuse_checkpoint(folder):
-    if checkpoint.exists(folder):
-        raise ValueError(
-            f"{folder} holds a checkpoint already: --init_from=resume goes on with it; else choose another --out_dir"
-        )
-
-
-def quantized(model, s, info, device):
-    """The model as it starts to train, prepared if the settings ask for it."""
-    if s.pot:
-        ptq = quantize(model.to(device), s.pot, s.calibrate_tokens, s.dataset, info["tokenizer"], s.seed, device)
-        info |= {"pot": asdict(s.pot), "method": "QAT" if s.max_iters else ptq}
-    return model, info, None
-
-
-def make_optimizer(model, s, device):
-    """AdamW; weight decay for matrices alone."""
-    params = list(model.parameters())
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": s.weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=device != "mps")
-
-
-def load_optimizer(optimizer, scaler, state):
-    """Takes over moments and step counts of a training state; all else stays as the settings say. Raises ValueError for
-    what does not fit: the fused step would write beyond it."""
-    now = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(state["optimizer"])
-        for group, its in zip(optimizer.param_groups, now):
-            group.update(its)
-        for p, its in optimizer.state.items():
-            found = {name: (t.shape, t.dtype, t.is_sparse, t.is_contiguous()) for name, t in its.items()}
-            shapes = {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-            if found != {name: (shape, torch.float32, False, True) for name, shape in shapes.items()}:
-                raise ValueError(f"moments of other shapes or kinds for a weight of {tuple(p.shape)}")
-        if state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError, NotImplementedError) as e:
-        raise ValueError(f"the optimizer's state in this checkpoint is damaged ({e!r}): start anew") from None
-
-
-def learning_rate(step, s):
-    """Linear warm-up, then a cosine to min_lr at max_iters."""
-    if step < s.warmup_iters:
-        return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
-    progress = (step - s.warmup_iters) / max(1, s.max_iters - s.warmup_iters)
-    return s.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (s.learning_rate - s.min_lr)
-
-
-def batch(data, block_size, s, step, rank=0, world=1):
-    """(x, y) of one step in one of `world` processes: (batch_size * gradient_accumulation_steps, block_size) int64 each.
-
-    Drawn from (seed, step) alone: a resumed run goes on with the batches of one that was not cut, and QAT and its float
-    control see the same. A y of -100 is no target.
-    """
-    count = s.batch_size * s.gradient_accumulation_steps
-    places = np.random.default_rng([s.seed, step]).integers(len(data) - block_size, size=count * world)
-    places = places[rank * count : (rank + 1) * count]
-    rows = torch.from_numpy(np.stack([data[i : i + block_size + 1] for i in places]).astype(np.int64))
-    x, y = rows[:, :-1], rows[:, 1:].clone()
-    if s.last_position:
-        y[:, :-1] = -100
-    return x, y
+    # Without the folder names, the same run elsewhere, or a run that was cut, leaves the same bytes.
+    settings = {k: v for k, v in info.settings.items() if k not in ("out_dir", "init_from")}
+    info = replace(info, step=job.step, settings=settings, val_loss=job.val_loss)
+    size = checkpoint.save_model(s.out_dir, job.model, info)
+    rows = {"method": info.method} if not s.max_iters else {}
+    rows |= {"validation loss": f"{job.val_loss:.4f}", "perplexity": f"{perplexity(job.val_loss):.2f}"}
+    if s.max_iters:
+        per_step = job.seconds / max(1, job.step - job.first_step)
+        rows["steps, tokens"] = f"{job.step}, {job.step * tokens_a_step(job):,}"
+        rows["training time"] = f"{job.seconds:.0f} s, {per_step:.2f} s a step"
+    rows["peak memory"] = f"{peak / 2**20:,.0f} MiB"
+    rows[f"{s.out_dir}/model.safetensors"] = f"{size:,} bytes, {'packed' if info.pot else 'float'}"
+    if s.max_iters:
+        rows[f"{s.out_dir}/ckpt.pt"] = "the state to resume or fine-tune from"
+    for name, value in rows.items():
+        print(f"{name:<{max(map(len, rows))}}  {value}")
+    if job.log:
+        steps = job.step - job.first_step
+        job.log(None, step=job.step, seconds=round(job.seconds, 2), steps=steps, peak_bytes=peak)
+        job.log.finish(rows)
 
 
 class Log:
@@ -448,13 +570,12 @@ class Log:
 
     def __init__(self, s, step, lock):
         self.wandb, resumed = start_wandb(s) if s.wandb_log else None, s.init_from == "resume"
-        self.lock = lock or checkpoint.Lock(s.out_dir)  # as long as this object lives, and before anything is written
+        lock.acquire()
         if not resumed:
-            refuse_checkpoint(s.out_dir)  # another run may have been quicker
-        self.folder, self.path, self.entries = s.out_dir, os.path.join(s.out_dir, "log.jsonl"), []
+            refuse_checkpoint(s.out_dir)  # another run may have been faster
+        self.folder, self.path, self.entries = s.out_dir, os.path.join(s.out_dir, checkpoint.LOG), []
         if resumed and os.path.exists(self.path):
-            with open(self.path) as f:
-                self.entries = [e for e in map(_entry, f) if e and e["step"] <= step]  # what came after happens again
+            self.entries = [e for e in checkpoint.read_log(s.out_dir) if e["step"] <= step]  # later steps happen again
         lines = "".join(json.dumps(e) + "\n" for e in self.entries)
         checkpoint.write(self.path, lambda tmp: Path(tmp).write_text(lines))
 
@@ -471,20 +592,9 @@ class Log:
             self.wandb.log(entry, step=entry["step"])
 
     def finish(self, rows):
-        import matplotlib
+        from extras.plot import draw_training  # here, because matplotlib takes a second to import
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        _, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-        for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o--")):
-            points = [(e["step"], e[key]) for e in self.entries if key in e]
-            if points:
-                ax.plot(*zip(*points), style, label=label, markersize=4)
-        ax.set(xlabel="step", ylabel="loss (nats)", title=self.folder)
-        ax.legend()
-        checkpoint.write(os.path.join(self.folder, "loss.png"), lambda tmp: plt.savefig(tmp, format="png", dpi=120))
-        plt.close()
+        draw_training(self.entries, self.folder, os.path.join(self.folder, "loss.png"))
         if self.wandb:
             import wandb
 
@@ -496,19 +606,12 @@ def start_wandb(s):
     try:
         import wandb
 
-        return wandb.init(project=s.wandb_project, name=s.wandb_run_name or s.out_dir, config=asdict(s))
-    except Exception as e:  # ImportError, or one of wandb's own
+        return wandb.init(project=s.wandb_project, name=s.out_dir, config=asdict(s))
+    except Exception as e:  # ImportError, or an error of wandb
         raise ValueError(
             f"cannot log to wandb ({type(e).__name__}): `pip install wandb` and `wandb login`, or set WANDB_MODE=offline, "
             "or leave --wandb_log out"
         ) from None
-
-
-def _entry(line):
-    try:
-        return json.loads(line)
-    except ValueError:  # the last line of a run that was killed
-        return None
 
 
 if __name__ == "__main__":

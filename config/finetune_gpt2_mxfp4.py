@@ -1,6 +1,9 @@
-# QAT for llama.cpp: GPT-2 (124M) with weights that MXFP4 holds without loss: two neighbouring powers of two a weight, groups of
-# 32, scales that are powers of two themselves. Then: python extras/export.py --ckpt out-gpt2-mxfp4 --out gpt2-mxfp4.gguf
-# Needs and takes what config/finetune_gpt2_pot4.py does, of which this is a variant.
+# QAT of GPT-2 (124M) for llama.cpp: weights that the format MXFP4 holds without loss. A weight has two terms (a power
+# of two, or a power of two and its half), groups have 32 weights, and scales are powers of two.
+# Run:   python train.py config/finetune_gpt2_mxfp4.py
+# Then:  python extras/export.py --ckpt out-gpt2-mxfp4 --out gpt2-mxfp4.gguf
+# Needs and takes the same as config/finetune_gpt2_pot4.py. Gives: out-gpt2-mxfp4.
+# Not run on GPT-2's own weights.
 init_from = "gpt2"
 out_dir = "out-gpt2-mxfp4"
 dataset = "openwebtext"

@@ -1,11 +1,15 @@
-# QAT: fine-tunes GPT-2 (124M) with 4-bit power-of-two weights, embeddings included, in groups of 64, from GPTQ's codes and
-# towards the float model's predictions: its text was like this one, and vastly more, so there is little left to learn from it.
-# Needs: `python data/openwebtext/prepare.py` and GPT-2 from the hub; a folder instead: --init_from=FOLDER.
-# Gives: out-gpt2-pot4/model.safetensors, packed, 66.5 MB for 498 MB, and ckpt.pt to go on from.
-# Takes: 500 steps of 24,576 tokens, about 2.8 minutes a step on 2 cores, a fifth of them for the float model's predictions.
-# Sequences of 64 tokens, as the papers'. For longer texts: --block_size=1024 --batch_size=4 --gradient_accumulation_steps=6
-# The float control, on the same batches: --pot=None --out_dir=out-gpt2-control
-# Not run here as it stands: shorter, on a model of this shape with random weights (README).
+# QAT of GPT-2 (124M) with 4-bit power-of-two weights in groups of 64, embeddings included. It starts from GPTQ's
+# codes and learns the float model's predictions instead of the text: GPT-2 has seen far more text of this kind than
+# we can show it.
+# Run:   python train.py config/finetune_gpt2_pot4.py
+# Also:  --init_from=FOLDER takes GPT-2 from a folder. Sequences have 64 tokens, as in the papers; for longer ones
+#        pass --block_size=1024 --batch_size=4 --gradient_accumulation_steps=6
+#        The float control, trained on the same batches: --pot=None --out_dir=out-gpt2-control
+# Needs: `python data/openwebtext/prepare.py`, and GPT-2 from the Hugging Face hub or in a folder.
+# Gives: out-gpt2-pot4 with model.safetensors (packed, 66.6 MB instead of 498 MB) and ckpt.pt (to resume).
+# Takes: 500 steps of 24,576 tokens. On 2 cores a step takes about 2.8 minutes, so all of them about a day; a fifth of
+#        that time goes to the float model's predictions. Estimated from short runs.
+# Not run on GPT-2's own weights, only for some steps on random weights of its shape.
 init_from = "gpt2"
 out_dir = "out-gpt2-pot4"
 dataset = "openwebtext"

@@ -1,7 +1,10 @@
-# QAT: goes on from config/train_pydoc_char.py with 4-bit power-of-two weights, embeddings included, from GPTQ's codes.
-# It learns from the text (distill = 0): the float model is not done with it, as its control shows.
-# About a minute on 2 cores. The float control, trained on the same batches: --pot=None --out_dir=out-pydoc-char-control
-# PTQ is QAT with no steps: --max_iters=0 --out_dir=out-pydoc-char-ptq
+# QAT of the demo's character model with 4-bit power-of-two weights in groups of 64, embeddings included. It starts
+# from GPTQ's codes and learns from the text alone (distill = 0): the float model still improves on this text, as its
+# control shows.
+# Run:   python train.py config/finetune_pydoc_char_pot4.py
+# Also:  the float control, trained on the same batches: --pot=None --out_dir=out-pydoc-char-control
+#        PTQ, without training: config/ptq_pydoc_char_pot4.py
+# Needs: `python train.py config/train_pydoc_char.py`. Gives: out-pydoc-char-pot4. Takes: about a minute on 2 cores.
 init_from = "out-pydoc-char"
 out_dir = "out-pydoc-char-pot4"
 dataset = "pydoc_char"

@@ -1,6 +1,10 @@
-# QAT: goes on from config/train_webtext.py with 4-bit power-of-two weights, embeddings included, from GPTQ's codes and
-# towards the float model's predictions: its own text, at a higher rate than it ended with, makes the float model itself worse.
-# The float control, trained on the same batches: --pot=None --out_dir=out-webtext-control
+# QAT of the small web-text model with 4-bit power-of-two weights in groups of 64, embeddings included. It starts from
+# GPTQ's codes and learns the float model's predictions instead of the text: more training on the text, at a higher
+# learning rate than the last one of the float training, makes the float model itself worse.
+# Run:   python train.py config/finetune_webtext_pot4.py
+# Also:  the float control, trained on the same batches: --pot=None --out_dir=out-webtext-control
+# Needs: `python train.py config/train_webtext.py`. Gives: out-webtext-pot4.
+# Takes: about 9 minutes of one free core. Pass --dtype=float32 if the processor has no bfloat16 products.
 init_from = "out-webtext"
 out_dir = "out-webtext-pot4"
 dataset = "webtext"

@@ -1,10 +1,14 @@
-# The QAT of arXiv 2601.02298 as its code does it, for its row "[-2^7, 2^7], 4 bits" (perplexity 111 at 2^5, 30.47 at 2^7,
-# by its own count): its quantizer with one scale a tensor that follows the weights' range, head quantized and embeddings
-# in float, context 64, batch 12 x 32, the loss of the last position alone, AdamW, weight decay 0.1, clip 1.0, 500 steps.
-# Its 17 levels take 5 bits, not the 4 that the paper says; its range 2^5 is --pot_bits=4 --pot_range=5.
-# Learning rate: the code's 5e-5; the text says 0.5e-5. Not known: AdamW's betas (nanoGPT's here) and any schedule (none).
-# Needs: as finetune_gpt2_pot4.py. Gives: out-gpt2-paper. Then: python eval.py --ckpt=out-gpt2-paper --protocol=paper
-# Takes: as finetune_gpt2_pot4.py. Not run here: it takes GPT-2's weights.
+# The papers' own QAT of GPT-2 (124M), as the code of arXiv 2601.02298 does it, for the row [-2^7, 2^7] (perplexity
+# 30.47 by the paper's count): its quantizer with one scale per tensor that follows the range of the weights, the head
+# quantized, embeddings in float, context 64, batch 12 x 32, the loss of the last position alone, AdamW with weight
+# decay 0.1, gradient norm clipped at 1.0, 500 steps.
+# The quantizer has 17 levels here, which take 5 bits; the paper says 4. Range 2^5: --pot_bits=4 --pot_range=5
+# Learning rate: 5e-5 as in the code; the paper's text says 0.5e-5. Unknown: AdamW's betas (here nanoGPT's) and the
+# schedule (here constant).
+# Run:   python train.py config/paper_gpt2_pot4.py
+# Then:  python eval.py --ckpt=gpt2,out-gpt2-paper --dataset=openwebtext --protocol=paper
+# Needs and takes the same as config/finetune_gpt2_pot4.py, without the time for the float model's predictions.
+# Gives: out-gpt2-paper. Not run on GPT-2's own weights.
 init_from = "gpt2"
 out_dir = "out-gpt2-paper"
 dataset = "openwebtext"

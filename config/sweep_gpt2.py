@@ -1,7 +1,12 @@
-# The papers' sweep over ranges on GPT-2 (124M) and OpenWebText: their own quantizer, our grids and uniform weights, by PTQ
-# (nearest level, GPTQ) and by QAT beside a float control. Not run here, as GPT-2's weights were not to be had.
-# Needs: `python data/openwebtext/prepare.py` and GPT-2 from the hub, or --init_from=FOLDER. A GPU: 31 runs of 500 steps, one of them the float control.
-# Gives: results/sweep_gpt2.md, .json and .png. The papers' own QAT: --finetune=config/paper_gpt2_pot4.py --out_dir=out-sweep-gpt2-papers
+# The papers' sweep over ranges on GPT-2 (124M) and OpenWebText, for sweep.py: their quantizer, our grids and uniform
+# weights, by PTQ (nearest level, GPTQ) and by QAT, with a float control.
+# Run:   python sweep.py config/sweep_gpt2.py
+# Also:  the papers' own QAT: --finetune=config/paper_gpt2_pot4.py --out_dir=out-sweep-gpt2-papers
+#        --results=results/sweep_gpt2_papers
+# Needs: `python data/openwebtext/prepare.py`, GPT-2 from the Hugging Face hub or --init_from=FOLDER, and a GPU: it
+#        trains 31 runs of 500 steps, the float control included.
+# Gives: results/sweep_gpt2.md, .json and .png.
+# Not run: we have no access to GPT-2's weights.
 init_from = "gpt2"
 finetune = "config/finetune_gpt2_pot4.py"
 protocol = "paper"
@@ -9,7 +14,7 @@ out_dir = "out-sweep-gpt2"
 results = "results/sweep_gpt2"
 
 _both = ("tensor", "group")
-_papers = {  # losses of 2506.00315 (PTQ at 5 and 6 bits) and 2601.02298 (all others); 3.167 in float
+_papers = {  # losses from 2506.00315 (PTQ at 5 and 6 bits) and 2601.02298 (all others); the float model has 3.167
     3: {"rtn": "9.01", "qat": "7.42"},
     5: {"rtn": "8.76", "qat": "4.71"},
     7: {"rtn": "4.5", "qat": "3.417"},
@@ -27,7 +32,7 @@ weights += [
     for r, bits in {3: 3, 5: 4, 7: 4, 15: 5, 20: 6, 30: 6}.items()
 ]
 weights += [{"terms": 2, "granularity": g} for g in _both]
-_uniform = {6: {"rtn": "7.7"}, 8: {"rtn": "3.329"}}  # 2506.00315, ranges 2^5 and 2^7
+_uniform = {6: {"rtn": "7.7"}, 8: {"rtn": "3.329"}}  # from 2506.00315, ranges 2^5 and 2^7
 weights += [
     {"grid": "uniform", "bits": bits, "granularity": g} | ({"papers": _uniform.get(bits, {})} if g == "tensor" else {})
     for g in _both

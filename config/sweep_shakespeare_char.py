@@ -1,7 +1,9 @@
-# The papers' sweep over ranges on tiny Shakespeare by characters: their own quantizer, our grids and uniform weights, by PTQ
-# (nearest level, GPTQ) and by QAT beside a float control.
+# The papers' sweep over ranges on tiny Shakespeare, for sweep.py: their quantizer, our grids and uniform weights, by
+# PTQ (nearest level, GPTQ) and by QAT, with a float control.
+# Run:   python sweep.py config/sweep_shakespeare_char.py
 # Needs: `python data/shakespeare_char/prepare.py` and `python train.py config/train_shakespeare_char.py`.
-# Gives: results/sweep_shakespeare_char.md, .json and .png. 31 kinds of weights, 3 to 4 minutes each on 2 cores.
+# Gives: results/sweep_shakespeare_char.md, .json and .png.
+# Takes: 31 kinds of weights, 3 to 4 minutes each on 2 cores.
 init_from = "out-shakespeare-char"
 finetune = "config/finetune_shakespeare_char_pot4.py"
 max_iters = 1000
@@ -9,8 +11,8 @@ out_dir = "out-sweep-shakespeare-char"
 results = "results/sweep_shakespeare_char"
 
 _both = ("tensor", "group")  # the papers' granularity, and groups of 64
-# The papers' grid has 2R + 3 levels, so other bits than the papers say; R = 4 is their "[-16, 16], 11 levels".
-_papers = {3: {"qat": "1.682"}, 4: {"rtn": "1.89"}}  # validation loss; of QAT after 22,500 - 15,000 steps
+# The papers' grid has 2R + 3 levels, so it takes other bits than the papers say. R = 4: their "[-16, 16], 11 levels".
+_papers = {3: {"qat": "1.682"}, 4: {"rtn": "1.89"}}  # validation loss; QAT after 22,500 - 15,000 steps
 weights = [
     {"grid": "paper", "bits": bits, "range": r, "granularity": "tensor", "scale": "absmax", "eps": 2.0**-12}
     | {"papers": _papers.get(r, {})}

@@ -1,5 +1,6 @@
-# The papers' character GPT (0.8 M parameters) in float, on Python's own documentation.
-# Needs `python data/pydoc_char/prepare.py`. About 2 minutes on 2 cores.
+# Trains the papers' character GPT (0.8 M parameters) in float on Python's own documentation.
+# Run:   python train.py config/train_pydoc_char.py
+# Needs: `python data/pydoc_char/prepare.py`. Gives: out-pydoc-char. Takes: about 2 minutes on 2 cores.
 out_dir = "out-pydoc-char"
 dataset = "pydoc_char"
 

@@ -1,5 +1,6 @@
-# The papers' character GPT (0.8 M parameters) in float, on tiny Shakespeare, 15,000 iterations as theirs.
-# Needs `python data/shakespeare_char/prepare.py`. Some minutes on 2 cores.
+# Trains the papers' character GPT (0.8 M parameters) in float on tiny Shakespeare, for 15,000 steps as in the papers.
+# Run:   python train.py config/train_shakespeare_char.py
+# Needs: `python data/shakespeare_char/prepare.py`. Gives: out-shakespeare-char. Takes: some minutes on 2 cores.
 out_dir = "out-shakespeare-char"
 dataset = "shakespeare_char"
 

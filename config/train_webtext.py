@@ -1,6 +1,8 @@
-# A small GPT on GPT-2's byte pairs, from nothing: 17.7 M parameters, of which 12.9 M are the token table, 8 M tokens of web
-# text. It writes English sentences and no sense. On 2 cores with AMX about 1 h 20 min; --dtype=float32 where the processor
-# has no bfloat16 products.
+# Trains a small GPT with GPT-2's tokenizer from scratch: 17.7 M parameters, 12.9 M of them in the token table, on 8 M
+# tokens of web text. It writes English sentences without sense.
+# Run:   python train.py config/train_webtext.py
+# Needs: `python data/webtext/prepare.py`. Gives: out-webtext.
+# Takes: about 1 h 20 min on 2 cores with AMX. Pass --dtype=float32 if the processor has no bfloat16 products.
 dataset = "webtext"
 out_dir = "out-webtext"
 n_layer, n_head, n_embd, block_size, bias, dropout = 6, 4, 256, 256, False, 0.0

@@ -16,20 +16,21 @@ ROOT = Path(__file__).parent.parent
 STAND_IN = str(ROOT / "tests" / "stand_in")
 sys.path[:0] = [STAND_IN, str(ROOT)]
 torch.set_num_threads(2)
-os.environ["NANOPOT_KERNEL"] = "off"  # test_kernel.py alone has it: it adds up in another order
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test waits for a network
+os.environ["NANOPOT_KERNEL"] = "off"  # only test_kernel.py uses the kernel, because it sums in another order
+os.environ["HF_HUB_OFFLINE"] = "1"  # set before huggingface_hub is imported, so that no test waits for a network
 
 
 @pytest.fixture(scope="session")
 def house(tmp_path_factory):
-    """A copy of the scripts, to run commands in, beside a small character data set, `tiny`, a small OpenWebText, and
-    `gpt2`, a small GPT-2 in Hugging Face's format: a folder of that name goes before the hub."""
+    """A folder to run commands in: a copy of the scripts, a small character data set `tiny`, a small OpenWebText, and a small
+    GPT-2 in Hugging Face's format in `gpt2`. A folder of that name takes precedence over the hub."""
     import dataset
 
     folder = tmp_path_factory.mktemp("house")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
-    shutil.copytree(ROOT / "config", folder / "config", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("config", "extras", "pot_kernel"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "data" / "tiny").mkdir(parents=True)
     (folder / "data" / "tiny" / "prepare.py").touch()
     gpt2(vocab_size=50257, n_positions=96).save_pretrained(folder / "gpt2")
@@ -43,7 +44,7 @@ def house(tmp_path_factory):
 
 
 def gpt2(**config):
-    """A small GPT-2 of transformers', every tensor random."""
+    """A small GPT-2 of transformers, with random tensors."""
     import transformers
 
     torch.manual_seed(0)
@@ -55,11 +56,11 @@ def gpt2(**config):
 
 
 def anonymous(setup, code, **env):
-    """Memory in bytes, that of mapped files left out, which code adds in a process of its own after setup."""
+    """Bytes of memory, without mapped files, that `code` takes in a new process after `setup`."""
     if not os.path.exists("/proc/self/status"):
-        pytest.skip("Linux alone tells what memory is a file's")
-    read = "int(next(s for s in open('/proc/self/status') if s.startswith('RssAnon')).split()[1]) * 1024"
-    script = "\n".join([setup, f"before = {read}", code, f"print({read} - before)"])
+        pytest.skip("only Linux separates the memory of mapped files")
+    read = "machine.process_memory('RssAnon')"
+    script = "\n".join(["import machine", setup, f"before = {read}", code, f"print({read} - before)"])
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""} | env
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, env=env)
     assert not done.returncode, done.stderr
@@ -71,10 +72,10 @@ TINY = "--dataset=tiny --n_layer=2 --n_head=2 --n_embd=64 --block_size=32 --batc
 
 @pytest.fixture(scope="session")
 def sh(house):
-    """sh("train.py --key=value", ok=True) -> its returncode, stdout and stderr.
+    """sh("train.py --key=value", ok=True) -> returncode, stdout and stderr.
 
-    The script runs here, in house, as importing torch anew takes longer than most of them; as a process of its own if
-    process=True, or if variables of the environment are given.
+    The script runs in this process, in the folder house, because importing torch takes longer than most scripts. It runs in
+    a new process if process=True or if environment variables are given.
     """
 
     def run(command, ok=True, process=False, **env):
@@ -93,7 +94,7 @@ def sh(house):
 def _run_here(argv, folder):
     import configurator
 
-    script, code = importlib.import_module(argv[0].removesuffix(".py")), 0
+    script, code = importlib.import_module(argv[0].removesuffix(".py").replace("/", ".")), 0
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(io.StringIO()) as out,
@@ -110,14 +111,14 @@ def _run_here(argv, folder):
 
 @pytest.fixture(scope="session")
 def float_run(sh):
-    """Folder of a float model trained for 30 steps."""
+    """Folder of a float model that was trained for 30 steps."""
     sh(f"train.py {TINY} --max_iters=30 --out_dir=out-float")
     return "out-float"
 
 
 @pytest.fixture(scope="session")
 def qat_run(sh, float_run):
-    """Folder of a model fine-tuned from float_run at 4 bits."""
+    """Folder of a model that was fine-tuned from float_run at 4 bits."""
     sh(
         f"train.py --dataset=tiny --init_from={float_run} --out_dir=out-qat --pot_bits=4 --max_iters=20 --batch_size=4 --eval_interval=10"
     )

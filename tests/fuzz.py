@@ -1,7 +1,7 @@
 """
-Damages packed files and checkpoints at random and loads them: each must be refused in one clear line, or be a model that
-runs, and whose optimizer steps. Every crash, hang, other exception or hunger for memory ends the run with the seed that
-repeats it.
+Damages packed files and checkpoints at random and loads them. Each is either refused with one clear line, or gives a model
+that runs and an optimizer that steps. A crash, a hang, another exception or too much memory ends the run and prints the seed
+that repeats it.
 
     python tests/fuzz.py --packed=5000 --checkpoints=1000 --seed=0
 """
@@ -15,22 +15,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import checkpoint
+import machine
 from configurator import run
 from model import GPT, GPTConfig
 from pot import PoTConfig, prepare, quantize_
 from train import Settings as TrainSettings
 from train import load_optimizer, make_optimizer
 
-CHUNK = 250  # mutations a process
-SECONDS = 20  # that one may take at most; the slowest here takes a tenth of one
-MEMORY = 16 << 20  # that one may take beyond twice the file: the interpreter's own, and what a forward pass takes
+CHUNK = 250  # mutations per process
+SECONDS = 20  # most time for a mutation; the slowest here takes 0.1 s
+MEMORY = 16 << 20  # most memory beyond twice the file: for the interpreter and a forward pass
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Settings:
     packed: int = 5000  # mutations of model.safetensors
     checkpoints: int = 1000  # mutations of ckpt.pt
     seed: int = 0
-    worker: str | None = None  # set by the script itself: the folder to work in
+    worker: str | None = None  # the script sets it for its workers: the folder to work in
 
 
 def main(s: Settings):
@@ -60,30 +61,30 @@ def main(s: Settings):
                 last = done.stdout.splitlines()[-1:] or ["nothing"]
                 if done.returncode:
                     raise ValueError(f"{kind}: exit {done.returncode} at {last[0]}: {done.stderr[-3000:]}")
-                for what, count in json.loads(last[0]).items():
-                    counts[what] = counts.get(what, 0) + count
+                for outcome, count in json.loads(last[0]).items():
+                    counts[outcome] = counts.get(outcome, 0) + count
                 print(f"{kind} {start + n} of {total}: {counts}", flush=True)
 
 
 def make(folder):
-    """The files to damage: packed ones of two kinds, a float one of 11 MB, and a QAT checkpoint."""
+    """Writes the files to damage: two packed models, a float model of 11 MB, and a QAT checkpoint."""
     torch.manual_seed(0)
     shape = GPTConfig(block_size=16, vocab_size=20, n_layer=2, n_head=2, n_embd=64)
     large = GPTConfig(block_size=16, vocab_size=5000, n_layer=2, n_head=2, n_embd=256)
     chars = "".join(map(chr, range(97, 117)))
-    info = {"tokenizer": {"tokenizer": "char", "chars": chars}, "method": "QAT", "pot": None, "origin": None, "step": 3}
-    info["settings"] = {"dataset": "tiny", "seed": 1}
+    tokenizer, settings = {"tokenizer": "char", "chars": chars}, {"dataset": "tiny", "seed": 1}
+    info = checkpoint.CheckpointInfo(tokenizer, "QAT", shape, step=3, settings=settings)
     for name, config in (("a", PoTConfig()), ("b", PoTConfig(bits=3, granularity="channel")), ("c", None)):
         model = GPT(shape if config else large)
         packed = copy.deepcopy(model) if config is None else quantize_(copy.deepcopy(model), config)
-        checkpoint.save_model(os.path.join(folder, name), packed, info)
+        checkpoint.save_model(os.path.join(folder, name), packed, replace(info, model_args=model.config))
     model = GPT(shape)
     prepare(model, PoTConfig())
     optimizer = make_optimizer(model, TrainSettings(), "cpu")
     model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))[1].backward()
     optimizer.step()
-    info["pot"] = PoTConfig().__dict__
-    checkpoint.save_training(os.path.join(folder, "d"), model, info, optimizer=optimizer.state_dict(), scaler={})
+    info = replace(info, pot=PoTConfig())
+    checkpoint.save_training(os.path.join(folder, "d"), model, info, optimizer.state_dict(), scaler={})
 
 
 def work(s):
@@ -100,7 +101,7 @@ def work(s):
         how = r.choice(PACKED if kind == "packed" else CHECKPOINTS)
         Path(path).write_bytes(how(r, data))
         print(f"seed {seed}, {how.__name__}", flush=True)
-        before, start = memory("VmRSS", reset=True), time.time()
+        before, start = reset_peak(), time.time()
         try:
             model = load(folder, kind)
         except (ValueError, OSError) as e:
@@ -111,7 +112,7 @@ def work(s):
                 model(torch.zeros(1, 5, dtype=torch.long))
             counts["loaded"] += 1
         assert time.time() - start < SECONDS, "too slow"
-        grown = memory("VmHWM") - before
+        grown = (machine.process_memory("VmHWM") or 0) - before
         assert grown < 2 * len(data) + MEMORY, f"{grown} bytes of memory for {len(data)}"
         assert not os.path.exists("/tmp/nanopot-fuzz-was-here"), "code ran"
     print(json.dumps(counts))
@@ -129,14 +130,12 @@ def load(folder, kind):
     return model
 
 
-def memory(what, reset=False):
-    """Bytes that the process takes (VmRSS), or has taken at most since the last reset (VmHWM); 0 where Linux is not."""
+def reset_peak():
+    """Resets the peak memory of this process. Returns its memory now in bytes; 0 where Linux is not."""
     if not os.path.exists("/proc/self/clear_refs"):
         return 0
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
-    return int(line.split()[1]) * 1024
+    Path("/proc/self/clear_refs").write_text("5")
+    return machine.process_memory("VmRSS")
 
 
 def flip(r, data):
@@ -151,34 +150,12 @@ def cut(r, data):
 
 
 def strange(r):
-    return r.choice(
-        [
-            None,
-            True,
-            -1,
-            0,
-            1,
-            3,
-            2**31,
-            10**9,
-            10**18,
-            -(10**18),
-            1e300,
-            0.5,
-            "",
-            "x",
-            "load",
-            "int8",
-            [],
-            [1],
-            {},
-            {"a": 1},
-        ]
-    )
+    numbers = [-1, 0, 1, 3, 2**31, 10**9, 10**18, -(10**18), 1e300, 0.5]
+    return r.choice([None, True, *numbers, "", "x", "load", "int8", [], [1], {}, {"a": 1}])
 
 
 def one_leaf(r, value):
-    """value with one part of it replaced, removed or doubled."""
+    """value with a part replaced, removed or doubled."""
     if isinstance(value, dict) and value and r.random() < 0.9:
         key = r.choice(list(value))
         if r.random() < 0.1:
@@ -190,29 +167,18 @@ def one_leaf(r, value):
         i = r.randrange(len(value))
         return value[:i] + [one_leaf(r, value[i])] + value[i + 1 :]
     if isinstance(value, torch.Tensor):
-        return r.choice(
-            [
-                value.flatten()[:-1],
-                value.int(),
-                value.double(),
-                value * torch.nan,
-                -value,
-                value.flatten(),
-                value[None],
-                value.as_strided(value.shape, [0] * value.dim()),
-                value.flatten()[:1].expand(10**9),
-                7,
-            ]
-        )
+        changed = [value.flatten()[:-1], value.int(), value.double(), value * torch.nan, -value, value.flatten()]
+        changed += [value[None], value.as_strided(value.shape, [0] * value.dim()), value.flatten()[:1].expand(10**9)]
+        return r.choice([*changed, 7])
     return strange(r)
 
 
 def header(r, data):
     """safetensors' own header: shapes, dtypes, offsets, names."""
     (n,) = struct.unpack("<Q", data[:8])
-    found = json.loads(data[8 : 8 + n])
-    key = r.choice([k for k in found if k != "__metadata__"])
-    text = json.dumps(found | {key: one_leaf(r, found[key])}).encode()
+    fields = json.loads(data[8 : 8 + n])
+    key = r.choice([k for k in fields if k != "__metadata__"])
+    text = json.dumps(fields | {key: one_leaf(r, fields[key])}).encode()
     if r.random() < 0.1:
         return struct.pack("<Q", r.choice((0, n + 1, 2**40, 2**63))) + data[8:]
     return struct.pack("<Q", len(text)) + text + data[8 + n :]
@@ -220,21 +186,21 @@ def header(r, data):
 
 def metadata(r, data):
     (n,) = struct.unpack("<Q", data[:8])
-    found = json.loads(data[8 : 8 + n])
-    info = json.loads(found["__metadata__"]["nanopot"])
+    fields = json.loads(data[8 : 8 + n])
+    info = json.loads(fields["__metadata__"]["nanopot"])
     part = r.choice(["packed", "model_args", None])
     info = one_leaf(r, info) if part is None else info | {part: one_leaf(r, info[part])}
-    found["__metadata__"]["nanopot"] = json.dumps(info)
-    text = json.dumps(found).encode()
+    fields["__metadata__"]["nanopot"] = json.dumps(info)
+    text = json.dumps(fields).encode()
     return struct.pack("<Q", len(text)) + text + data[8 + n :]
 
 
 def scales(r, data):
-    """A scale, or whatever tensor, that is no number."""
+    """A scale, or a value of another tensor, that is no number."""
     (n,) = struct.unpack("<Q", data[:8])
-    found, data = json.loads(data[8 : 8 + n]), bytearray(data)
-    keys = [k for k in found if k.endswith("scale")] or [k for k in found if k != "__metadata__"]
-    start, end = found[r.choice(keys)]["data_offsets"]
+    fields, data = json.loads(data[8 : 8 + n]), bytearray(data)
+    keys = [k for k in fields if k.endswith("scale")] or [k for k in fields if k != "__metadata__"]
+    start, end = fields[r.choice(keys)]["data_offsets"]
     at = 8 + n + r.randrange(start, end - 3) // 2 * 2
     data[at : at + 2] = r.choice((b"\x00\x7e", b"\x00\x7c", b"\x00\xfc", b"\x00\x00", b"\x01\x80"))
     return bytes(data)
@@ -248,15 +214,15 @@ class Evil:
 def state(r, data):
     import io
 
-    found = torch.load(io.BytesIO(data), weights_only=True)
+    content = torch.load(io.BytesIO(data), weights_only=True)
     part = r.choice(["model", "info", "info", "optimizer", None])
-    found = one_leaf(r, found) if part is None else found | {part: one_leaf(r, found[part])}
+    content = one_leaf(r, content) if part is None else content | {part: one_leaf(r, content[part])}
     if r.random() < 0.1:
-        found = {"model": Evil(), "info": found}
+        content = {"model": Evil(), "info": content}
     out, bomb = io.BytesIO(), r.random() < 0.05
     if bomb:
-        found["padding"] = torch.zeros(64 << 20, dtype=torch.uint8)
-    torch.save(found, out)
+        content["padding"] = torch.zeros(64 << 20, dtype=torch.uint8)
+    torch.save(content, out)
     return deflated(out.getvalue()) if bomb else out.getvalue()
 
 

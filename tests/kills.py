@@ -1,7 +1,7 @@
 """
-Kills a training run (kill -9) at random moments, as it starts, trains and ends, again and again, and resumes it: no folder
-is ever left that does not go on, or whose finished model is not that of its step, and at the end stand the weights, to the
-bit, of a run that nobody killed.
+Kills a training run (kill -9) again and again at random moments, while it starts, trains and ends, and resumes it. Every
+folder can go on, and its finished model belongs to the step of its checkpoint. At the end the weights equal, to the bit, those
+of a run that was never killed.
 
     python tests/kills.py --kills=100
 """
@@ -38,24 +38,15 @@ def main(s: Settings):
         os.makedirs(f"{folder}/data/tiny")
         text = "the quick brown fox jumps over the lazy dog, and then he sleeps for a while.\n" * 40
         dataset.write_chars(f"{folder}/data/tiny", {"train": text, "val": text[:300], "test": text[:300]})
-        command = [
-            sys.executable,
-            str(ROOT / "train.py"),
-            "--dataset=tiny",
-            "--eval_interval=2",
-        ]
+        command = [sys.executable, str(ROOT / "train.py"), "--dataset=tiny", "--eval_interval=2", "--dropout=0.1"]
         command += "--n_layer=1 --n_head=1 --n_embd=64 --block_size=16 --batch_size=2 --log_interval=100".split()
-        command += [
-            "--dropout=0.1",
-            "--learning_rate=1e-3",
-            "--min_lr=1e-3",
-        ]  # the same, however many steps there will be
+        command += ["--learning_rate=1e-3", "--min_lr=1e-3"]  # a constant rate does not depend on max_iters
         cut = os.path.join(folder, "cut")
         n = step = 0
         while n < s.kills:
             start = ["--init_from=resume"] if os.path.exists(os.path.join(cut, checkpoint.TRAINING)) else []
             phase = r.choice(("start", "training", "training", "end", "end"))
-            # Of a run that may end, the last save and the finished model are what there is to interrupt.
+            # A run that may end is interrupted in its last save or while it writes the finished model.
             steps = f"--max_iters={step + r.randrange(1, 5) if phase == 'end' else 10**6}"
             process = subprocess.Popen(
                 [*command, steps, f"--out_dir={cut}", *start],
@@ -70,7 +61,7 @@ def main(s: Settings):
             n += status != 0
             if checkpoint.exists(cut):
                 step, finished = (f(cut) for f in (checkpoint.load_training, checkpoint.load_model))
-                step, finished = step["info"]["step"], finished[1]["step"]
+                step, finished = step.info.step, finished[1].step
                 if step != finished:
                     raise ValueError(f"kill {n}: the finished model is of step {finished}, the checkpoint of {step}")
             print(f"kill {n} of {s.kills}: {phase}, step {step}" + ", ended before" * (status == 0), flush=True)
@@ -80,7 +71,7 @@ def main(s: Settings):
             subprocess.run(
                 [*command, *left, f"--out_dir={out}", *start], cwd=folder, stdout=subprocess.PIPE, check=True
             )
-        a, b = (checkpoint.load_training(out)["model"] for out in (cut, whole))
+        a, b = (checkpoint.load_training(out).model for out in (cut, whole))
         different = [name for name in a if not torch.equal(a[name], b[name])]
         print(
             f"{s.kills} kills, {step} steps: the weights are {'NOT ' if different else ''}those of a run in one piece"

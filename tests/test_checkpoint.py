@@ -2,6 +2,7 @@ import copy
 import io
 import json
 import warnings
+from dataclasses import replace
 
 import huggingface_hub.constants
 import pytest
@@ -14,19 +15,14 @@ import checkpoint
 from model import GPT, GPTConfig
 from pot import PoTConfig, convert, prepare, quantize_
 
-INFO = {
-    "tokenizer": {"tokenizer": "char", "chars": "abc"},
-    "method": "float",
-    "pot": None,
-    "origin": None,
-    "step": 7,
-    "settings": {"init_from": "scratch", "dataset": "tiny", "seed": 1},
-}
+SHAPE = GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=64)
+SETTINGS = {"init_from": "scratch", "dataset": "tiny", "seed": 1}
+INFO = checkpoint.CheckpointInfo({"tokenizer": "char", "chars": "abc"}, "float", SHAPE, step=7, settings=SETTINGS)
 
 
 def gpt():
     torch.manual_seed(0)
-    return GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=64)).eval()
+    return GPT(SHAPE).eval()
 
 
 X = torch.arange(16)[None]
@@ -36,23 +32,21 @@ X = torch.arange(16)[None]
     "pot", [None, PoTConfig(), PoTConfig(bits=5, range=7, grid="paper", granularity="tensor", scale="absmax")], ids=str
 )
 def test_roundtrip_of_both_files(tmp_path, pot):
-    folder, model, info = str(tmp_path), gpt(), dict(INFO)
+    folder, model, info = str(tmp_path), gpt(), INFO
     if pot:
-        from dataclasses import asdict
-
         prepare(model, pot)
-        info |= {"pot": asdict(pot), "method": "QAT"}
+        info = replace(info, pot=pot, method="QAT")
     y = model(X)
     checkpoint.save_training(folder, model, info, optimizer={}, scaler={})
     loaded, found = checkpoint.load_model(folder)
-    assert torch.equal(loaded(X), y) and found["step"] == 7
+    assert torch.equal(loaded(X), y) and found == info
     assert loaded.lm_head.weight is loaded.transformer.wte.weight and not loaded.training
     floats = checkpoint.model_of(checkpoint.load_training(folder), quantized=False)
     assert torch.equal(floats(X), gpt()(X))
     size = checkpoint.save_model(folder, convert(model), info)
     assert size == (tmp_path / "model.safetensors").stat().st_size == checkpoint.file_size(folder, model, info)
     loaded, found = checkpoint.load_model(folder)
-    assert torch.equal(loaded(X), y) and found["pot"] == info["pot"]
+    assert torch.equal(loaded(X), y) and found == info
     checkpoint.save_training(folder, gpt(), info, optimizer={}, scaler={})
     assert not (tmp_path / "model.safetensors").exists()  # it would be older than the training state
     assert not list(tmp_path.glob("*.tmp"))
@@ -171,7 +165,8 @@ def test_a_flipped_code_is_loaded_as_that_weight(tmp_path, packed):
 def test_loading_copies_no_weights(tmp_path):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=50000, n_layer=1, n_head=2, n_embd=512))
-    size = checkpoint.save_model(str(tmp_path), quantize_(model, PoTConfig(scale="absmax")), INFO)
+    info = replace(INFO, model_args=model.config)
+    size = checkpoint.save_model(str(tmp_path), quantize_(model, PoTConfig(scale="absmax")), info)
     assert size > 15e6
     load = f"m, _ = checkpoint.load_model({str(tmp_path)!r})"
     assert anonymous("import checkpoint", load) < 5e6  # nor does it import torch's compiler, 70 MB
@@ -197,15 +192,21 @@ def test_loaded_weights_can_be_written_to(tmp_path, packed):
     assert not again(X).any() and torch.equal(checkpoint.load_model(str(tmp_path))[0](X), y)
 
 
-def test_info_that_lacks_something_is_refused(tmp_path):
-    for key in INFO:
-        info = {k: v for k, v in INFO.items() if k != key}
-        checkpoint.save_training(str(tmp_path), gpt(), info, optimizer={}, scaler={})
-        with pytest.raises(ValueError, match="no nanoPoT checkpoint"):
-            checkpoint.load_model(str(tmp_path))
-        checkpoint.save_model(str(tmp_path), gpt(), info)
-        with pytest.raises(ValueError, match="not of nanoPoT"):
-            checkpoint.load_model(str(tmp_path))
+def test_info_that_lacks_or_garbles_something_is_refused(tmp_path, monkeypatch):
+    complete = INFO.to_dict()
+    assert set(complete) == {"tokenizer", "method", "model_args", "pot", "origin", "step", "settings"}
+    for key in complete:
+        broken = [{k: v for k, v in complete.items() if k != key}, complete | {key: 0.5}]
+        wrong = [{"settings": {}}, {"model_args": {"n_layer": "two"}}, {"pot": {"bits": 9}}]
+        broken += [complete | part for part in wrong]
+        for info in broken:
+            monkeypatch.setattr(checkpoint.CheckpointInfo, "to_dict", lambda self, info=info: info)
+            checkpoint.save_training(str(tmp_path), gpt(), INFO, optimizer={}, scaler={})
+            with pytest.raises(ValueError, match="no nanoPoT checkpoint"):
+                checkpoint.load_model(str(tmp_path))
+            checkpoint.save_model(str(tmp_path), gpt(), INFO)
+            with pytest.raises(ValueError, match="not of nanoPoT"):
+                checkpoint.load_model(str(tmp_path))
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
@@ -233,7 +234,7 @@ def test_more_than_the_file_holds(tmp_path):
     for name in ("transformer.wte.weight", "lm_head.weight"):
         state["model"][name] = torch.zeros(1).expand(state["model"][name].shape)
     torch.save(state, path)
-    with pytest.raises(ValueError, match="more than there is of it"):
+    with pytest.raises(ValueError, match="more elements than its storage"):
         checkpoint.load_model(str(tmp_path))
 
 
@@ -274,7 +275,7 @@ def test_gpt2_of_transformers(tmp_path, theirs, form):
     with torch.no_grad():
         a, b = model(x), reference.float()(x).logits
     assert (a - b).abs().max() <= 1e-4 * b.abs().max()
-    assert info["tokenizer"] == {"tokenizer": "gpt2"} and not model.training
+    assert info.tokenizer == {"tokenizer": "gpt2"} and not model.training
     assert model.lm_head.weight is model.transformer.wte.weight
     size = checkpoint.file_size(folder, model, info)
     assert size == 4 * sum(p.numel() for p in model.parameters())

@@ -1,4 +1,6 @@
 import dataclasses
+import importlib
+import re
 
 import pytest
 
@@ -14,6 +16,11 @@ class Settings:
     out_dir: str = "out"  # folder
     compile: bool = False  # compile
     pot: PoTConfig | None = None  # quantize
+
+    # --- a heading ---
+    # a comment above a field, of more than
+    # one line
+    seed: int = 1
 
 
 def configured(text):
@@ -85,3 +92,15 @@ def test_help_lists_every_key(capsys):
     assert e.value.code == 0
     for part in ("--learning_rate=0.001", "highest", "--pot_bits=4", "bits of a code", "--pot=None"):
         assert part in text
+    assert "--seed=1" in text and text.endswith("  a comment above a field, of more than one line\n")
+
+
+SCRIPTS = ["train", "eval", "sample", "sweep", "bench", "extras.bertscore", "extras.export", "extras.plot"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_setting_has_a_help_text(name, capsys):
+    with pytest.raises(SystemExit):
+        configure(importlib.import_module(name).Settings, ["--help"])
+    for line in capsys.readouterr().out.splitlines()[2:]:
+        assert re.fullmatch(r"  --\w+=.*?  +\S.*", line) and not line.endswith(("of", "the", ",")), line

@@ -1,10 +1,9 @@
-"""extras/export.py: what transformers and the gguf package read is our model."""
+"""extras/export.py: transformers and the package gguf read the same model as ours."""
 
-import importlib
-import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,32 +12,26 @@ from conftest import ROOT
 
 import checkpoint
 import pot
+from extras import export
 from pot import PoTConfig
 
-sys.path.insert(0, str(ROOT / "extras"))
 TEXT = "The naïve café costs 3,000 €;\n\n  don't ask — 日本語 \U0001f600\x00 tabs\tand Ünïcödé<|endoftext|>1234"
 MXFP4 = PoTConfig(terms=2, group_size=32, scale_format="e8m0")
 
 
-@pytest.fixture
-def export():
-    return importlib.import_module("export")
-
-
 def saved(house, name, config, source="gpt2"):
-    """A packed model in a folder of its own, from the small GPT-2 of the tests."""
+    """Saves the small GPT-2 of the tests, packed if there is a config. Returns the new folder."""
     model, info = checkpoint.load_float(str(house / source))
     if config:
         pot.quantize_(model, config)
     folder = house / name
     folder.mkdir()
-    info |= {"pot": None, "method": "PTQ", "step": 0, "origin": None}
-    checkpoint.save_model(str(folder), model, info)
+    checkpoint.save_model(str(folder), model, replace(info, pot=config, method="PTQ" if config else "float"))
     return str(folder)
 
 
 @pytest.mark.parametrize("config", [None, PoTConfig(), MXFP4], ids=str)
-def test_transformers_loads_the_same_model(house, tmp_path, export, config):
+def test_transformers_loads_the_same_model(house, tmp_path, config):
     transformers = pytest.importorskip("transformers")
     folder = saved(house, f"out-hf-{config}", config)
     export.main(export.Settings(folder, str(tmp_path / "hf")))
@@ -47,20 +40,20 @@ def test_transformers_loads_the_same_model(house, tmp_path, export, config):
     assert theirs.dtype == torch.float32 and theirs.lm_head.weight is theirs.transformer.wte.weight
     x = torch.randint(50257, (2, 40))
     with torch.no_grad():
-        expected, found = ours(x), theirs(x).logits
-    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+        expected, logits = ours(x), theirs(x).logits
+    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
     from safetensors import safe_open
 
     with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as f:
         kind = f.get_tensor("transformer.h.0.mlp.c_fc.weight").dtype
-    assert kind == (torch.bfloat16 if config == MXFP4 else torch.float32)  # where it loses nothing
-    again, _ = checkpoint.load_model(str(tmp_path / "hf"))  # and we load it, too
+    assert kind == (torch.bfloat16 if config == MXFP4 else torch.float32)  # bfloat16 where it is exact
+    again, _ = checkpoint.load_model(str(tmp_path / "hf"))  # our own loader reads it too
     with torch.no_grad():
         assert torch.allclose(again(x), expected, atol=1e-5)
 
 
-def test_the_tokenizer_is_tiktokens(house, tmp_path):
-    """With the real byte pairs, where they are at hand: everywhere else in the tests a stand-in takes their place."""
+def test_the_tokenizer_is_that_of_tiktoken(house, tmp_path):
+    """Needs the real byte pairs. All other tests use a stand-in for them."""
     pytest.importorskip("transformers")
     folder, out = saved(house, "out-hf-tokens", None), tmp_path / "hf"
     code = (
@@ -76,20 +69,19 @@ def test_the_tokenizer_is_tiktokens(house, tmp_path):
     env = os.environ | {"PYTHONPATH": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env, timeout=300)
     if done.returncode == 77:
-        pytest.skip("GPT-2's byte pairs are not at hand")
+        pytest.skip("GPT-2's byte pairs are not available")
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_activations_of_8_bits_are_said_to_be_left_out(house, tmp_path, export, capsys):
+def test_a_message_says_that_8_bit_activations_are_left_out(house, tmp_path, capsys):
     export.main(export.Settings(saved(house, "out-hf-act", PoTConfig(act_bits=8)), str(tmp_path / "hf")))
-    assert "activations of 8 bits are left out" in capsys.readouterr().out
+    assert "8-bit activations are left out" in capsys.readouterr().out
 
 
-def test_a_model_of_characters_without_biases(house, sh, tmp_path, export, qat_run, capsys):
+def test_a_model_of_characters_without_biases(house, sh, tmp_path, qat_run, capsys):
     transformers = pytest.importorskip("transformers")
-    sh(
-        f"train.py {'--dataset=tiny --n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --batch_size=2 --bias=False'} --max_iters=1 --out_dir=out-nobias"
-    )
+    shape = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --batch_size=2 --bias=False"
+    sh(f"train.py --dataset=tiny {shape} --max_iters=1 --out_dir=out-nobias")
     for run in (qat_run, "out-nobias"):
         export.main(export.Settings(str(house / run), str(tmp_path / run)))
         assert "without a tokenizer" in capsys.readouterr().out
@@ -101,7 +93,7 @@ def test_a_model_of_characters_without_biases(house, sh, tmp_path, export, qat_r
 
 
 @pytest.mark.parametrize("config", [MXFP4, PoTConfig(bits=3, group_size=32, scale_format="e8m0")], ids=str)
-def test_gguf_holds_our_weights_bit_for_bit(house, tmp_path, export, config):
+def test_gguf_holds_our_weights_bit_for_bit(house, tmp_path, config):
     gguf = pytest.importorskip("gguf")
     folder, path = saved(house, f"out-gguf-{config.bits}", config), str(tmp_path / "model.gguf")
     export.main(export.Settings(folder, path))
@@ -129,29 +121,29 @@ def test_gguf_holds_our_weights_bit_for_bit(house, tmp_path, export, config):
     assert fields["general.architecture"] == "gpt2" and fields["gpt2.block_count"] == 2
     assert fields["gpt2.context_length"] == 96 and fields["gpt2.attention.head_count"] == 2
     assert len(fields["tokenizer.ggml.tokens"]) == 50257 and len(fields["tokenizer.ggml.merges"]) == 50000
-    # Of the stand-in: token 256 + 256 a + b is the bytes a, b, and bytes that cannot be printed are letters from 256 on.
+    # In the stand-in, token 256 + 256 a + b is the bytes a, b. Bytes that cannot be printed are letters from 256 on.
     assert fields["tokenizer.ggml.tokens"][256 + 256 * 65 + 32] == "AĠ"
     assert fields["tokenizer.ggml.merges"][256 * 65 + 32] == "A Ġ"
 
 
-def test_what_gguf_cannot_hold(house, tmp_path, export, qat_run):
+def test_what_gguf_cannot_hold(house, tmp_path, qat_run):
     pytest.importorskip("gguf")
     path = str(tmp_path / "model.gguf")
     with pytest.raises(ValueError, match="knows characters"):
         export.main(export.Settings(str(house / qat_run), path))
     for config in (PoTConfig(group_size=32, scale_format="e8m0"), PoTConfig(terms=2, group_size=32)):
         folder = saved(house, f"out-no-{config}".replace(" ", "-"), config)
-        with pytest.raises(ValueError, match="is no MXFP4: .*finetune_gpt2_mxfp4"):
+        with pytest.raises(ValueError, match="is not MXFP4: .*finetune_gpt2_mxfp4"):
             export.main(export.Settings(folder, path))
     assert not list(tmp_path.iterdir())
     (tmp_path / "kept").mkdir()
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="exists already"):
         export.main(export.Settings(folder, str(tmp_path / "kept")))
 
 
-def test_the_config_for_mxfp4(house, sh, tmp_path, export):
+def test_the_config_for_mxfp4(house, sh, tmp_path):
     pytest.importorskip("gguf")
-    few = "--init_from=gpt2 --calibrate_tokens=200 --max_iters=1 --batch_size=2 --gradient_accumulation_steps=1 --eval_tokens=200"
-    sh(f"train.py config/finetune_gpt2_mxfp4.py {few}")
+    few = "--calibrate_tokens=200 --max_iters=1 --batch_size=2 --gradient_accumulation_steps=1 --eval_tokens=200"
+    sh(f"train.py config/finetune_gpt2_mxfp4.py --init_from=gpt2 {few}")
     export.main(export.Settings(str(house / "out-gpt2-mxfp4"), str(tmp_path / "model.gguf")))
-    assert json.loads(json.dumps({"bytes": (tmp_path / "model.gguf").stat().st_size}))["bytes"] > 50257 * 64 * 17 // 32
+    assert (tmp_path / "model.gguf").stat().st_size > 50257 * 64 * 17 // 32

@@ -1,4 +1,4 @@
-"""Short runs of tests/fuzz.py and tests/kills.py, and that the first notices what it is there for."""
+"""Short runs of tests/fuzz.py and tests/kills.py, and a check that fuzz.py notices errors."""
 
 import subprocess
 import sys

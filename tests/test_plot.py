@@ -1,47 +1,57 @@
-"""extras/plot.py draws each picture from what the scripts leave."""
+"""extras/plot.py draws each picture from the files of the other scripts."""
 
-import importlib
 import json
-import sys
 
 import pytest
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "extras"))
+from extras import plot
+
+PNG = b"\x89PNG"
 
 
 @pytest.fixture
 def draw(tmp_path):
-    plot = importlib.import_module("plot")
+    """draw(key=source) -> {name of each picture so far: its first bytes}."""
 
-    def draw(**what):
-        plot.main(plot.Settings(out_dir=str(tmp_path), **what))
+    def draw(**sources):
+        plot.main(plot.Settings(out_dir=str(tmp_path), **sources))
         return {p.name: p.read_bytes()[:4] for p in tmp_path.glob("*.png")}
 
     return draw
 
 
-def test_pictures(draw, tmp_path, house, float_run, qat_run):
+def sweep_table():
     row = {"kind": "float", "weights": "float32", "config": None, "bits_per_weight": 32.0, "bytes": 400}
-    found = [row]
+    table = [row]
     for kind in ("rtn", "qat"):
         for bits in (3, 4):
             config = {"bits": bits, "granularity": "tensor"}
             above = {"above": 0.1 / bits, "above_interval": None}
             above |= {"above_control": 0.1 / bits, "above_control_interval": 0.01}
-            found.append(row | above | {"kind": kind, "config": config, "bits_per_weight": float(bits)})
-    (tmp_path / "sweep.json").write_text(json.dumps({"table": found}))
+            table.append(row | above | {"kind": kind, "config": config, "bits_per_weight": float(bits)})
+    return table
+
+
+def test_pictures(draw, tmp_path, house, float_run, qat_run):
+    (tmp_path / "sweep.json").write_text(json.dumps({"table": sweep_table()}))
     drawn = draw(
         speed=str(ROOT / "results" / "bench.json"),
         sweep=str(tmp_path / "sweep.json"),
         curves=f"{house / float_run},{house / qat_run}",
         grids=str(house / float_run),
     )
-    assert drawn == dict.fromkeys(["speed.png", "sweep.png", "curves.png", "grids.png"], b"\x89PNG")
+    assert drawn == dict.fromkeys(["speed.png", "sweep.png", "curves.png", "grids.png"], PNG)
+
+
+def test_functions_that_other_scripts_call(tmp_path):
+    plot.draw_training([{"step": 1, "loss": 2.0}, {"step": 1, "val_loss": 2.1}], "a run", str(tmp_path / "loss.png"))
+    plot.draw_sweep(sweep_table(), str(tmp_path / "table.png"))
+    assert {p.name: p.read_bytes()[:4] for p in tmp_path.iterdir()} == {"loss.png": PNG, "table.png": PNG}
 
 
 @pytest.mark.parametrize(
-    "what, message",
+    "sources, message",
     [
         ({}, "nothing to draw"),
         ({"curves": "nowhere"}, "there is no nowhere/log.jsonl"),
@@ -50,12 +60,12 @@ def test_pictures(draw, tmp_path, house, float_run, qat_run):
         ({"sweep": str(ROOT / "results" / "bench.json")}, "is not what --sweep draws"),
     ],
 )
-def test_bad_input(draw, what, message):
+def test_bad_input(draw, sources, message):
     with pytest.raises(ValueError, match=message):
-        draw(**what)
+        draw(**sources)
 
 
-def test_a_layer_that_is_not_there(draw, house, float_run):
+def test_a_missing_layer(draw, house, float_run):
     with pytest.raises(ValueError, match="choose among transformer.h.0.mlp.c_fc"):
         draw(grids=str(house / float_run), layer="head")
     with pytest.raises(ValueError, match="no matrix in transformer.h.0.ln_1"):

@@ -1,31 +1,31 @@
 """extras/pot_pt2e.py: PyTorch's export-mode flow gives the weights of pot.prepare and pot.convert."""
 
 import copy
-import importlib
-import sys
+import json
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT
 
 import pot
 from model import GPT, GPTConfig
 from pot import PoTConfig
 
 pytest.importorskip("torchao")
-sys.path.insert(0, str(ROOT / "extras"))
 SHAPE = GPTConfig(block_size=16, vocab_size=28, n_layer=2, n_head=2, n_embd=64)
 
 
 @pytest.fixture(scope="module")
 def pt2e():
-    module = importlib.import_module("pot_pt2e")
+    """PoTQuantizer of extras/pot_pt2e.py, and torchao's prepare_qat_pt2e and convert_pt2e."""
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
 
-    module.prepare_qat_pt2e, module.convert_pt2e = prepare_qat_pt2e, convert_pt2e
-    return module
+    from extras.pot_pt2e import PoTQuantizer
+
+    return SimpleNamespace(PoTQuantizer=PoTQuantizer, prepare_qat_pt2e=prepare_qat_pt2e, convert_pt2e=convert_pt2e)
 
 
 @pytest.mark.parametrize("steps", [0, 3])
@@ -71,8 +71,6 @@ def test_layers_of_odd_width_and_computed_weights(pt2e):
     torch.manual_seed(0)
     net, x = Net(), torch.randn(4, 33)
     config = PoTConfig(granularity="channel")
-    plain = copy.deepcopy(net)
-    pot.quantize_(plain.odd, config)
     theirs = pt2e.prepare_qat_pt2e(torch.export.export(net, (x,)).module(), pt2e.PoTQuantizer(config))
     converted = pt2e.convert_pt2e(theirs)
     w = pot.fake_quantize(net.odd.weight, pot.compute_scale(net.odd.weight, config), config)
@@ -83,9 +81,6 @@ def test_the_operator(pt2e):
     w = torch.randn(6, 128)
     config = PoTConfig()
     packed = pot.PackedWeight.pack(w, pot.compute_scale(w, config), config)
-    import json
-    from dataclasses import asdict
-
     torch.library.opcheck(torch.ops.nanopot.dequantize, (packed.codes, packed.scale, 128, json.dumps(asdict(config))))
 
 

@@ -1,4 +1,4 @@
-"""Every command of the README that needs no network runs, and so does its Python."""
+"""The commands and the Python of README.md, docs/ and results/README.md run, if they need no network and no hours."""
 
 import json
 import re
@@ -14,40 +14,49 @@ import pytest
 from conftest import gpt2
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines() if line and line[0] != "#"]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "results" / "README.md"]
+BLOCKS = [
+    (page.relative_to(ROOT), kind, block)
+    for page in PAGES
+    for kind, block in re.findall(r"```(\w+)\n(.*?)```", page.read_text(), re.DOTALL)
+]
+COMMANDS = [line for _, kind, block in BLOCKS if kind == "sh" for line in block.splitlines() if line and line[0] != "#"]
+CODE = [(f"{page}-{i}", block) for i, (page, kind, block) in enumerate(BLOCKS) if kind == "python"]
 
-# Short versions of the same commands.
+# Shorter versions of the commands.
+STEPS = "--eval_interval=2 --batch_size=2 --gradient_accumulation_steps=1 --max_iters=4"
 FEWER = {
-    "train.py": "--max_iters=4 --eval_interval=2 --eval_tokens=500 --batch_size=2 --gradient_accumulation_steps=1 --calibrate_tokens=200",
+    "train.py": "--eval_tokens=500 --calibrate_tokens=200",
     "eval.py": "--tokens=500",
     "sample.py": "--max_new_tokens=20",
     "sweep.py": "--max_iters=2 --tokens=500 --calibrate_tokens=200 --methods=rtn",
     "bench.py": "--ckpt=gpt2 --compile=False --rounds=2 --new_tokens=4 --prompt_tokens=20 --steps=1 --block_size=16",
 }
-# Other tests run these; minutes of training; an encoder from the hub.
+# Other tests run these; or they take minutes, a compiler for another processor, or an encoder from the hub.
 NOT_HERE = re.compile(
-    "make |git |cd |pip |.*[.]gguf|sudo |aarch64|sh results/|torchrun |.*--wandb_log|.*--bertscore=roberta-base|.*--protocol=paper"
+    "make |git |cd |pip |.*[.]gguf|sudo |aarch64|sh results/|torchrun |.*--wandb_log|.*--encoder=roberta-base"
+    "|.*--protocol=paper|.*papers-(ptq(3|5|15|20|30)|uniform|qat|ours|control)"  # a row of the papers is enough
 )
-# What the others take from the network; `gpt2` is a folder here, which goes before the hub's.
+# Texts that data scripts would download; `gpt2` is a folder here, which takes precedence over the hub.
 INPUTS = {"shakespeare_char": "input.txt", "openwebtext": "documents.jsonl", "wikitext2": "input.txt"}
 
 
 def test_the_two_commands_are_there():
     assert "make demo" in COMMANDS and "make test" in COMMANDS
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 220
 
 
 def test_commands(tmp_path, monkeypatch, capfd):
-    """In the order of the README, in a copy of the repository, as if by a new user."""
+    """In the order of the pages, in a copy of the repository, as a new user would run them."""
     house = tmp_path / "nanopot"
-    ignored = shutil.ignore_patterns(".*", "out*", "*.bin", "meta.json", "__pycache__", "wandb")
+    ignored = shutil.ignore_patterns(".*", "out*", "gpt2*", "*.bin", "meta.json", "__pycache__", "wandb")
     shutil.copytree(ROOT, house, ignore=ignored)
     article = " = Title = \n\nFirst Citizen:\nBefore we proceed any further, hear me speak.\n\n"
     (tmp_path / "input.txt").write_text("".join(f"{article}{i}\n" for i in range(60)))
     (tmp_path / "documents.jsonl").write_text("".join(json.dumps({"text": f"{i} men " * 30}) + "\n" for i in range(60)))
     gpt2(vocab_size=50257, n_positions=96).save_pretrained(house / "gpt2")
     monkeypatch.chdir(house)
-    ran = 0
+    count = 0
     for line in COMMANDS:
         if NOT_HERE.match(line):
             continue
@@ -56,21 +65,25 @@ def test_commands(tmp_path, monkeypatch, capfd):
         if Path(words[1]).parent.name in INPUTS:
             words += ["--input", str(tmp_path / INPUTS[Path(words[1]).parent.name])]
         given = {w.split("=")[0] for w in words}
-        words += [w for w in FEWER.get(words[1], "").split() if w.split("=")[0] not in given]
+        shorter = FEWER.get(words[1], "")
+        if words[1] == "train.py" and "config/ptq_" not in line:
+            shorter += f" {STEPS}"
+        words += [w for w in shorter.split() if w.split("=")[0] not in given]
         start = time.time()
         monkeypatch.setattr(sys, "argv", words[1:])
-        try:  # here, as importing torch anew takes longer than most of them
+        try:  # in this process, because importing torch takes longer than most commands
             runpy.run_path(words[1], run_name="__main__")
         except SystemExit as e:
             assert not e.code, f"{line}\n{capfd.readouterr().err}"
         print(f"{time.time() - start:.1f} s  {line}")
-        ran += 1
-    assert ran >= 20
+        count += 1
+    assert count >= 20
 
 
-@pytest.mark.parametrize("code", [block for kind, block in BLOCKS if kind == "python"])
+@pytest.mark.parametrize("code", [block for _, block in CODE], ids=[name for name, _ in CODE])
 def test_python(code, tmp_path):
-    shutil.copy(ROOT / "pot.py", tmp_path)  # as a user copies it: this file alone
+    for name in ("pot.py", "calibrate.py"):  # as a user copies them, into an empty folder
+        shutil.copy(ROOT / name, tmp_path)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
@@ -81,6 +94,36 @@ def test_demo_script_names_real_files():
         assert (ROOT / path).exists(), path
 
 
-def test_pot_py_needs_nothing_but_torch():
-    imports = re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / "pot.py").read_text(), re.MULTILINE)
-    assert set(imports) <= {"torch", *sys.stdlib_module_names}
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert link.startswith("http") or (page.parent / link).exists(), f"{page}: {link}"
+
+
+def test_files_to_copy_need_nothing_but_torch():
+    for name, others in (("pot.py", {"pot_kernel"}), ("calibrate.py", {"pot"}), ("pot_kernel/__init__.py", set())):
+        imports = re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / name).read_text(), re.MULTILINE)
+        assert set(imports) <= {"torch", *others, *sys.stdlib_module_names}, name
+
+
+def test_imports_run_one_way():
+    """No circle, and no script imports a script, but sweep.py."""
+    scripts = {"train", "eval", "sample", "bench", "sweep"}
+    files = {str(p.relative_to(ROOT)): p.read_text() for pattern in ("*.py", "*/*.py") for p in ROOT.glob(pattern)}
+    modules = {n.removesuffix(".py").removesuffix("/__init__").replace("/", "."): text for n, text in files.items()}
+    own = {m for m in modules if not m.startswith(("tests", "config", "results", "."))}
+    imports = {}
+    for name in own:
+        lines = re.findall(r"^ *(?:import ([\w.]+)|from ([\w.]+) import (\w+))", modules[name], re.MULTILINE)
+        parts = {p for a, b, c in lines for p in (a, b, f"{b}.{c}")}
+        imports[name] = {p for p in parts if p in own and p != name}
+    for name in own:
+        if name != "sweep":
+            assert not imports[name] & scripts, f"{name} imports {imports[name] & scripts}"
+        private = re.findall(rf"\b(?:{'|'.join(own - {name})})\.(_[a-z]\w*)", modules[name])
+        private += re.findall(rf"^ *from (?:{'|'.join(own)}) import .*\b_[a-z]\w*", modules[name], re.MULTILINE)
+        assert not private, f"{name} uses {private}"
+    while imports:
+        leaves = {name for name in imports if not imports[name] & imports.keys()}
+        assert leaves, f"a circle among {sorted(imports)}"
+        imports = {name: others for name, others in imports.items() if name not in leaves}

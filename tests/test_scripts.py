@@ -24,12 +24,14 @@ import dataset
 import pot
 
 
-def last_json(done):
-    return json.loads(done.stdout.splitlines()[-1])
+def rows_of(house, done):
+    """Rows of the JSON file that eval.py names in its last line."""
+    path = done.stdout.splitlines()[-1].removeprefix("written to ")
+    return json.loads((house / path).read_text())["rows"]
 
 
 def weights(house, folder):
-    return checkpoint.load_training(str(house / folder))["model"]
+    return checkpoint.load_training(str(house / folder)).model
 
 
 # --- train.py ---
@@ -46,7 +48,7 @@ def test_training_learns_and_leaves_its_files(house, float_run, qat_run):
         if first:
             assert losses[-1] < losses[0] < first + 0.3
     _, info = checkpoint.load_model(str(house / qat_run))
-    assert info["method"] == "QAT" and info["pot"]["bits"] == 4 and info["provenance"]["torch"] == torch.__version__
+    assert info.method == "QAT" and info.pot.bits == 4 and info.provenance["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize("kind", ["float", "QAT"])
@@ -91,7 +93,7 @@ def test_a_run_that_is_asked_to_stop_keeps_its_step(house, sh, number):
             process.send_signal(number)
     assert process.wait() == 128 + number
     assert lines[-1].startswith("stopped at step ") and "Traceback" not in "".join(lines)
-    stopped = checkpoint.load_training(str(house / cut))["info"]["step"]
+    stopped = checkpoint.load_training(str(house / cut)).info.step
     assert 15 <= stopped < 40
     sh(f"{command} --out_dir={cut} --init_from=resume --eval_interval=1000", process=True)
     sh(f"{command} --out_dir={whole} --eval_interval=1000", process=True)
@@ -101,9 +103,10 @@ def test_a_run_that_is_asked_to_stop_keeps_its_step(house, sh, number):
 
 def test_a_folder_is_one_runs_at_a_time(house, sh, float_run):
     lock = checkpoint.Lock(str(house / "out-held"))
+    lock.acquire()
     done = sh(f"train.py {TINY} --max_iters=1 --out_dir=out-held", ok=False)
     assert "out-held is in use by another run" in done.stderr and not list((house / "out-held").iterdir())
-    del lock
+    lock.__exit__()
     sh(f"train.py {TINY} --max_iters=1 --out_dir=out-held")
 
 
@@ -146,7 +149,7 @@ def test_a_folder_that_cannot_be_written_to(house, sh, float_run):
 
 def test_one_step_equals_plain_torch(house, sh):
     """Two micro-batches, clipping and AdamW against a loop written out here."""
-    sh(f"train.py {TINY} --max_iters=0 --out_dir=out-zero")
+    sh(f"train.py {TINY} --max_iters=1 --learning_rate=0 --out_dir=out-zero")  # the initial weights
     command = f"train.py {TINY} --max_iters=2 --gradient_accumulation_steps=2 --weight_decay=0.3 --learning_rate=0.01 --out_dir=out-two"
     sh(command)
     model, _ = checkpoint.load_model(str(house / "out-zero"))
@@ -222,11 +225,31 @@ def test_control_sees_the_batches_of_qat():
 
 
 def test_zero_steps_are_ptq(house, sh, float_run):
-    sh(f"train.py --dataset=tiny --init_from={float_run} --out_dir=out-ptq0 --pot_bits=3 --max_iters=0")
-    sh(f"eval.py --ckpt={float_run} --pot_bits=3 --out_dir=out-ptq1")
-    a, b = (checkpoint.load_model(str(house / f)) for f in ("out-ptq0", "out-ptq1"))
-    assert a[1]["method"] == b[1]["method"] == "PTQ"
-    assert all(torch.equal(a[0].state_dict()[k], v) for k, v in b[0].state_dict().items())
+    done = sh(f"train.py --dataset=tiny --init_from={float_run} --out_dir=out-ptq0 --pot_bits=3 --max_iters=0")
+    assert done.stdout.startswith("PTQ, PoT 3 bits, groups of 64: ") and "validation loss" in done.stdout
+    assert [p.name for p in (house / "out-ptq0").iterdir()] == ["model.safetensors"]
+    model, info = checkpoint.load_model(str(house / "out-ptq0"))
+    assert (info.method, info.step, info.origin, info.pot.bits) == ("PTQ", 0, float_run, 3)
+    expected, _ = checkpoint.load_float(str(house / float_run))
+    pot.quantize_(expected, pot.PoTConfig(bits=3))
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in expected.state_dict().items())
+    ids = dataset.load(str(house / "data" / "tiny"), "val")[0].astype(np.int64)
+    assert info.val_loss == pytest.approx(brute_loss(model, ids, 32), abs=1e-5)
+
+
+def test_zero_steps_from_a_finished_float_model(house, sh, float_run):
+    """A float model.safetensors alone is enough, for PTQ and for fine-tuning. A packed one is not."""
+    for name, run in (("out-alone", float_run), ("out-alone-packed", "out-ptq-alone")):
+        (house / name).mkdir()
+        (house / name / "model.safetensors").write_bytes((house / run / "model.safetensors").read_bytes())
+        if name == "out-alone":
+            sh("train.py --dataset=tiny --init_from=out-alone --out_dir=out-ptq-alone --pot_bits=3 --max_iters=0")
+            command = "train.py --dataset=tiny --init_from=out-alone --batch_size=4 --max_iters=1 --learning_rate=0"
+            sh(f"{command} --out_dir=out-tuned-alone")
+    a, b = (checkpoint.load_float(str(house / f))[0].state_dict() for f in ("out-tuned-alone", float_run))
+    assert all(torch.equal(a[k], b[k]) for k in b)
+    done = sh("train.py --dataset=tiny --init_from=out-alone-packed --pot_bits=3 --max_iters=0 --out_dir=x", ok=False)
+    assert "out-alone-packed holds model.safetensors alone, which cannot be trained on" in done.stderr
 
 
 def test_wandb_offline(house, sh):
@@ -313,7 +336,7 @@ def test_a_worker_that_dies_takes_the_job_down(house, sh):
     job.communicate(timeout=60)
     assert job.returncode and time.time() - start < 60
     assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
-    step = checkpoint.load_training(str(house / "out-dying"))["info"]["step"]
+    step = checkpoint.load_training(str(house / "out-dying")).info.step
     assert step >= 10
     sh(f"{command} --init_from=resume".replace("100000", str(step + 5)))
 
@@ -334,18 +357,15 @@ def test_calibrated_training_starts_from_gptq(house, sh, float_run):
     tokens = "--pot_bits=3 --calibrate_tokens=1000"
     done = sh(f"train.py --dataset=tiny --init_from={float_run} --out_dir=out-gptq0 {tokens} --max_iters=0")
     assert "mean relative output error of the layers" in done.stdout
-    done = sh(f"eval.py --ckpt={float_run} --out_dir=out-gptq1 {tokens}")
-    float_row, gptq = last_json(done)["rows"]
-    assert gptq["method"] == "PTQ, GPTQ on 992 tokens"
-    (house / "out-gptq2").mkdir()
-    (house / "out-gptq2" / "ckpt.pt").write_bytes((house / "out-gptq0" / "ckpt.pt").read_bytes())
-    a, b, c = (checkpoint.load_model(str(house / f"out-gptq{i}")) for i in range(3))
-    assert a[1]["method"] == b[1]["method"] == gptq["method"]
-    assert all(torch.equal(a[0].state_dict()[k], v) for k, v in b[0].state_dict().items())
-    x = torch.arange(28)[None]
-    assert torch.equal(a[0](x), c[0](x))  # the float weights beside it round to the same codes
-    rtn = last_json(sh(f"eval.py --ckpt={float_run} --pot_bits=3"))["rows"][1]
-    assert float_row["loss"] < gptq["loss"] < rtn["loss"]
+    # A learning rate of 0 leaves the weights that QAT starts from.
+    start = f"train.py --dataset=tiny --init_from={float_run} --batch_size=4 --max_iters=1 --learning_rate=0"
+    sh(f"{start} --out_dir=out-gptq1 {tokens}")
+    sh(f"train.py --dataset=tiny --init_from={float_run} --out_dir=out-rtn {tokens} --calibrate_tokens=0 --max_iters=0")
+    rows = rows_of(house, sh(f"eval.py --ckpt={float_run},out-rtn,out-gptq0"))
+    assert [r["method"] for r in rows] == ["float", "PTQ", "PTQ, GPTQ on 992 tokens"]
+    assert rows[0]["loss"] < rows[2]["loss"] < rows[1]["loss"]
+    a, b = (checkpoint.load_model(str(house / f"out-gptq{i}"))[0].state_dict() for i in (0, 1))
+    assert all(torch.equal(a[k], v) for k, v in b.items())
 
 
 # --- eval.py ---
@@ -353,7 +373,7 @@ def test_calibrated_training_starts_from_gptq(house, sh, float_run):
 
 def test_eval_of_every_kind(house, sh, float_run, qat_run):
     done = sh(f"eval.py --ckpt={float_run},{qat_run}/")
-    rows = last_json(done)["rows"]
+    rows = rows_of(house, done)
     assert [r["method"] for r in rows] == ["float", "QAT"]
     assert [r["steps"] for r in rows] == [30, 20]
     assert json.loads((house / qat_run / "eval.json").read_text())["rows"] == rows
@@ -377,7 +397,7 @@ def test_eval_of_every_kind(house, sh, float_run, qat_run):
 
 
 def test_kl_against_float64(house, float_run, qat_run):
-    from eval import evaluate
+    from metrics import evaluate
 
     (a, _), (b, _) = (checkpoint.load_model(str(house / f)) for f in (qat_run, float_run))
     ids, _ = dataset.load(str(house / "data" / "tiny"), "val")
@@ -391,7 +411,7 @@ def test_kl_against_float64(house, float_run, qat_run):
 
 
 def test_evaluating_disturbs_nothing(house, float_run):
-    from eval import evaluate
+    from metrics import evaluate
 
     model, _ = checkpoint.load_model(str(house / float_run))
     ids, _ = dataset.load(str(house / "data" / "tiny"), "val")
@@ -405,18 +425,26 @@ def test_qat_in_training_evaluates_like_its_packed_file(house, sh, qat_run):
     half.mkdir()
     (half / "ckpt.pt").write_bytes((house / qat_run / "ckpt.pt").read_bytes())
     done = sh(f"eval.py --ckpt=out-half,{qat_run} --sqnr=True")
-    a, b = last_json(done)["rows"]
+    a, b = rows_of(house, done)
     assert a["loss"] == b["loss"] and abs(a["bytes"] - b["bytes"]) < 1000
     assert done.stdout.count(" dB\n") == 11
-    assert "no SQNR" in done.stdout  # the packed file has no float weights to compare with
+    assert "no SQNR" in done.stdout  # the packed file of a QAT run has no float weights to compare with
 
 
-def test_ptq(house, sh, float_run):
-    done = sh(f"eval.py --ckpt={float_run} --pot_bits=2 --pot_granularity=tensor --sqnr=True --json=a/b.json")
-    rows = last_json(done)["rows"]
+def test_eval_of_ptq(house, sh, float_run):
+    pot_keys = "--pot_bits=2 --pot_granularity=tensor --max_iters=0"
+    sh(f"train.py --dataset=tiny --init_from={float_run} {pot_keys} --out_dir=out-ptq2")
+    done = sh(f"eval.py --ckpt={float_run},out-ptq2 --sqnr=True --json=a/b.json")
+    assert done.stdout.endswith("written to a/b.json\n") and "{" not in done.stdout
+    rows = rows_of(house, done)
     assert rows[1]["method"] == "PTQ" and rows[1]["loss"] > rows[0]["loss"] and rows[1]["kl"] > 0
-    assert rows[1]["bits_per_weight"] < rows[0]["bits_per_weight"] / 4 and (house / "a" / "b.json").exists()
-    assert not (house / "(not kept)").exists()
+    assert rows[1]["bits_per_weight"] < rows[0]["bits_per_weight"] / 4
+    assert not (house / "out-ptq2" / "eval.json").exists()
+    # The ratio of a PTQ model is that of its weights to the float model's.
+    floats, packed = (checkpoint.load_model(str(house / f))[0] for f in (float_run, "out-ptq2"))
+    w, q = floats.transformer.wpe.weight.detach().double(), packed.transformer.wpe.weight.double()
+    ratio = 10 * math.log10((w**2).sum() / ((w - q) ** 2).sum())
+    assert f"{'transformer.wpe':<40} {ratio:6.2f} dB\n" in done.stdout
 
 
 def test_mean_over_seeds():
@@ -445,9 +473,7 @@ def test_perplexity_of_any_text(house, sh):
     (house / "night.txt").write_text(text, encoding="utf-8")
     model, _ = checkpoint.load_model(str(house / "gpt2"))
     ids = list(text.encode())  # a token a byte
-    rows = [
-        last_json(sh(f"eval.py --ckpt=gpt2 --text=night.txt{more}"))["rows"][0] for more in ("", " --block_size=40")
-    ]
+    rows = [rows_of(house, sh(f"eval.py --ckpt=gpt2 --text=night.txt{more}"))[0] for more in ("", " --block_size=40")]
     for row, window in zip(rows, (96, 40)):
         assert row["block_size"] == window and row["tokens"] == len(ids) - 1
         assert row["loss"] == pytest.approx(brute_loss(model, ids, window), rel=1e-5)
@@ -455,82 +481,19 @@ def test_perplexity_of_any_text(house, sh):
 
 @torch.no_grad()
 def test_protocol_of_the_papers(house):
-    import eval as evaluation
+    from metrics import evaluate_last_position
     from model import GPT, GPTConfig
 
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=80, vocab_size=30, n_layer=2, n_head=2, n_embd=16)).eval()
     ids, _ = dataset.load(str(house / "data" / "tiny"), "train")
-    found = evaluation.evaluate_as_papers(model, ids, 7, "cpu")
-    assert found == evaluation.evaluate_as_papers(model, ids, 7, "cpu")
-    assert found["loss"] != evaluation.evaluate_as_papers(model, ids, 8, "cpu")["loss"]
-    x = evaluation.random_windows(ids, 65, 1200, 7)
+    found = evaluate_last_position(model, ids, 7, "cpu")
+    assert found == evaluate_last_position(model, ids, 7, "cpu")
+    assert found["loss"] != evaluate_last_position(model, ids, 8, "cpu")["loss"]
+    x = dataset.random_windows(ids, 65, 1200, 7)
     losses = [F.cross_entropy(model(row[None, :64])[0, -1:].double(), row[64:]).item() for row in x]
     assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert found["loss_se"] == pytest.approx(np.std(losses, ddof=1) / 1200**0.5, rel=1e-4)
-
-
-def small_bert(folder):
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    torch.manual_seed(0)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(33, 127))]
-    folder.mkdir()
-    (folder / "vocab.txt").write_text("\n".join(words + ["##" + w for w in words[5:]]))
-    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=128).save_pretrained(folder)
-    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-    BertModel(BertConfig(vocab_size=400, **shape)).save_pretrained(folder)
-
-
-@torch.no_grad()
-def test_bertscore(house, monkeypatch, capsys, float_run, qat_run):
-    pytest.importorskip("bert_score")
-    from transformers import AutoModel, AutoTokenizer
-
-    import eval as evaluation
-
-    small_bert(house / "bert")
-    monkeypatch.chdir(house)
-    kept = {}
-    continuations = evaluation.continuations
-
-    def keep(*args):
-        kept[len(kept)] = continuations(*args)
-        return dict(kept[len(kept) - 1])
-
-    monkeypatch.setattr(evaluation, "continuations", keep)
-    folders = f"{float_run},{qat_run},{float_run}"
-    evaluation.main(evaluation.Settings(ckpt=folders, bertscore="bert", bertscore_texts=6, split="train"))
-    out = capsys.readouterr().out
-    assert "BERTScore by bert, layer 2, not rescaled; 6 texts" in out
-    rows = json.loads(out.splitlines()[-1])["rows"]
-    # The true continuations are the text's, and every model had the same prompts and random numbers.
-    ids, meta = dataset.load("data/tiny", "train")
-    text = dataset.tokenizer_of(meta).decode_bytes(ids.tolist()).decode()
-    assert all(len(t) == 64 and t in text for t in kept[0]["true"]) and kept[0]["true"] == kept[1]["true"]
-    assert kept[0] == kept[2] and kept[0]["written"] != kept[1]["written"]
-    # BERTScore written out: greedy cosine matches, special tokens matched but not counted.
-    tokenizer, bert = AutoTokenizer.from_pretrained("bert"), AutoModel.from_pretrained("bert").eval()
-
-    def embed(t):
-        return F.normalize(bert(**tokenizer(t.strip(), return_tensors="pt")).last_hidden_state[0], dim=-1)
-
-    f1s = {}
-    for i in (0, 1):
-        scores = []
-        for candidate, reference in zip(kept[i]["written"], kept[i]["true"]):
-            match = embed(candidate) @ embed(reference).t()
-            p, r = match.amax(1)[1:-1].mean(), match.amax(0)[1:-1].mean()
-            scores.append((p, r, 2 * p * r / (p + r)))
-        p, r, f1s[i] = (np.array(v) for v in zip(*scores))
-        found = rows[i]["bertscore"]
-        assert found["precision"] == pytest.approx(p.mean(), abs=1e-4) and found["recall"] == pytest.approx(
-            r.mean(), abs=1e-4
-        )
-        assert found["f1"][0] == pytest.approx(f1s[i].mean(), abs=1e-4) and found["encoder"] == "bert"
-        assert min(f1s[i]) - 1e-4 <= found["f1"][1] <= found["f1"][0] <= found["f1"][2] <= max(f1s[i]) + 1e-4
-    assert rows[1]["bertscore"]["f1_difference"][0] == pytest.approx((f1s[1] - f1s[0]).mean(), abs=1e-4)
-    assert rows[2]["bertscore"]["f1_difference"] == [0, 0, 0] and "written" not in rows[0]
 
 
 # --- GPT-2 ---
@@ -542,7 +505,7 @@ def test_gpt2_by_its_configs(house, sh):
     sh(f"train.py config/finetune_gpt2_pot4.py {few} --calibrate_tokens=200")
     sh(f"train.py config/paper_gpt2_pot4.py {few}")
     done = sh("eval.py config/eval_gpt2.py --ckpt=gpt2,out-gpt2-pot4,out-gpt2-paper --tokens=300")
-    rows = last_json(done)["rows"]
+    rows = rows_of(house, done)
     assert [r["method"] for r in rows] == ["float", "QAT", "QAT"] and [r["block_size"] for r in rows] == [96] * 3
     assert [r["weights"] for r in rows] == [
         "float32",
@@ -551,63 +514,16 @@ def test_gpt2_by_its_configs(house, sh):
     ]
     assert rows[1]["kl"] > 0 and rows[1]["bytes"] < 0.15 * rows[0]["bytes"]
     assert (house / "eval.json").exists() or (house / "out-gpt2-paper" / "eval.json").exists()
-    done = sh("eval.py config/ptq_gpt2_pot4.py --tokens=300 --calibrate_tokens=200")
-    assert last_json(done)["rows"][1]["method"] == "PTQ, GPTQ on 192 tokens"
-    rows = last_json(
-        sh("eval.py --ckpt=out-gpt2-paper,out-gpt2-ptq4 --dataset=openwebtext --protocol=paper --split=train")
-    )["rows"]
+    sh("train.py config/ptq_gpt2_pot4.py --eval_tokens=300 --calibrate_tokens=200")
+    done = sh("eval.py --ckpt=out-gpt2-paper,out-gpt2-ptq4 --dataset=openwebtext --protocol=paper --split=train")
+    rows = rows_of(house, done)
+    assert rows[1]["method"] == "PTQ, GPTQ on 192 tokens"
     assert all(r["loss_se"] > 0 and r["block_size"] == 64 for r in rows)
     for folder in ("gpt2", "out-gpt2-ptq4"):
         done = sh(f"sample.py --ckpt={folder} --prompt=Hello --max_new_tokens=5 --top_k=256")
         assert done.stdout.startswith("Hello")
     model, info = checkpoint.load_model(str(house / "out-gpt2-pot4"))
-    assert model.config.block_size == 96 and info["origin"] == "gpt2"  # trained on windows of 64, the context stays
-
-
-def test_bench_of_speed(house, sh, monkeypatch):
-    def compile(self, **kwargs):
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(torch.nn.Module, "compile", compile)
-    settings = torch.get_float32_matmul_precision(), torch.backends.quantized.engine
-    done = sh("bench.py --ckpt=gpt2 --rounds=2 --new_tokens=4 --prompt_tokens=20 --vocab_multiple=64 --json=speed.json")
-    assert settings == (torch.get_float32_matmul_precision(), torch.backends.quantized.engine)
-    found = json.loads((house / "speed.json").read_text())
-    assert found["vocab_size"] == 50304 and found["threads"] == 2 and found["read_gb_s"] > 0 and found["machine"]
-    assert found["left_out"] == {f"{f}, compiled": "RuntimeError: no compiler" for f in ("float32", "bfloat16")}
-    rows = {r["name"]: r for r in found["rows"]}
-    assert list(rows) == ["float32", "float32-best", "bfloat16", "int8", "int4", "pot4", "pot4-int8"]
-    exact = 4 * (50304 * 64 + 2 * (12 * 64**2 + 13 * 64) + 2 * 64)  # position table left out
-    for name, row in rows.items():
-        assert name in done.stdout and set(row["ways"]) == {"decode", "prompt"}
-        assert row["bytes_per_token"] < row["file_bytes"] and row["peak_bytes"] > 0
-        for kind in ("decode", "prompt"):
-            lower, upper = row[f"{kind}_tok_s_quartiles"]
-            assert 0 < lower <= row[f"{kind}_tok_s"] <= upper
-            # Of two rounds, the median ratio is the mean of both.
-            ways = {(w["format"], w["way"]): w[kind] for w in found["ways"]}
-            rates = ways["float32" if name.startswith("float") else name, row["ways"][kind]]
-            assert sum(r / b for r, b in zip(rates, ways["float32", "eager"])) / 2 == pytest.approx(
-                row[f"{kind}_ratio"]
-            )
-    assert rows["float32"]["bytes_per_token"] == rows["float32-best"]["bytes_per_token"] == exact
-    assert rows["bfloat16"]["bytes_per_token"] == exact / 2
-    assert exact / 8 < rows["pot4"]["bytes_per_token"] < exact / 7 > rows["int4"]["bytes_per_token"]
-    assert rows["float32"]["decode_ratio"] == rows["float32-best"]["decode_ratio_best"] == 1
-
-
-def test_bench_does_not_time_what_is_wrong(sh, monkeypatch):
-    import bench
-
-    monkeypatch.setitem(bench.TOLERANCE, "bfloat16", 1e-9)
-    done = sh("bench.py --ckpt=gpt2 --compile=False --new_tokens=4 --prompt_tokens=20", ok=False)
-    assert "bfloat16 eager: its logits are off by" in done.stderr
-
-
-def test_bench_of_qat(house, sh):
-    sh("bench.py --what=qat --ckpt=gpt2 --rounds=2 --steps=1 --block_size=16 --batch_size=2")
-    found = json.loads((house / "results" / "bench_qat.json").read_text())
-    assert [r["name"] for r in found["rows"]] == ["float32", "PoT 4 bits, groups of 64"] and found["tokens"] == 32
+    assert model.config.block_size == 96 and info.origin == "gpt2"  # trained on windows of 64, with the same context
 
 
 def test_letters_of_several_tokens_are_streamed_whole(house, monkeypatch, capsys):
@@ -673,6 +589,10 @@ def test_text_is_streamed(house, float_run):
         ("train.py --dataset=tiny --max_iters=-1 --out_dir=x", "max_iters=-1 must be at least 0"),
         ("train.py --dataset=tiny --init_from=resume --out_dir={float} --max_iters=10", "out-float is at step 30 already"),
         ("train.py --dataset=tiny --init_from=packed --out_dir=x", "packed holds model.safetensors alone"),
+        ("train.py --dataset=tiny --init_from={float} --max_iters=0 --out_dir=x", "max_iters=0 only quantizes (PTQ): pass a pot_ setting"),
+        ("train.py --dataset=tiny --init_from={float} --max_iters=0 --pot_bits=4 --out_dir={qat}", "out-qat holds a checkpoint already"),
+        ("train.py --dataset=tiny --init_from={float} --pot_bits=4 --calibrate_tokens=-5 --out_dir=x", "calibrate_tokens=-5 must be at least 0"),
+        ("eval.py --ckpt={float} --pot_bits=4", "unknown key --pot_bits"),
         ("train.py --dataset=foreign --out_dir=x", "train.bin holds the token 500"),
         ("train.py --dataset=cut --out_dir=x", "train.bin is cut short"),
         ("train.py --dataset=short --block_size=32 --out_dir=x", "data/short/val.bin holds 20 tokens, a context of 32 needs more"),
@@ -688,10 +608,6 @@ def test_text_is_streamed(house, float_run):
         ("eval.py --ckpt=out-nowhere", "no folder out-nowhere"),
         ("eval.py --ckpt=truncated", "truncated/model.safetensors is truncated, damaged"),
         ("eval.py --ckpt=config", "config holds no checkpoint"),
-        ("eval.py --ckpt={qat} --pot_bits=4", "is quantized already"),
-        ("eval.py --ckpt={float} --pot_bits=4 --out_dir={qat}", "out-qat holds a checkpoint already"),
-        ("eval.py --ckpt={float},{qat} --pot_bits=4", "one float checkpoint"),
-        ("eval.py --ckpt={float} --out_dir=x", "pass --pot_bits=4, say"),
         ("eval.py --ckpt={float} --dataset=other", "another vocabulary"),
         ("eval.py --ckpt={float} --split=all", "choose one of train, val, test"),
         ("sample.py --ckpt=out-nowhere", "no folder out-nowhere"),
@@ -703,33 +619,23 @@ def test_text_is_streamed(house, float_run):
         ("train.py --dataset=tiny --init_from=gpt2 --out_dir=x", "another vocabulary"),
         ("train.py --dataset=openwebtext --init_from=gpt2 --n_layer=3 --out_dir=x", "n_layer=3, but gpt2 was trained with n_layer=2"),
         ("train.py --dataset=openwebtext --init_from=gpt5 --out_dir=x", "no folder gpt5"),
-        ("eval.py --ckpt=gpt2", "pass --dataset=openwebtext, say, or --text FILE"),
+        ("eval.py --ckpt=gpt2", "pass --dataset=openwebtext or --text FILE"),
         ("eval.py --ckpt=gpt2 --text=nowhere.txt", "nowhere.txt"),
         ("eval.py --ckpt=gpt2 --text=latin.txt", "latin.txt is not UTF-8 text"),
         ("eval.py --ckpt=gpt2 --dataset=openwebtext --block_size=97", "fit the model's 96"),
         ("eval.py --ckpt=gpt2 --dataset=tiny", "another vocabulary"),
         ("eval.py --ckpt={float} --protocol=papers", "unknown protocol 'papers'"),
         ("eval.py --ckpt={float} --protocol=paper", "protocol=paper takes a context of 64, this model has 32"),
-        ("eval.py --ckpt={float} --calibrate_tokens=9", "--calibrate_tokens goes with pot_ settings"),
-        ("eval.py --ckpt={float} --bertscore=nowhere/bert", "cannot load the encoder nowhere/bert"),
-        ("eval.py --ckpt={float} --bertscore=bert --bertscore_texts=1", "bertscore_texts=1 must be at least 2"),
         ("eval.py --ckpt={float} --tokens=1", "tokens=1 must be at least 2"),
-        ("eval.py --ckpt={float} --pot_bits=4 --calibrate_tokens=-5", "calibrate_tokens=-5 must be at least 0"),
         ("eval.py --ckpt={float} --block_size=0", "block_size=0 must be at least 1"),
         ("eval.py --ckpt={float},out-nowhere", "no folder out-nowhere"),
         ("eval.py --ckpt=gpt2 --dataset=openwebtext --protocol=paper --block_size=32", "leave block_size out"),
-        ("eval.py --ckpt={float} --pot_bits=4 --out_dir=x --bertscore=nope", "cannot load the encoder nope"),
         ("train.py --dataset=tiny --block_size=0 --out_dir=x", "block_size=0 must be at least 1"),
         ("train.py --dataset=tiny --seed=-1 --out_dir=x", "seed=-1 must be at least 0"),
         ("train.py --dataset=tiny --learning_rate=-1 --out_dir=x", "learning_rate=-1.0 must be at least 0"),
         ("train.py --dataset=tiny --beta2=1 --out_dir=x", "beta2=1.0 must be below 1"),
         ("train.py --dataset=tiny --dropout=1.5 --out_dir=x", "dropout=1.5 must be at least 0 and below 1"),
         ("train.py --dataset=tiny --init_from={float} --dropout=1.5 --out_dir=x", "dropout=1.5 must be at least 0 and below 1"),
-        ("bench.py --what=qat --ckpt=gpt2 --block_size=97", "block_size=97 is more than the context of gpt2: 96"),
-        ("bench.py --ckpt=gpt2 --prompt_tokens=97", "prompt_tokens=97 is more than the context of 96"),
-        ("bench.py --ckpt={qat}", "is quantized (QAT): pass the float checkpoint"),
-        ("bench.py --model=gpt3", "choose speed or qat, and one of gpt2, gpt2-medium"),
-        ("bench.py --rounds=1", "rounds=1 has no spread"),
     ],
 )  # fmt: skip
 def test_errors(house, float_run, qat_run, monkeypatch, capsys, command, message):
@@ -841,7 +747,7 @@ def test_float_control_and_its_float_model(house, sh, float_run):
     with open(house / "out-control" / "log.jsonl", "a") as f:
         f.write('{"step": 1')  # a run that was killed while it wrote
     sh(f"{command.replace(f'init_from={float_run}', 'init_from=resume')} --max_iters=20")
-    (row,) = last_json(sh("eval.py --ckpt=out-control"))["rows"]
+    (row,) = rows_of(house, sh("eval.py --ckpt=out-control"))
     assert row["method"] == "float control" and row["steps"] == 20 and row["kl"] > 0
 
 
@@ -850,5 +756,5 @@ def test_settings_of_the_optimizer_hold_after_resume(house, sh, float_run):
     folder.mkdir()
     (folder / "ckpt.pt").write_bytes((house / float_run / "ckpt.pt").read_bytes())
     sh(f"train.py {TINY} --init_from=resume --out_dir=out-decay --max_iters=40 --weight_decay=0.7 --beta1=0.5")
-    groups = checkpoint.load_training(str(folder))["optimizer"]["param_groups"]
+    groups = checkpoint.load_training(str(folder)).optimizer["param_groups"]
     assert [g["weight_decay"] for g in groups] == [0.7, 0.0] and groups[0]["betas"] == (0.5, 0.95)

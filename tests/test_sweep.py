@@ -1,4 +1,4 @@
-"""sweep.py as a user runs it, its rows against eval.py and train.py."""
+"""sweep.py as a user runs it. Its rows equal those of train.py and eval.py."""
 
 import json
 import math
@@ -10,6 +10,7 @@ from conftest import ROOT
 
 import configurator
 import sweep
+from extras import plot
 from pot import PoTConfig
 
 CONFIG = """
@@ -39,11 +40,12 @@ def swept(house, sh, float_run):
 
 def test_rows_are_those_of_eval_and_train(house, sh, swept):
     found = {r["name"]: r for r in swept[1]["rows"]}
-    # nothing of a float model and of rounding it to nearest depends on the seed
+    # The float model and rounding to nearest do not depend on the seed.
     assert len(found) == 1 + 3 + (1 + 1) + 2 * (3 + 1)
-    one = "--ckpt=out-float --split=test --seed=2 --pot_bits=4 --pot_group_size=32"
-    for kind, more in (("rtn", ""), ("gptq", "--calibrate_tokens=512")):
-        sh(f"eval.py {one} {more} --json=one.json")
+    ptq = "train.py finetune.py --init_from=out-float --seed=2 --pot_bits=4 --pot_group_size=32 --max_iters=0"
+    for kind, tokens in (("rtn", 0), ("gptq", 512)):
+        sh(f"{ptq} --calibrate_tokens={tokens} --out_dir=out-alone-{kind}")
+        sh(f"eval.py --ckpt=out-alone-{kind} --json=one.json")
         theirs = json.loads((house / "one.json").read_text())["rows"][-1]
         row = found[f"pot-4-bits-groups-of-32-{kind}-s{1 if kind == 'rtn' else 2}"]
         assert {k: row[k] for k in ("loss", "kl", "bytes", "method")} == {
@@ -109,7 +111,7 @@ def test_kinds_of_weights_have_lines_and_names_of_their_own(swept, tmp_path, mon
     table = [swept[1]["table"][0]] + [row | {"config": vars(PoTConfig(**k))} for k in kinds]
     shown = []
     monkeypatch.setattr(plt, "close", lambda fig: shown.append(fig))
-    sweep.plot(table, str(tmp_path / "x.png"))
+    plot.draw_sweep(table, str(tmp_path / "x.png"))
     labels = [t.get_text() for t in shown[0].legends[0].get_texts()]
     assert len(labels) == len(set(labels)) == len(kinds) - 1 + 1  # range 2^5 is a point on another's line; and float
     assert [t.get_text() for t in shown[0].axes[0].texts] == ["$2^{5}$"]

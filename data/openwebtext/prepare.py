@@ -1,12 +1,12 @@
 """
-OpenWebText in GPT-2's tokens. Each document goes whole to train, val or test; exact duplicates are left out first.
+OpenWebText in GPT-2's tokens. Each document goes whole to train, val or test. Exact duplicates are left out first.
 
     python data/openwebtext/prepare.py                       # streams 20,000 documents: about 24 M tokens, 50 MB on disk
     python data/openwebtext/prepare.py --all=True            # all 8 million: about 9 billion tokens, 18 GB
     python data/openwebtext/prepare.py --input FILE.jsonl    # no download: {"text": ...} lines, or text files
 
-Only --input was run by us; the stream was tried with a stand-in for the hub, so it is not known whether the hub's
-conversion to Parquet, which is what streams, has all 8 million.
+We ran --input only. The stream was tested with a stand-in for the hub, so we do not know whether the hub's parquet
+conversion, which is streamed, holds all 8 million documents.
 """
 
 import os
@@ -22,9 +22,9 @@ from configurator import check_minimum, run  # noqa: E402
 
 @dataclass
 class Settings:
-    documents: int = 20_000  # the first so many of the stream
+    documents: int = 20_000  # number of documents from the start of the stream
     all: bool = False  # the whole stream
-    input: str | None = None  # .jsonl or text files, commas between them, all of them, instead of the stream
+    input: str | None = None  # .jsonl or text files to use instead of the stream, with commas between them
 
 
 def main(s: Settings):

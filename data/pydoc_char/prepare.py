@@ -1,6 +1,6 @@
 """
-Python's own documentation by characters: the help topics and the docstrings of the standard library, some MB of English
-that every CPython carries. No network needed. The text differs a little between Python versions.
+Python's own documentation by characters: the help topics and the docstrings of the standard library. Every CPython has
+these megabytes of English, so no network is needed. The text differs a little between Python versions.
 
     python data/pydoc_char/prepare.py
 """
@@ -26,17 +26,17 @@ class Settings:
 
 
 def main(s: Settings):
-    documents, seen = [], set()  # a document: a help topic, or the docstrings of a module
+    documents, seen = [], set()  # a document is a help topic, or the docstrings of a module
     for texts in (*topics(), *docstrings()):
         kept = []
         for paragraph in (p for text in texts for p in clean(text).split("\n\n")):
-            # Help topics quote each other and modules copy docstrings: no paragraph may be in two splits.
+            # Help topics quote each other and modules copy docstrings. No paragraph may be in two splits.
             if len(paragraph) < 100 or paragraph not in seen:
                 kept.append(paragraph)
                 seen.add(paragraph)
         if kept:
             documents.append("\n\n".join(kept) + "\n\n")
-    # In the order of their hashes: random, but the same on every machine.
+    # Sorted by hash: a random order that is the same on every machine.
     documents.sort(key=lambda d: hashlib.sha256(d.encode()).digest())
     splits = {"train": [], "val": [], "test": []}
     total, done = sum(map(len, documents)), 0
@@ -48,7 +48,7 @@ def main(s: Settings):
 
 
 def parse(path):
-    """Syntax tree of a source file; nothing of it runs. None where this Python cannot parse it."""
+    """Syntax tree of a source file, which is not run. None if this Python cannot parse it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -58,14 +58,14 @@ def parse(path):
 
 
 def topics():
-    """What help("topic") prints; a document each."""
+    """The texts of help("topic"), a document each."""
     tree = parse(Path(sysconfig.get_path("stdlib"), "pydoc_data", "topics.py"))
     values = [node.value for node in tree.body if isinstance(node, ast.Assign)]
     return [[text] for text in ast.literal_eval(values[0]).values()]
 
 
 def docstrings():
-    """All docstrings of a module; a document each."""
+    """All docstrings of a module, a document each."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
@@ -75,7 +75,7 @@ def docstrings():
 
 
 def clean(text):
-    """ASCII alone, so that the vocabulary is small and nearly the same everywhere."""
+    """ASCII only, so that the vocabulary is small and nearly the same everywhere."""
     text = "\n".join(line.rstrip() for line in text.expandtabs().splitlines()).strip()
     return "".join(c for c in text if c == "\n" or " " <= c <= "~")
 

@@ -2,7 +2,7 @@
 Tiny Shakespeare by characters: 1.1 MB of plays, split 80/10/10 in order as the PoT papers do.
 
     python data/shakespeare_char/prepare.py                    # downloads the text
-    python data/shakespeare_char/prepare.py --input FILE.txt   # takes it from a file
+    python data/shakespeare_char/prepare.py --input FILE.txt   # reads it from a file
 """
 
 import http.client

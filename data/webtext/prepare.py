@@ -1,11 +1,11 @@
 """
 1,000 documents of OpenWebText, then the film reviews of the Large Movie Review Dataset (Maas et al. 2011), in GPT-2's
-tokens: enough to train a small GPT from nothing.
+tokens: enough to train a small GPT from scratch.
 
     python data/webtext/prepare.py                                    # streams both: about 29 M tokens, 60 MB on disk
     python data/webtext/prepare.py --input OPENWEBTEXT,REVIEWS        # no download: two .jsonl or text files
 
-Each document goes whole to train, val or test; exact duplicates are left out first. Only --input was run by us.
+Each document goes whole to train, val or test. Exact duplicates are left out first. We ran --input only.
 """
 
 import os
@@ -21,7 +21,7 @@ from configurator import run  # noqa: E402
 
 @dataclass
 class Settings:
-    input: str | None = None  # .jsonl or text files, commas between them, instead of the streams
+    input: str | None = None  # .jsonl or text files to use instead of the streams, with commas between them
 
 
 def main(s: Settings):

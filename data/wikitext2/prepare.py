@@ -5,8 +5,8 @@ WikiText-2 (raw) in GPT-2's tokens, with its own three splits.
     python data/wikitext2/prepare.py --input TRAIN,VALID,TEST       # from its three files
     python data/wikitext2/prepare.py --input FILE                   # from one of them, split by article
 
-Only --input was run by us; the download was tried with a stand-in for the hub. The rows of the download are joined by
-blank lines, as is usual where perplexities of GPT-2 on WikiText-2 are compared.
+We ran --input only. The download was tested with a stand-in for the hub. Blank lines join the rows of the download, as is
+usual in comparisons of GPT-2's perplexity on WikiText-2.
 """
 
 import os
@@ -24,7 +24,8 @@ HUB = "Salesforce/wikitext"
 
 @dataclass
 class Settings:
-    input: str | None = None  # its files train, valid and test with commas between them, or one; None: the download
+    # the files train, valid and test with commas between them, or one of them; None: download
+    input: str | None = None
 
 
 def main(s: Settings):
@@ -44,9 +45,9 @@ def download():
     import datasets
 
     try:
-        found = datasets.load_dataset(HUB, "wikitext-2-raw-v1")
-        return ["\n\n".join(found[split]["text"]) for split in ("train", "validation", "test")]
-    except Exception as e:  # of datasets, the hub, requests or httpx, by version and by what is wrong with the network
+        rows = datasets.load_dataset(HUB, "wikitext-2-raw-v1")
+        return ["\n\n".join(rows[split]["text"]) for split in ("train", "validation", "test")]
+    except Exception as e:  # of datasets, the hub, requests or httpx, by version and by the state of the network
         raise ValueError(
             f"cannot download {HUB} from the Hugging Face hub ({type(e).__name__}): check the network, or get the files "
             "another way and pass them with --input TRAIN,VALID,TEST"
