@@ -1,14 +1,13 @@
 """
-What GPT-2 costs in each format: speed, memory and file, all formats in turn in one run. Or what QAT costs.
+Speed, memory and file size of GPT-2 in each format, measured in turn in one run. Or the time of a QAT step.
 
-    python bench.py                                  # GPT-2 124M's shape, random weights
+    python bench.py                                  # the shape of GPT-2 124M, random weights
     python bench.py --model=gpt2-medium --vocab_multiple=64
     python bench.py --ckpt=gpt2
-    python bench.py --what=qat                       # a training step, float and fake-quantized
+    python bench.py --what=qat                       # a training step: float, fake-quantized, distilled
 """
 
 import copy
-import ctypes
 import functools
 import json
 import os
@@ -21,16 +20,18 @@ import warnings
 from dataclasses import dataclass, replace
 
 import torch
+import torch.ao.nn.quantized.dynamic as int8
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.ao.quantization import default_dynamic_qconfig, float_qparams_weight_only_qconfig, quantize_dynamic
 
 import checkpoint
-from configurator import check_minimum, provenance, run
-from decode import decoder_of
-from eval import keep_freed_memory, pick_device
+import machine
+import pot_kernel
+from checkpoint import CheckpointInfo
+from configurator import check_minimum, run
 from model import GPT, GPTConfig, KVCache
-from pot import PoTConfig, PoTQuantizer, _kernel, allow_bfloat16, convert, packed_state, prepare
+from pot import PoTConfig, PoTQuantizer, allow_bfloat16, convert, packed_state, prepare
 
 SHAPES = {  # n_layer, n_head, n_embd
     "gpt2": (12, 12, 768),
@@ -38,37 +39,41 @@ SHAPES = {  # n_layer, n_head, n_embd
     "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600),
 }
-PACKED = {  # absmax, as it is found at once: another scale takes as long to multiply by
-    "int4": PoTConfig(grid="uniform", scale="absmax"),  # the same kernel, with another table
+PACKED = {  # absmax because it is quick to compute; the scale makes no difference to speed
+    "int4": PoTConfig(grid="uniform", scale="absmax"),  # the same kernel with another table
     "pot4": PoTConfig(scale="absmax"),
     "pot4-int8": PoTConfig(scale="absmax", act_bits=8),
 }
-# What a format's logits may differ by, relative to those of the same weights in float32. Many rows of packed weights are
-# multiplied in bfloat16; int8 rounds the weights as well.
+# Largest relative error of the logits, from those of the same weights in float32. The kernel multiplies many rows in
+# bfloat16; int8 rounds the weights too.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.25} | dict.fromkeys(PACKED, 0.05)
-PROMPT = 32  # tokens before those that are decoded
+ENGINES = torch.backends.quantized.supported_engines  # of int8
+WAYS = {  # each format is measured in all of its ways
+    **dict.fromkeys(("float32", "bfloat16"), ("eager", "oneDNN", "compiled")),
+    "int8": [e for e in ("x86", "onednn") if e in ENGINES] or ENGINES[-1:],
+    **dict.fromkeys(PACKED, ("packed",)),
+}
+PROMPT = 32  # tokens before the decoded ones
+SEED = 1337  # of weights and tokens
 
 
 @dataclass
 class Settings:
-    what: str = "speed"  # "speed": of inference, by format; "qat": seconds of a training step, float and fake-quantized
-    ckpt: str | None = (
-        None  # folder of a float checkpoint or of GPT-2, or gpt2, ...; None: random weights of the shape of
-    )
-    model: str = "gpt2"  # gpt2, gpt2-medium, gpt2-large or gpt2-xl
-    vocab_multiple: int = 1  # the vocabulary is padded to a multiple of this, 64 say
-    rounds: int = 5  # times that all take turns
-    seed: int = 1337  # of weights and tokens
-    json: str | None = None  # where to write the result; None: results/bench.json, or results/bench_qat.json
-    # what=speed
-    new_tokens: int = 128  # tokens that are decoded one by one, after a prompt of 32
-    prompt_tokens: int = 512  # tokens of the prompt whose reading is timed
-    compile: bool = True  # try torch.compile as well, which takes a minute or two at first
-    # what=qat
-    batch_size: int = 12  # sequences a step
-    block_size: int = 64  # tokens a sequence
-    steps: int = 3  # steps in a row that are timed each time, after one that is not
-    pot: PoTConfig | None = None  # the fake-quantized weights; None: the default, 4 bits in groups of 64
+    what: str = "speed"  # "speed" of inference in each format, or "qat": seconds of a training step
+    # folder of a float checkpoint, or gpt2, gpt2-medium, ...; None: random weights
+    ckpt: str | None = None
+    model: str = "gpt2"  # shape of the random weights: gpt2, gpt2-medium, gpt2-large or gpt2-xl
+    vocab_multiple: int = 1  # the vocabulary is padded to a multiple of this, for example 64
+    rounds: int = 5  # in each round everything is measured once, in turn
+    json: str | None = None  # file of the result; None: results/bench.json or results/bench_qat.json
+    # --- what=speed ---
+    new_tokens: int = 128  # tokens decoded one by one, after a prompt of 32
+    prompt_tokens: int = 512  # tokens of the prompt that is timed
+    compile: bool = True  # also measure torch.compile, which needs a minute or two to compile
+    # --- what=qat ---
+    batch_size: int = 12  # sequences in a step
+    block_size: int = 64  # tokens in a sequence
+    steps: int = 3  # steps timed in a row, after one that is not timed
     device: str = "auto"  # "auto": cuda, mps or cpu; or one of them
 
 
@@ -78,11 +83,11 @@ def main(s: Settings):
     check_minimum(s, vocab_multiple=1, new_tokens=1, prompt_tokens=1, batch_size=1, block_size=1, steps=1)
     if s.rounds < 2:
         raise ValueError(f"rounds={s.rounds} has no spread: take at least 2")
-    torch.manual_seed(s.seed)
+    torch.manual_seed(SEED)
     model = build(s)
     results = speed(s, model) if s.what == "speed" else qat(s, model)
     shape = {k: getattr(model.config, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    results |= {"weights": s.ckpt or "random", **shape, "rounds": s.rounds, "seed": s.seed, **provenance()}
+    results |= {"weights": s.ckpt or "random", **shape, "rounds": s.rounds, "seed": SEED, **machine.provenance()}
     path = s.json or os.path.join("results", "bench.json" if s.what == "speed" else "bench_qat.json")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "w") as f:
@@ -91,309 +96,286 @@ def main(s: Settings):
 
 
 def build(s):
-    """Float model in eval mode."""
+    """The float model, in eval mode."""
     config, tensors = GPTConfig(1024, 50257, *SHAPES[s.model]), None
     if s.ckpt:
         loaded, info = checkpoint.load_model(s.ckpt)
-        if info["pot"]:
-            raise ValueError(f"{s.ckpt} is quantized ({info['method']}): pass the float checkpoint that it came from")
+        if info.pot:
+            raise ValueError(f"{s.ckpt} is quantized ({info.method}): pass the float checkpoint that it came from")
         config, tensors = loaded.config, loaded.state_dict()
-    more = -config.vocab_size % s.vocab_multiple
-    model = GPT(replace(config, vocab_size=config.vocab_size + more))
+    padding = -config.vocab_size % s.vocab_multiple
+    model = GPT(replace(config, vocab_size=config.vocab_size + padding))
     if tensors:
-        tables = {n: F.pad(tensors[n], (0, 0, 0, more)) for n in ("transformer.wte.weight", "lm_head.weight")}
+        tables = {n: F.pad(tensors[n], (0, 0, 0, padding)) for n in ("transformer.wte.weight", "lm_head.weight")}
         model.load_state_dict(tensors | tables)
     return model.eval()
 
 
-# --- speed ---
+def quartiles(values):
+    """[lower, median, upper]"""
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def spread(key, values):
+    lower, median, upper = quartiles(values)
+    return {key: median, f"{key}_quartiles": [lower, upper]}
+
+
+# -----------------------------------------------------------------------------
+# Speed
 
 
 @torch.no_grad()
 def speed(s, model):
-    """Every format is written to a file, loaded from there, checked against float32, and timed in turn with the others.
+    """Writes every format to a file, loads it, checks its logits, and times all formats in turn.
 
-    A format that can run in several ways is timed in all of them; its row has the quickest by median, to decode and to read
-    the prompt each. Row float32 is PyTorch as it comes.
+    A row has the fastest way of its format by median, separately for decoding and for the prompt. Row float32 is
+    PyTorch's default. The figures of a row:
+    - file_bytes: the file of checkpoint.save_model; for int8 of torch.save, with quantized embeddings
+    - bytes_per_token: all weights, except tables of which a decode step reads single rows
+    - peak_bytes: peak memory of a new process that loads the file and decodes, minus its memory after the imports
+    - decode, prompt: tokens/s, and ratios to float32 and to float32-best in the same round
+    - bandwidth_share: bytes_per_token x decode tokens/s, relative to plain reading in the same round (see take_turns)
     """
     context = model.config.block_size
     if max(PROMPT + s.new_tokens + 1, s.prompt_tokens) > context:
-        raise ValueError(
-            f"{PROMPT} + 1 + new_tokens={s.new_tokens} or prompt_tokens={s.prompt_tokens} is more than the context of {context}"
-        )
+        lengths = f"{PROMPT} + 1 + new_tokens={s.new_tokens} or prompt_tokens={s.prompt_tokens}"
+        raise ValueError(f"{lengths} is more than the context of {context}")
     tokens = torch.randint(model.config.vocab_size, (1, max(PROMPT + 1, s.prompt_tokens)))
-    before = torch.backends.quantized.engine
+    engine = torch.backends.quantized.engine
     with tempfile.TemporaryDirectory() as folder:
         try:
             files, expected = write_formats(model, folder, tokens[:, : PROMPT + 1])
-            models, left_out = load_all(s, files, expected, tokens)
-            read = take_turns(s, models, tokens, os.path.getsize(files["pot4"]))
-            names = {"float32": "float32", "float32-best": "float32"} | {f: f for f in files if f != "float32"}
-            rows = [make_row(s, name, files[format], format, models, read) for name, format in names.items()]
+            ways, left_out = load_ways(s, files, expected, tokens)
+            read = take_turns(s, ways, tokens, os.path.getsize(files["pot4"]))
+            groups = {format: [w for w in ways if w.format == format] for format in files}
+            floats = groups.pop("float32")
+            groups = {"float32": floats[:1], "float32-best": floats} | groups
+            rows = [make_row(s, name, group, floats, read) for name, group in groups.items()]
         finally:
-            torch.backends.quantized.engine = before
-    print_table(s, rows, read)
-    return {
-        "read_gb_s": statistics.median(read) / 1e9,
-        "read_gb_s_quartiles": quartiles(r / 1e9 for r in read),
-        "rows": rows,
-        "ways": [{"format": f, "way": w, **found} for (f, w), (_, _, found) in models.items()],
-        "left_out": left_out,
-        "new_tokens": s.new_tokens,
-        "prompt_tokens": s.prompt_tokens,
-        "obtained": {
-            "file_bytes": "checkpoint.save_model; int8: torch.save of the model, embeddings quantized too",
-            "bytes_per_token": "all weights, but of tables that single rows are read of",
-            "peak_bytes": f"a new process loads the file and decodes {s.new_tokens} tokens after {PROMPT}: its peak less what it took before, modules imported",
-            "decode, prompt": "tokens/s, median; quartiles beside it; ratios are to float32 and to float32-best in the same round",
-            "bandwidth_share": "bytes_per_token x decode tokens/s / bytes/s of reading a buffer of pot4's file size in the same round",
-            "error": "of the first logits, relative to float32's; packed formats: to those of the same weights in float32",
-        },
-    }
+            torch.backends.quantized.engine = engine
+    bandwidth = spread("read_gb_s", [r / 1e9 for r in read])
+    print_table(s, rows, bandwidth["read_gb_s"])
+    ways = [{"format": w.format, "way": w.way, "error": w.error, "ready_s": w.ready_s} | w.rates for w in ways]
+    lengths = {"new_tokens": s.new_tokens, "prompt_tokens": s.prompt_tokens}
+    return {**bandwidth, "rows": rows, "ways": ways, "left_out": left_out, **lengths}
 
 
 def write_formats(model, folder, tokens):
-    """({format: its file}, {format: logits that are right})"""
+    """({format: its file}, {format: the right logits after tokens})"""
     files, expected = {}, {}
 
-    def write(format, model, like):
-        no_text = {"tokenizer": "char", "chars": ""}
-        info = {"tokenizer": no_text, "method": format, "pot": None, "origin": None, "step": 0}
-        checkpoint.save_model(os.path.join(folder, format), model, info | {"settings": {"dataset": None, "seed": None}})
-        files[format], expected[format] = os.path.join(folder, format, checkpoint.MODEL), like
+    def write(format, model, logits):
+        info = CheckpointInfo({"tokenizer": "char", "chars": ""}, format, model.config)  # tokens here are no text
+        checkpoint.save_model(os.path.join(folder, format), model, info)
+        files[format], expected[format] = os.path.join(folder, format, checkpoint.MODEL), logits
 
     exact = model(tokens)[:, -1]
     write("float32", model, exact)
     write("bfloat16", copy.deepcopy(model).bfloat16(), exact)
-    kinds = {nn.Linear: default_dynamic_qconfig, nn.Embedding: float_qparams_weight_only_qconfig}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that all of torch.ao.quantization is deprecated
-        torch.save(quantize_dynamic(copy.deepcopy(model), kinds), os.path.join(folder, "int8.pt"))
     files["int8"], expected["int8"] = os.path.join(folder, "int8.pt"), exact
-    for format, pot in PACKED.items():
+    qconfigs = {nn.Linear: default_dynamic_qconfig, nn.Embedding: float_qparams_weight_only_qconfig}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # all of torch.ao.quantization is deprecated
+        torch.save(quantize_dynamic(copy.deepcopy(model), qconfigs), files["int8"])
+    for format, config in PACKED.items():
         packed = copy.deepcopy(model)
-        prepare(packed, pot)
-        like = packed(tokens)[:, -1]
-        write(format, convert(packed), like)
+        prepare(packed, config)
+        logits = packed(tokens)[:, -1]
+        write(format, convert(packed), logits)
     return files, expected
 
 
-def ways_of(format, compiled):
-    if format in PACKED:
-        return ["packed"]
-    engines = torch.backends.quantized.supported_engines
-    if format == "int8":
-        return [e for e in ("x86", "onednn") if e in engines] or engines[-1:]
-    return ["eager"] + ["oneDNN"] * torch.backends.mkldnn.is_available() + ["compiled"] * compiled
+class Way:
+    """A format that runs in one of its ways, loaded from its file."""
+
+    def __init__(self, format, way, file):
+        self.format, self.way, self.file, self.decoder = format, way, file, None
+        self.rates = {"decode": [], "prompt": []}  # tokens/s of each round
+        self.use()
+        if format == "int8":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.model = torch.load(file, weights_only=False)
+            return
+        self.model, _ = checkpoint.load_model(os.path.dirname(file))
+        if way == "oneDNN":
+            self.model.apply(reorder_weight)
+        if way == "compiled":
+            torch._dynamo.config.recompile_limit = 64  # prompts and single tokens, in two dtypes
+            self.model.compile()  # dynamic=True makes thousands of symbols; lengths become symbols when they change
+        if format in PACKED:
+            allow_bfloat16(self.model)  # for prompts
+            self.decoder = checkpoint.make_decoder(self.model)
+
+    def use(self):
+        if self.format == "int8":
+            torch.backends.quantized.engine = self.way
+
+    def generate(self, prompt, new_tokens):
+        """Yields the token that the prompt gives, then new_tokens decoded ones."""
+        return self.model.generate(prompt, new_tokens + 1, temperature=0, decode=self.decoder)
 
 
-def load(format, way, file):
-    """(model, what decodes one token in one call or None), which later calls of `use` switch to."""
-    use(format, way)
-    if format == "int8":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(file, weights_only=False), None
-    model, _ = checkpoint.load_model(os.path.dirname(file))
-    if way == "oneDNN":
-        for module in list(model.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, OneDNNLinear(child))
-    if way == "compiled":
-        torch._dynamo.config.recompile_limit = 64  # prompt and single tokens, in two dtypes
-        model.compile()  # not dynamic=True: thousands of symbols, minutes; lengths become symbols when they change
-    allow_bfloat16(model)  # for prompts, if it is packed
-    return model, decoder_of(model) if format in PACKED else None
+def reorder_weight(module):
+    """Makes a linear layer keep its weight in oneDNN's own order, so that no call has to reorder it.
+
+    Raises RuntimeError where oneDNN does not have the dtype, such as bfloat16 without AVX-512.
+    """
+    if isinstance(module, nn.Linear):
+        # The order for 16 rows. On AMX in bfloat16, it is as fast for a single row as the order for one row.
+        weight, bias = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 16), module.bias
+        module.forward = lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        module.weight = None
 
 
-def use(format, way):
-    if format == "int8":
-        torch.backends.quantized.engine = way
+def load_ways(s, files, expected, tokens):
+    """(every Way that runs, {"format, way": why it was left out})"""
+    ways, left_out = [], {}
+    for format, way in [(f, way) for f in files for way in WAYS[f] if s.compile or way != "compiled"]:
+        start = time.perf_counter()
+        try:
+            w = Way(format, way, files[format])
+            cache = KVCache(PROMPT + 1 + s.new_tokens)  # of the size that generate uses, to compile only once
+            w.model(tokens[:, :PROMPT], cache=cache)
+            last = tokens[:, PROMPT : PROMPT + 1]
+            logits = w.decoder(last, cache) if w.decoder else w.model(last, cache=cache)[:, -1]
+        except Exception as e:  # torch.compile raises errors of many types, for example without a compiler
+            if way not in ("oneDNN", "compiled"):
+                raise
+            left_out[f"{format}, {way}"] = reason = f"{type(e).__name__}: {e}".splitlines()[0]
+            print(f"{format} {way} is left out: {reason}")
+            continue
+        w.error = ((logits.float() - expected[format]).norm() / expected[format].norm()).item()
+        if not w.error <= TOLERANCE[format]:
+            raise ValueError(f"{format} {way}: its logits are off by {w.error:.2g}, relative to float32")
+        w.ready_s = time.perf_counter() - start
+        print(f"{format:<10}{way:<9} ready in {w.ready_s:5.1f} s, logits off by {w.error:.1e}", flush=True)
+        ways.append(w)
+    return ways, left_out
 
 
-class OneDNNLinear(nn.Module):
-    """A linear layer whose weight lies as oneDNN likes it, rather than to be rearranged in every call."""
-
-    def __init__(self, linear):
-        super().__init__()
-        # For 16 rows: on AMX, in bfloat16, one row is multiplied as quickly as in the order for one.
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 16), linear.bias
-
-    def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def load_all(s, files, expected, tokens):
-    """({(format, way): (model, decoder, what was found out)}, {way: why it was left out})"""
-    models, left_out = {}, {}
-    for format, file in files.items():
-        for way in ways_of(format, s.compile):
-            start = time.perf_counter()
-            try:
-                model, decoder = load(format, way, file)
-                cache = KVCache(PROMPT + 1 + s.new_tokens)  # as generate has it, so that it compiles once
-                model(tokens[:, :PROMPT], cache=cache)
-                last = tokens[:, PROMPT : PROMPT + 1]
-                logits = decoder(last, cache) if decoder else model(last, cache=cache)[:, -1]
-            except Exception as e:  # torch.compile raises whatever it meets, such as no compiler
-                if way != "compiled":
-                    raise
-                left_out[f"{format}, {way}"] = why = f"{type(e).__name__}: {e}".splitlines()[0]
-                print(f"{format} {way} is left out: {why}")
-                continue
-            error = ((logits.float() - expected[format]).norm() / expected[format].norm()).item()
-            if not error <= TOLERANCE[format]:
-                raise ValueError(f"{format} {way}: its logits are off by {error:.2g}, relative to float32")
-            ready = time.perf_counter() - start
-            print(f"{format:<10}{way:<9} ready in {ready:5.1f} s, logits off by {error:.1e}", flush=True)
-            found = {"error": error, "ready_s": ready, "decode": [], "prompt": []}
-            models[format, way] = model, decoder, found
-    return models, left_out
-
-
-def take_turns(s, models, tokens, size):
-    """Appends each round's tokens/s to what was found out of the models; returns each round's bytes/s of mere reading."""
-    buffer, read = torch.ones(size // 4), []
+def take_turns(s, ways, tokens, size):
+    """Appends tokens/s of each round to the rates of all ways. Returns bytes/s of reading a buffer of `size` bytes in
+    each round."""
+    buffer, rates = torch.ones(size // 4), []
     for i in range(s.rounds + 1):
         line = []
-        for (format, way), (model, decoder, found) in models.items():
-            use(format, way)
-            generated = model.generate(tokens[:, :PROMPT], s.new_tokens + 1, temperature=0, decode=decoder)
+        for w in ways:
+            w.use()
+            generated = w.generate(tokens[:, :PROMPT], s.new_tokens)
             next(generated)  # reads the prompt
             start = time.perf_counter()
             for _ in generated:
                 pass
             middle = time.perf_counter()
-            model(tokens[:, : s.prompt_tokens], cache=KVCache(s.prompt_tokens), last=True)
+            w.model(tokens[:, : s.prompt_tokens], cache=KVCache(s.prompt_tokens), last=True)
             end = time.perf_counter()
             if i > 0:  # the first round warms up
-                found["decode"].append(s.new_tokens / (middle - start))
-                found["prompt"].append(s.prompt_tokens / (end - middle))
-                line.append(f"{format} {way} {found['decode'][-1]:.1f}")
+                w.rates["decode"].append(s.new_tokens / (middle - start))
+                w.rates["prompt"].append(s.prompt_tokens / (end - middle))
+                line.append(f"{w.format} {w.way} {w.rates['decode'][-1]:.1f}")
         start = time.perf_counter()
         for _ in range(10):
-            read_once(buffer)
+            pot_kernel.read_once(buffer) if pot_kernel.load() else buffer.sum()
         if i > 0:
-            read.append(10 * buffer.nbytes / (time.perf_counter() - start))
-            print(f"round {i}/{s.rounds}, tokens/s: {', '.join(line)}; reads {read[-1] / 1e9:.1f} GB/s", flush=True)
-    return read
+            rates.append(10 * buffer.nbytes / (time.perf_counter() - start))
+            print(f"round {i}/{s.rounds}, tokens/s: {', '.join(line)}; reads {rates[-1] / 1e9:.1f} GB/s", flush=True)
+    return rates
 
 
-def read_once(buffer):
-    library = _kernel()
-    if library is None:
-        return buffer.sum()
-    library.pot_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-    library.pot_read(buffer.data_ptr(), buffer.nbytes // 8, torch.get_num_threads())
+def make_row(s, name, ways, floats, read):
+    """A row of the table, for the best of ways. floats: the ways of float32, its default first; read: of take_turns."""
+    best = {kind: max(ways, key=lambda w: statistics.median(w.rates[kind])) for kind in ("decode", "prompt")}
+    weights = read_per_token(ways[0].model)
+    row = {"name": name, "ways": {kind: w.way for kind, w in best.items()}}
+    row |= {"file_bytes": os.path.getsize(ways[0].file), "bytes_per_token": weights}
+    row["peak_bytes"] = peak_bytes(ways[0].format, best["decode"].way, ways[0].file, s.new_tokens)
+    for kind, w in best.items():
+        row |= spread(f"{kind}_tok_s", w.rates[kind])
+        fastest = max((f.rates[kind] for f in floats), key=statistics.median)
+        for key, base in ((f"{kind}_ratio", floats[0].rates[kind]), (f"{kind}_ratio_best", fastest)):
+            row |= spread(key, [r / b for r, b in zip(w.rates[kind], base)])
+    return row | spread("bandwidth_share", [weights * d / r for d, r in zip(best["decode"].rates["decode"], read)])
 
 
 def read_per_token(model):
-    """Bytes of weights that a decode step reads: all but the tables that it takes single rows of."""
-    if hasattr(model.lm_head, "_weight_bias"):  # int8, whose tables are apart from the head
-        tensors = [t for m in model.modules() if type(m) is type(model.lm_head) for t in m._weight_bias()]
-        return sum(t.nbytes for t in [*tensors, *model.parameters()] if t is not None)
+    """Bytes; see speed."""
+    if isinstance(model.lm_head, int8.Linear):  # its tables are separate from the head
+        layers = [m for m in model.modules() if isinstance(m, int8.Linear)]
+        tensors = [t for m in layers for t in (m.weight(), m.bias()) if t is not None]
+        return sum(t.nbytes for t in [*tensors, *model.parameters()])
     return sum(t.nbytes for n, t in packed_state(model)[0].items() if not n.startswith("transformer.wpe."))
-
-
-def make_row(s, name, file, format, models, read):
-    ways = {
-        way: found for (f, way), (*_, found) in models.items() if f == format and (name != "float32" or way == "eager")
-    }
-    best = {kind: max(ways, key=lambda way: statistics.median(ways[way][kind])) for kind in ("decode", "prompt")}
-    weights = read_per_token(load(format, ways_of(format, False)[0], file)[0])
-    row = {"name": name, "ways": best, "file_bytes": os.path.getsize(file), "bytes_per_token": weights}
-    row["peak_bytes"] = peak_bytes(format, best["decode"], file, s.new_tokens)
-    floats = [found for (f, _), (*_, found) in models.items() if f == "float32"]
-    for kind, way in best.items():
-        rates = ways[way][kind]
-        quickest = max((found[kind] for found in floats), key=statistics.median)
-        row[f"{kind}_tok_s"], row[f"{kind}_tok_s_quartiles"] = statistics.median(rates), quartiles(rates)
-        for key, base in ((f"{kind}_ratio", floats[0][kind]), (f"{kind}_ratio_best", quickest)):
-            ratios = [r / b for r, b in zip(rates, base)]
-            row[key], row[f"{key}_quartiles"] = statistics.median(ratios), quartiles(ratios)
-    shares = [weights * rate / r for rate, r in zip(ways[best["decode"]]["decode"], read)]
-    row["bandwidth_share"], row["bandwidth_share_quartiles"] = statistics.median(shares), quartiles(shares)
-    return row
 
 
 @functools.cache
 def peak_bytes(format, way, file, new_tokens):
-    """In a process of its own, which inherits nothing; None where the system does not tell."""
-    here = os.path.dirname(os.path.abspath(__file__))
+    """See speed. None where the system does not tell."""
     call = f"import bench; bench.print_peak{(format, way, file, new_tokens, torch.get_num_threads())}"
-    paths = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-c", call], env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.PIPE, check=True
-    )
+    here = os.path.dirname(os.path.abspath(__file__))
+    done = subprocess.run([sys.executable, "-c", call], cwd=here, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @torch.no_grad()
 def print_peak(format, way, file, new_tokens, threads):
     torch.set_num_threads(threads)
-    before = memory("VmRSS")
-    model, decoder = load(format, way, file)
-    for _ in model.generate(torch.zeros(1, PROMPT, dtype=torch.long), new_tokens + 1, temperature=0, decode=decoder):
+    before = machine.process_memory("VmRSS")
+    for _ in Way(format, way, file).generate(torch.zeros(1, PROMPT, dtype=torch.long), new_tokens):
         pass
-    print("null" if before is None else memory("VmHWM") - before)
+    print("null" if before is None else machine.process_memory("VmHWM") - before)
 
 
-def memory(key):
-    # getrusage's peak would be that of the process which started this one, if that is larger.
-    if not os.path.exists("/proc/self/status"):
-        return None
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
-
-
-def quartiles(values):
-    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return [lower, upper]
-
-
-def print_table(s, rows, read):
-    line = "{:<13}{:>8}{:>9}{:>8}   {:<22}{:>6}{:>7}{:>9}   {:<28}{:>6}"
+def print_table(s, rows, bandwidth):
     print(
-        f"\n{s.new_tokens} tokens decoded one by one after {PROMPT}, a prompt of {s.prompt_tokens} read: tokens/s, median (quartiles), "
-        f"ratio to float32 and\nto the best float32; MB of the file, read per token, and at most in memory; share of the {statistics.median(read) / 1e9:.1f} GB/s that memory is read at"
+        f"\nDecoding {s.new_tokens} tokens one by one after {PROMPT}, and a prompt of {s.prompt_tokens}: tokens/s, "
+        "median (quartiles); ratios to float32 and\nto the best float32. MB: file, read per token, peak memory. "
+        f"Share: of the {bandwidth:.1f} GB/s at which memory is read."
     )
+    line = "{:<13}{:>8}{:>9}{:>8}   {:<22}{:>6}{:>7}{:>9}   {:<28}{:>6}"
     print(line.format("", "file", "a token", "peak", "decode", "ratio", "/best", "share", "prompt", "ratio"))
     for r in rows:
-        sizes = [
-            "-" if (n := r[k]) is None else f"{n / 1e6:.1f}" for k in ("file_bytes", "bytes_per_token", "peak_bytes")
-        ]
-        rates = [
-            f"{r[k]:.1f} ({', '.join(f'{q:.1f}' for q in r[k + '_quartiles'])})"
-            for k in ("decode_tok_s", "prompt_tok_s")
-        ]
-        ratios = [f"{r[k]:.2f}" for k in ("decode_ratio", "decode_ratio_best", "prompt_ratio")]
+        sizes = [r[key] for key in ("file_bytes", "bytes_per_token", "peak_bytes")]
+        sizes = ["-" if n is None else f"{n / 1e6:.1f}" for n in sizes]
+        rates = ["{:.1f} ({:.1f}, {:.1f})".format(r[k], *r[f"{k}_quartiles"]) for k in ("decode_tok_s", "prompt_tok_s")]
+        ratios = [f"{r[key]:.2f}" for key in ("decode_ratio", "decode_ratio_best", "prompt_ratio")]
         share = f"{r['bandwidth_share']:.0%}"
         print(line.format(r["name"], *sizes, rates[0], *ratios[:2], share, rates[1], ratios[2]))
-    for r in rows[1:4]:
+    for r in rows[1:4]:  # formats with several ways
         print(f"{r['name']}: {r['ways']['decode']} to decode, {r['ways']['prompt']} for the prompt")
 
 
-# --- qat ---
+# -----------------------------------------------------------------------------
+# QAT
 
 
 def qat(s, model):
+    """Times a training step: float, fake-quantized, and fake-quantized towards a float teacher's predictions, as in
+    train.py with distill=1."""
     if s.block_size > model.config.block_size:
         raise ValueError(
             f"block_size={s.block_size} is more than the context of {s.ckpt or s.model}: {model.config.block_size}"
         )
-    pot = s.pot or PoTConfig()
-    keep_freed_memory()  # as train.py does
-    device = pick_device(s.device)
+    device = machine.pick_device(s.device)
+    machine.keep_freed_memory()  # as train.py does
+    teacher = copy.deepcopy(model).to(device)
     model.to(device).train()
-    prepare(model, pot)
+    config = PoTConfig()
+    prepare(model, config)
     quantizers = [m for m in model.modules() if isinstance(m, PoTQuantizer)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device != "mps")
     tokens = torch.randint(model.config.vocab_size, (s.batch_size, s.block_size + 1), device=device)
+    x, y = tokens[:, :-1], tokens[:, 1:]
 
-    def step():
+    def step(distill):
         start = time.perf_counter()
-        model(tokens[:, :-1], tokens[:, 1:])[1].backward()
+        if distill:
+            with torch.no_grad():
+                soft = teacher(x).flatten(0, 1).float().softmax(-1)
+            loss = F.cross_entropy(model(x).flatten(0, 1).float(), soft)
+        else:
+            loss = model(x, y)[1]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -401,30 +383,25 @@ def qat(s, model):
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    # One model, its quantizers off and on: both steps work in the same memory, which a step has to fault in anew.
-    seconds = {"float32": [], str(pot): []}
+    # All kinds of steps use one model, and so the same memory; its quantizers are switched off and on.
+    seconds = {"float32": [], str(config): [], "distilled": []}
     for i in range(s.rounds + 1):
         for name, times in seconds.items():
             for q in quantizers:
                 q.enabled = name != "float32"
-            step()
-            mean = statistics.mean(step() for _ in range(s.steps))
+            _, *timed = [step(name == "distilled") for _ in range(s.steps + 1)]
+            mean = statistics.mean(timed)
             if i > 0:  # the first round warms up
                 times.append(mean)
             print(f"round {i}/{s.rounds}  {name:<28} {mean:.3f} s", flush=True)
 
-    base, rows = seconds["float32"], []
+    print(f"\nA step of {s.batch_size} x {s.block_size} tokens: seconds, and ratio to float32; median (quartiles)")
+    rows = []
     for name, times in seconds.items():
-        ratios = [t / b for t, b in zip(times, base)]
-        step_s, ratio = (
-            [round(q, 4) for q in statistics.quantiles(v, n=4, method="inclusive")] for v in (times, ratios)
-        )
-        rows.append({"name": name, "step_s": step_s, "ratio": ratio})
-    print(
-        f"\na step of {s.batch_size} x {s.block_size} tokens, seconds: median (lower, upper quartile); ratio of the same round"
-    )
-    for r in rows:
-        print(f"{r['name']:<28} " + "   ".join(f"{m:.3f} ({a:.3f}, {b:.3f})" for a, m, b in (r["step_s"], r["ratio"])))
+        ratios = [t / base for t, base in zip(times, seconds["float32"])]  # in the same round
+        row = {"step_s": [round(q, 4) for q in quartiles(times)], "ratio": [round(q, 4) for q in quartiles(ratios)]}
+        print(f"{name:<28} " + "   ".join("{1:.3f} ({0:.3f}, {2:.3f})".format(*q) for q in row.values()))
+        rows.append({"name": name} | row)
     return {"rows": rows, "steps": s.steps, "tokens": s.batch_size * s.block_size}
 
 

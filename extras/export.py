@@ -1,13 +1,12 @@
 """
-Hands a model on: as a folder that transformers loads, or as a GGUF file for llama.cpp.
+Exports a model: as a folder that transformers loads, or as a GGUF file for llama.cpp.
 
     python extras/export.py --ckpt out-gpt2-pot4 --out exported        # GPT2LMHeadModel.from_pretrained("exported")
     python extras/export.py --ckpt out-gpt2-mxfp4 --out model.gguf     # needs `pip install gguf`
 
-A folder holds the dequantized weights, in bfloat16 where that loses nothing and else in float32; llama.cpp's own
-converter takes it, too. A GGUF file holds the matrices as MXFP4, 4.25 bits a weight, and exists only if that loses
-nothing: for weights of two terms, or single powers at 3 bits, in groups of 32 with scale_format="e8m0"
-(config/finetune_gpt2_mxfp4.py).
+A folder holds the dequantized weights: in bfloat16 where that loses nothing, else in float32. A GGUF file holds the
+matrices as MXFP4, 4.25 bits per weight, and is written only if that loses nothing. This is so for two-term weights and
+for single powers at 3 bits, in groups of 32 with scale_format="e8m0" (config/finetune_gpt2_mxfp4.py).
 """
 
 import json
@@ -29,50 +28,56 @@ from pot import PackedWeight, convert  # noqa: E402
 
 @dataclass
 class Settings:
-    ckpt: str = "out"  # folder of a training run
-    out: str = "exported"  # written: a .gguf file, or else a folder, which must not be there yet
+    ckpt: str = "out"  # folder of a checkpoint
+    out: str = "exported"  # a .gguf file or a folder to write; it must not exist yet
 
 
 @torch.no_grad()
 def main(s: Settings):
     if os.path.exists(s.out):
-        raise ValueError(f"{s.out} is there already: remove it, or choose another --out")
+        raise ValueError(f"{s.out} exists already: remove it, or choose another --out")
     model, info = checkpoint.load_model(s.ckpt)
     model = convert(model)
     if any(m.config.act_bits for m in model.modules() if isinstance(m, PackedWeight)):
-        print("its activations of 8 bits are left out: there it computes with its weights and float activations")
-    write, bpe = to_gguf if s.out.endswith(".gguf") else to_huggingface, info["tokenizer"] == dataset.GPT2
-    above = os.path.dirname(os.path.abspath(s.out))
-    os.makedirs(above, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=above) as folder:  # whole or not at all
+        print("8-bit activations are left out: the exported model has the same weights and float activations")
+    write = to_gguf if s.out.endswith(".gguf") else to_huggingface
+    bpe = info.tokenizer == dataset.GPT2
+    parent = os.path.dirname(os.path.abspath(s.out))
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as folder:  # the export appears whole or not at all
         path = os.path.join(folder, "export")
         write(model, bpe, path)
         os.rename(path, s.out)
     size = sum(os.path.getsize(os.path.join(d, f)) for d, _, files in os.walk(s.out) for f in files)
     print(f"{s.out}: {size or os.path.getsize(s.out):,} bytes")
     if not bpe:
-        print("without a tokenizer, as this model knows characters, not GPT-2's byte pairs")
+        print("without a tokenizer, because this model knows characters, not GPT-2's byte pairs")
 
 
 def dense(model: GPT) -> dict[str, torch.Tensor]:
-    """Float32 tensors by GPT-2's names, (out, in) matrices; biases that this model does without are 0."""
-    found = {}
+    """Float32 tensors by GPT-2's names. Matrices are (out, in). Biases that the model does not have are 0."""
+    tensors = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if weight is None or isinstance(module, PackedWeight) or name == "lm_head":
             continue
-        found[f"{name}.weight"] = weight.detach().float()
+        tensors[f"{name}.weight"] = weight.detach().float()
         if ".h." in name or "ln_f" in name:
             bias = module.bias
-            found[f"{name}.bias"] = torch.zeros(len(weight)) if bias is None else bias.detach().float()
-    return found
+            tensors[f"{name}.bias"] = torch.zeros(len(weight)) if bias is None else bias.detach().float()
+    return tensors
+
+
+# -----------------------------------------------------------------------------
+# Hugging Face
 
 
 def to_huggingface(model: GPT, bpe: bool, folder: str):
+    """Writes the folder. bpe: the model has GPT-2's byte pairs, so their vocabulary is written too."""
     c = model.config
     tensors = {}
     for name, t in dense(model).items():
-        t = t.t() if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")) else t  # there (in, out)
+        t = t.t() if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")) else t  # Conv1D: (in, out)
         exact = torch.equal(t.bfloat16().float(), t)
         tensors[name] = (t.bfloat16() if exact else t).contiguous()
     config = {
@@ -100,8 +105,8 @@ def _write(folder, name, text):
 
 
 def vocabulary() -> tuple[list[str], list[str]]:
-    """(tokens in the order of their ids, merges in the order of their ranks), in the letters that stand for bytes in
-    GPT-2's files: printable ones for themselves, the others from 256 on."""
+    """GPT-2's (tokens by id, merges by rank), in the letters of its files: a printable byte is its own letter, the
+    other bytes are the letters from 256 on."""
     bpe = dataset.BPETokenizer()
     end = bpe.end_of_text
     tokens = [bpe.decode_bytes([i]) for i in range(end)]
@@ -115,7 +120,7 @@ def vocabulary() -> tuple[list[str], list[str]]:
 
     for token in tokens:
         parts = [bytes([b]) for b in token]
-        # A token came about by merging its two halves: those that are left once all lower ranks are merged.
+        # A token is the merge of two halves. Merging all lower ranks leaves these two.
         while len(parts) > 2:
             i = min(range(len(parts) - 1), key=lambda i: rank.get(parts[i] + parts[i + 1], end))
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
@@ -123,6 +128,9 @@ def vocabulary() -> tuple[list[str], list[str]]:
             merges.append(" ".join(map(spelled, parts)))
     return [*map(spelled, tokens), "<|endoftext|>"], merges
 
+
+# -----------------------------------------------------------------------------
+# GGUF
 
 GGUF_NAMES = {
     "transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm",
@@ -132,6 +140,7 @@ GGUF_NAMES = {
 
 
 def to_gguf(model: GPT, bpe: bool, path: str):
+    """Writes the file. Raises ValueError for a model of characters and for weights that are not MXFP4."""
     if not bpe:
         raise ValueError(
             "llama.cpp needs GPT-2's byte pairs, and this model knows characters: export to a folder instead"
@@ -140,7 +149,7 @@ def to_gguf(model: GPT, bpe: bool, path: str):
         import gguf
         from gguf import quants
     except ImportError:
-        raise ValueError("a .gguf file is written by the package gguf: pip install gguf") from None
+        raise ValueError("a .gguf file needs the package gguf: pip install gguf") from None
     c, mxfp4 = model.config, gguf.GGMLQuantizationType.MXFP4
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_context_length(c.block_size)
@@ -151,14 +160,12 @@ def to_gguf(model: GPT, bpe: bool, path: str):
     writer.add_layer_norm_eps(1e-5)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_MXFP4_MOE)
     tokens, merges = vocabulary()
-    spare = [
-        f"[PAD{i}]" for i in range(len(tokens), c.vocab_size)
-    ]  # rows beyond the vocabulary, to be a multiple of 64
+    padding = [f"[PAD{i}]" for i in range(len(tokens), c.vocab_size)]  # the table may have more rows than tokens
     kinds = [gguf.TokenType.NORMAL] * (len(tokens) - 1) + [gguf.TokenType.CONTROL]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens + spare)
-    writer.add_token_types(kinds + [gguf.TokenType.UNUSED] * len(spare))
+    writer.add_token_list(tokens + padding)
+    writer.add_token_types(kinds + [gguf.TokenType.UNUSED] * len(padding))
     writer.add_token_merges(merges)
     writer.add_bos_token_id(len(tokens) - 1)
     writer.add_eos_token_id(len(tokens) - 1)
@@ -166,14 +173,14 @@ def to_gguf(model: GPT, bpe: bool, path: str):
         layer, _, part = name.rpartition(".")
         *block, own = layer.removeprefix("transformer.h.").split(".", 1) if ".h." in layer else (layer,)
         name, w = ".".join(["blk", *block] * bool(block) + [GGUF_NAMES[own], part]), t.numpy()
-        if t.ndim == 1 or own == "transformer.wpe":  # as llama.cpp keeps them
+        if t.ndim == 1 or own == "transformer.wpe":  # llama.cpp keeps these in float32
             writer.add_tensor(name, w)
             continue
         if t.shape[1] % 32 == 0:
             blocks = quants.quantize(w, mxfp4)
         if t.shape[1] % 32 or not (quants.dequantize(blocks, mxfp4) == w).all():
             raise ValueError(
-                f"{layer} is no MXFP4: quantize to two terms (or single powers of 3 bits) in groups of 32 with "
+                f"{layer} is not MXFP4: quantize to two terms (or single powers at 3 bits) in groups of 32 with "
                 "scale_format='e8m0', as config/finetune_gpt2_mxfp4.py does, or export to a folder"
             )
         writer.add_tensor(name, blocks, raw_dtype=mxfp4)

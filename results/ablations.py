@@ -1,10 +1,10 @@
 """
-What matters in PTQ and QAT? The papers' character model, one thing changed at a time; what pot.py and train.py have no
-option for, as it did not pay, is written out here. Loss on the validation split above the float model's.
+What matters in PTQ and QAT? The papers' character model with one thing changed at a time: validation loss above that of
+the float model. Methods that did not pay have no option in calibrate.py and train.py. They are written out here.
 
     python results/ablations.py out-shakespeare-s1
 
-Rows are kept in results/ablations.json as they are measured; started again, it goes on.
+Each row is written to results/ablations.json as soon as it is measured. A second start goes on with the missing rows.
 """
 
 import json
@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import tempfile
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
@@ -20,40 +20,46 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import calibrate
 import checkpoint
 import dataset
 import pot
 import train
-from configurator import configure, provenance
-from eval import evaluate, random_windows
-from pot import PoTConfig, PoTQuantizer, calibrate, compute_scale, fake_quantize, prepare
+from configurator import configure
+from machine import provenance
+from metrics import evaluate
+from pot import PoTConfig, PoTQuantizer, compute_scale, fake_quantize, prepare, weight_matrix
 
-STEPS, TOKENS, CALIBRATION = 500, 30_001, 16_384
+STEPS = 500  # of QAT
+TOKENS = 30_001  # of validation text
+CALIBRATION = 16_384  # tokens of calibration text
 WEIGHTS = {
     "4 bits": {},
     "two terms": {"terms": 2},
     "3 bits": {"bits": 3},
     "4 bits, per tensor": {"granularity": "tensor"},
 }
+CONFIG = "config/finetune_shakespeare_char_pot4.py"
 RESULT = Path(__file__).with_suffix(".json")
 
 
-# --- PTQ: what calibrate might do besides ---
+# -----------------------------------------------------------------------------
+# PTQ: alternatives to what calibrate.py does
 
 
 def levels_of(w, q):
-    """(levels, unit) of the weights as q rounds them, (out, groups, group_size) and (out or 1, groups, 1)."""
-    unit = pot._unit(q.scale, q.config)
-    return pot._round_(w.float().unflatten(1, (unit.shape[1], -1)) / unit, q.config), unit
+    """(levels, unit) of the weights as q rounds them: (out, groups, group_size) and (out or 1, groups, 1)."""
+    unit = q.config.unit(q.scale)
+    return q.config.round_(w.float().unflatten(1, (unit.shape[1], -1)) / unit), unit
 
 
 def refined_scale(target, levels, q, moment):
-    """The scales with the least output error |(target - levels x scale) x|^2, as in the second step of PoTPTQ."""
+    """The scales with the smallest output error |(target - levels x scale) x|^2, as in the second step of PoTPTQ."""
     out, groups, size = levels.shape
     if q.config.granularity == "tensor":
         flat = levels.flatten(1)
         scale = (((flat @ moment) * target).sum() / ((flat @ moment) * flat).sum()).view(1, 1)
-    else:  # a linear system a row: a scale multiplies one group's levels
+    else:  # each row gives a linear system, because a scale multiplies the levels of one group
         seen = torch.einsum("ogs,gsn->ogn", levels, moment.unflatten(0, (groups, size)))
         a = torch.einsum("oghs,ohs->ogh", seen.unflatten(2, (groups, size)), levels).double()
         a.diagonal(dim1=1, dim2=2).add_(1e-4 * a.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True) + 1e-12)
@@ -63,57 +69,57 @@ def refined_scale(target, levels, q, moment):
 
 
 def descended(target, value, q, moment, passes=3):
-    """Coordinate descent: a weight after the other goes to the level with the least output error, given all others."""
-    unit = pot._unit(q.scale, q.config).expand(len(target), -1, target.shape[1] // q.scale.shape[1]).flatten(1)
+    """Coordinate descent: each weight in turn takes the level with the smallest output error, given all others."""
+    unit = q.config.unit(q.scale).expand(len(target), -1, target.shape[1] // q.scale.shape[1]).flatten(1)
     value, slope = value.clone(), (value - target) @ moment
     for _ in range(passes):
         for i in range(target.shape[1]):
             best = value[:, i] - slope[:, i] / moment[i, i]
-            best = pot._round_(best / unit[:, i], q.config) * unit[:, i]
+            best = q.config.round_(best / unit[:, i]) * unit[:, i]
             slope += (best - value[:, i])[:, None] * moment[i]
             value[:, i] = best
     return value
 
 
 def calibrating(weighted=False, refine=0, descend=False):
-    """A stand-in for pot._calibrate_layer."""
+    """Replaces calibrate.calibrate_layer."""
 
-    def layer(layer, xx, dx, dd):
-        w, q = pot._matrix(layer), layer.quantizer
-        moment, old = pot._damped(xx, pot._DAMPING), w.clone()
+    def calibrate_layer(layer, xx, dx, dd):
+        w, q = weight_matrix(layer), layer.quantizer
+        moment, old = calibrate.damped(xx, calibrate.DAMPING), w.clone()
         if weighted:
             q.scale = compute_scale(w, q.config, moment.diagonal()[None])
         target = old + torch.linalg.solve(moment.double(), (old @ dx).double().t()).t().float()
         lost = target - q(w)
-        best, chosen = ((lost @ moment) * lost).sum().item(), (q.scale, old)  # a layer that would lose stays as it is
+        best, chosen = ((lost @ moment) * lost).sum().item(), (q.scale, old)  # a layer that would lose stays as it was
         for _ in range(refine + 1):
-            found = pot._compensated(target, q.scale, q.config, xx)
-            levels, unit = levels_of(found, q)
+            candidate = calibrate.gptq(target, q.scale, q.config, xx)
+            levels, unit = levels_of(candidate, q)
             if descend:
-                found = descended(target, (levels * unit).flatten(1), q, moment)
-                levels, unit = levels_of(found, q)
+                candidate = descended(target, (levels * unit).flatten(1), q, moment)
+                levels, unit = levels_of(candidate, q)
             lost = target - (levels * unit).flatten(1)
             if (error := ((lost @ moment) * lost).sum().item()) < best:
-                best, chosen = error, (q.scale, found)
+                best, chosen = error, (q.scale, candidate)
             q.scale = refined_scale(target, levels, q, moment)
-        q.scale, found = chosen
-        w.copy_(found)
-        return 1.0, 0.0
+        q.scale, weights = chosen
+        w.copy_(weights)
+        return 1.0, 0.0  # errors that nobody reads
 
-    return mock.patch.object(pot, "_calibrate_layer", layer)
+    return mock.patch.object(calibrate, "calibrate_layer", calibrate_layer)
 
 
 def tables_unweighted():
-    """Tables of embeddings and heads keep the scales of prepare, which count every weight alike."""
-    return mock.patch.object(pot, "compute_scale", lambda w, config, importance=None: compute_scale(w, config))
+    """Tables of embeddings and heads keep the scales of prepare, which give every weight the same importance."""
+    return mock.patch.object(calibrate, "compute_scale", lambda w, config, importance=None: compute_scale(w, config))
 
 
 def tables_nearest():
-    """Nor does GPTQ touch them."""
-    return mock.patch.object(pot, "_calibrate_shared", lambda *args: None)
+    """Tables of embeddings and heads are rounded to nearest."""
+    return mock.patch.object(calibrate, "calibrate_shared", lambda *args: None)
 
 
-PTQ = {  # what: (more of PoTConfig, which draw of text for GPTQ, what to change)
+PTQ = {  # name of the row: (keys of PoTConfig, number of the draw of calibration text or 0 for no GPTQ, change)
     "nearest level": ({}, 0, None),
     "GPTQ": ({}, 1, None),
     "GPTQ, second draw of its text": ({}, 2, None),
@@ -136,49 +142,50 @@ def ptq(folder, data, config, draw, change):
     ids, length = dataset.load(data, "train")[0], model.config.block_size
     prepare(model, config)
     if draw:
-        windows = random_windows(ids, length, CALIBRATION // length, info["settings"]["seed"] + draw - 1)
-        with change() if change else mock.patch.object(pot, "_DAMPING", pot._DAMPING):
-            calibrate(model, windows.split(4096 // length))
+        windows = dataset.random_windows(ids, length, CALIBRATION // length, info.settings["seed"] + draw - 1)
+        with change() if change else nullcontext():
+            calibrate.calibrate(model, windows.split(4096 // length))
     return evaluate(model, dataset.load(data, "val")[0][:TOKENS])["loss"]
 
 
-# --- QAT: what train.py might do besides ---
+# -----------------------------------------------------------------------------
+# QAT: alternatives to what train.py does
 
 
 def plain_identity():
-    """A gradient that passes everywhere, as the papers' does."""
-    return mock.patch.object(pot._FakeQuantize, "backward", staticmethod(lambda ctx, grad: (grad, None, None)))
+    """The gradient passes everywhere, as in the papers."""
+    return mock.patch.object(pot.FakeQuantize, "backward", staticmethod(lambda ctx, grad: (grad, None, None)))
 
 
 @contextmanager
 def at_start(act):
-    """act(model) once the model is prepared and the optimizer about to be made; what it returns goes into the latter."""
+    """Calls act(model) between prepare and the optimizer. Parameters that it returns are trained, too."""
     make = train.make_optimizer
 
-    def with_more(model, s, device):
-        more = act(model)
+    def make_optimizer(model, s, device):
+        extra = act(model)
         optimizer = make(model, s, device)
-        if more:
-            optimizer.add_param_group({"params": more, "weight_decay": 0.0})
+        if extra:
+            optimizer.add_param_group({"params": extra, "weight_decay": 0.0})
         return optimizer
 
-    with mock.patch.object(train, "make_optimizer", with_more):
+    with mock.patch.object(train, "make_optimizer", make_optimizer):
         yield
 
 
 def dampened(strength=1e-2):
-    """Weights are drawn to their levels, ever more, so that they do not oscillate (Nagel et al., arXiv 2203.11086)."""
+    """A growing force pulls weights to their levels, so that they do not oscillate (Nagel et al., arXiv 2203.11086)."""
 
     def act(model):
-        done = {}
+        steps = {}
         for m in model.modules():
-            if isinstance(m, pot.PoTLinear) and m.quantizer not in done:
-                done[m.quantizer] = 0
-                m.weight.register_hook(lambda grad, w=m.weight, q=m.quantizer: pull(grad, w.detach(), q, done))
+            if isinstance(m, pot.PoTLinear) and m.quantizer not in steps:
+                steps[m.quantizer] = 0
+                m.weight.register_hook(lambda grad, w=m.weight, q=m.quantizer: pull(grad, w.detach(), q, steps))
 
-    def pull(grad, w, q, done):
-        weight = strength * (1 - math.cos(math.pi * done[q] / STEPS)) / 2
-        done[q] += 1
+    def pull(grad, w, q, steps):
+        weight = strength * (1 - math.cos(math.pi * steps[q] / STEPS)) / 2
+        steps[q] += 1
         off = w - fake_quantize(w, q.scale, q.config)
         off *= (w.abs().unflatten(1, (q.scale.shape[1], -1)) <= q.scale.float().unsqueeze(-1)).flatten(1)
         return grad + 2 * weight * off
@@ -235,7 +242,7 @@ def learned_scales():
 
 
 NEAREST, TEXT = "--calibrate_tokens=0 ", "--distill=0 "
-QAT = {  # what: (options of train.py, what to change)
+QAT = {  # name of the row: (options of train.py, change)
     "as config/finetune_shakespeare_char_pot4.py": ("", None),
     "batches and calibration text of seed 2": ("--seed=2", None),
     "batches and calibration text of seed 3": ("--seed=3", None),
@@ -264,7 +271,7 @@ CONTROLS = ("1e-4", "3e-4", "1e-3")  # learning rates
 
 
 def qat(folder, options, change=None):
-    """Validation loss after STEPS steps."""
+    """Validation loss after STEPS steps. "narrow": two terms in the first half of the steps."""
     with tempfile.TemporaryDirectory() as out, open(os.devnull, "w") as devnull, redirect_stdout(devnull):
         steps = f"--eval_interval={STEPS} --eval_tokens={TOKENS} --max_iters={STEPS} "
         if options.startswith("narrow"):
@@ -273,45 +280,48 @@ def qat(folder, options, change=None):
             train.main(configure(train.Settings, [CONFIG, *first.split()]))
             folder, steps = f"{out}/first", steps + f"--max_iters={STEPS // 2} "
         words = f"--init_from={folder} --out_dir={out}/run {steps} {options}".split()
-        with change() if change else redirect_stdout(devnull):
+        with change() if change else nullcontext():
             train.main(configure(train.Settings, [CONFIG, *words]))
-        return checkpoint.load_model(f"{out}/run")[1]["val_loss"]
+        return checkpoint.load_model(f"{out}/run")[1].val_loss
 
 
-CONFIG = "config/finetune_shakespeare_char_pot4.py"
+# -----------------------------------------------------------------------------
+# All rows
 
 
 def main(folder, only=""):
+    """only: measure the kinds of rows whose name contains it: PTQ, control or QAT."""
     model, info = checkpoint.load_model(folder)
-    data = f"data/{info['settings']['dataset']}"
+    data, seed = f"data/{info.settings['dataset']}", info.settings["seed"]
     base = evaluate(model, dataset.load(data, "val")[0][:TOKENS])["loss"]
-    same = {"float": base, "seed": info["settings"]["seed"], "tokens": TOKENS - 1, "steps": STEPS, "split": "val"}
-    found = json.loads(RESULT.read_text()) if RESULT.exists() else same | {"rows": []}
-    rows = found.pop("rows")
-    if found != same:
-        raise SystemExit(f"{RESULT} was measured with {found}, this is {same}: move it away first")
+    conditions = {"float": base, "seed": seed, "tokens": TOKENS - 1, "steps": STEPS, "split": "val"}
+    earlier = json.loads(RESULT.read_text()) if RESULT.exists() else conditions | {"rows": []}
+    rows = earlier.pop("rows")
+    if earlier != conditions:
+        raise SystemExit(f"{RESULT} was measured with {earlier}, this is {conditions}: move it away first")
 
-    def measure(kind, weights, what, run):
-        if only not in kind or any((r["kind"], r["weights"], r["what"]) == (kind, weights, what) for r in rows):
+    def measure(kind, weights, name, run):
+        if only not in kind or any((r["kind"], r["weights"], r["what"]) == (kind, weights, name) for r in rows):
             return
-        row = {"kind": kind, "weights": weights, "what": what, "above": run() - base}
+        row = {"kind": kind, "weights": weights, "what": name, "above": run() - base}
         rows.append(row | provenance())
-        checkpoint.write(str(RESULT), lambda tmp: Path(tmp).write_text(json.dumps(same | {"rows": rows}, indent=1)))
-        print(f"{kind:<8} {weights:<20} {what:<56} {rows[-1]['above']:+.4f}", flush=True)
+        text = json.dumps(conditions | {"rows": rows}, indent=1)
+        checkpoint.write(str(RESULT), lambda temporary: Path(temporary).write_text(text))
+        print(f"{kind:<8} {weights:<20} {name:<56} {rows[-1]['above']:+.4f}", flush=True)
 
     print(f"float {base:.4f}; above it:")
-    for what, (more, draw, change) in PTQ.items():
+    for name, (keys, draw, change) in PTQ.items():
         for weights, config in WEIGHTS.items():
-            if config.get("granularity") != "tensor" or "group_size" not in more:
-                c = PoTConfig(**config | more)
-                measure("PTQ", weights, what, lambda c=c, d=draw, how=change: ptq(folder, data, c, d, how))
+            if config.get("granularity") != "tensor" or "group_size" not in keys:
+                c = PoTConfig(**config | keys)
+                measure("PTQ", weights, name, lambda c=c, d=draw, change=change: ptq(folder, data, c, d, change))
     for rate in CONTROLS:
         options = f"--pot=None --learning_rate={rate}"
         measure("control", "float", f"learning rate {rate}", lambda o=options: qat(folder, o))
-    for what, (options, change) in QAT.items():
+    for name, (options, change) in QAT.items():
         for weights in ("4 bits", "3 bits"):
-            more = options + "".join(f" --pot_{key}={value}" for key, value in WEIGHTS[weights].items())
-            measure("QAT", weights, what, lambda o=more, how=change: qat(folder, o, how))
+            o = options + "".join(f" --pot_{key}={value}" for key, value in WEIGHTS[weights].items())
+            measure("QAT", weights, name, lambda o=o, change=change: qat(folder, o, change))
     print(f"written to {RESULT}")
 
 

@@ -1,5 +1,5 @@
 """
-Does a packed model lose anything to the kernel? Test loss of one model, fake-quantized and through each way of the kernel.
+Does the kernel change the loss of a packed model? Test loss of a model: fake-quantized, and by each path of the kernel.
 
     python results/kernel_loss.py out-pydoc-char data/pydoc_char
 """
@@ -16,18 +16,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
 import dataset
-from configurator import provenance
-from decode import decoder_of
-from eval import evaluate
+from machine import provenance
+from metrics import evaluate
 from model import KVCache
 from pot import PoTConfig, allow_bfloat16, convert, prepare
 
-TOKENS = 20_000  # of the test split; for the decode step, which takes one at a time, too
+TOKENS = 20_000  # of the test split; few, because the decode step takes them one at a time
 
 
 def by_single_tokens(model, ids):
-    """Loss with every token but a window's first through the fused decode step."""
-    decode, T, total = decoder_of(model), model.config.block_size, 0.0
+    """Loss with the fused decode step for every token but the first of a window."""
+    decode, T, total = checkpoint.make_decoder(model), model.config.block_size, 0.0
     for x, y in dataset.windows(ids, T, 1):
         cache = KVCache(T)
         logits = [model(x[:, :1], cache=cache)[:, -1]] + [decode(x[:, i : i + 1], cache) for i in range(1, x.shape[1])]
@@ -49,8 +48,9 @@ def main(folder, data):
         allow_bfloat16(packed)
         losses["windows, tiles"] = evaluate(packed, ids)["loss"]
         for way, loss in losses.items():
-            rows.append({"weights": str(config), "way": way, "loss": loss, "minus": loss - losses["fake-quantized"]})
-            print(f"{config!s:<50} {way:<16} {loss:.6f} {rows[-1]['minus']:+.1e}", flush=True)
+            difference = loss - losses["fake-quantized"]
+            rows.append({"weights": str(config), "way": way, "loss": loss, "minus": difference})
+            print(f"{config!s:<50} {way:<16} {loss:.6f} {difference:+.1e}", flush=True)
     path = Path(__file__).with_suffix(".json")
     path.write_text(json.dumps({"rows": rows, "tokens": len(ids) - 1, **provenance()}, indent=1))
     print(f"written to {path}")

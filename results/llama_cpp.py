@@ -1,6 +1,6 @@
 """
-Does llama.cpp compute from an exported .gguf file what we compute? Greedy continuations by llama.cpp; at each of their
-tokens its ten best log-probabilities beside ours. It rounds activations to 8 bits, so they differ a little.
+Does llama.cpp compute the same as we do from an exported .gguf file? It continues prompts greedily, and we compare its
+ten best log-probabilities at each token with ours. It rounds activations to 8 bits, so they differ a little.
 
     pip install gguf xllamacpp    # the second is llama.cpp, built for Python
     python extras/export.py --ckpt out-mxfp4 --out mxfp4.gguf
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
 import dataset
-from configurator import provenance
+from machine import provenance
 
 PROMPTS = (
     "The film was a",
@@ -40,8 +40,8 @@ def main(folder, gguf):
     server = xllamacpp.Server(params)
     same, differences = 0, []
     for prompt in PROMPTS:
-        asked = {"prompt": prompt, "n_predict": TOKENS, "temperature": 0.0, "n_probs": 10, "ignore_eos": True}
-        theirs = server.handle_completions(asked)["choices"][0]["logprobs"]["content"]
+        request = {"prompt": prompt, "n_predict": TOKENS, "temperature": 0.0, "n_probs": 10, "ignore_eos": True}
+        theirs = server.handle_completions(request)["choices"][0]["logprobs"]["content"]
         ids = torch.tensor([bpe.encode(prompt) + [token["id"] for token in theirs]])
         ours = model(ids)[0, -len(theirs) - 1 : -1].log_softmax(-1)
         for token, row in zip(theirs, ours):

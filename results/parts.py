@@ -1,5 +1,6 @@
 """
-What does quantizing each part of a model cost? Test loss above the float model's with one part quantized, or all of it.
+What does it cost to quantize each part of a model? Test loss above that of the float model, with one part or everything
+quantized.
 
     python results/parts.py out-shakespeare-s1 data/shakespeare_char results/parts_shakespeare_char.json
 """
@@ -15,12 +16,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
 import dataset
-from configurator import provenance
-from eval import evaluate, random_windows
-from pot import PoTConfig, calibrate, prepare
+from calibrate import calibrate
+from machine import provenance
+from metrics import evaluate
+from pot import PoTConfig, prepare
 
 TOKENS = 100_000  # of the test split
-PARTS = {  # of the names of layers
+PARTS = {  # part: pieces of the names of its layers
     "token table and head": ("wte", "lm_head"),
     "token table alone": ("wte",),
     "head alone": ("lm_head",),
@@ -37,7 +39,7 @@ def main(folder, data, path):
     model, info = checkpoint.load_model(folder)
     ids, train = dataset.load(data, "test")[0][: TOKENS + 1], dataset.load(data, "train")[0]
     length = model.config.block_size
-    batches = random_windows(train, length, 16384 // length, info["settings"]["seed"]).split(4096 // length)
+    batches = dataset.random_windows(train, length, 16384 // length, info.settings["seed"]).split(4096 // length)
     base, rows = evaluate(model, ids)["loss"], []
     print(f"float {base:.4f}; above it:")
     for config in (PoTConfig(), PoTConfig(bits=3), PoTConfig(terms=2), PoTConfig(act_bits=8)):
@@ -45,7 +47,7 @@ def main(folder, data, path):
             row = {"weights": str(config), "part": part}
             for way in ("nearest", "GPTQ"):
                 quantized = copy.deepcopy(model)
-                if "alone" in part:  # they are one tensor
+                if "alone" in part:  # table and head are one tensor
                     quantized.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
                 prepare(quantized, config, lambda name, module, names=names: any(n in name for n in names))
                 if way == "GPTQ":
