@@ -323,7 +323,8 @@ def print_peak(format, way, file, new_tokens, threads):
     before = machine.process_memory("VmRSS")
     for _ in Way(format, way, file).generate(torch.zeros(1, PROMPT, dtype=torch.long), new_tokens):
         pass
-    print("null" if before is None else machine.process_memory("VmHWM") - before)
+    peak = machine.process_memory("VmHWM")
+    print("null" if before is None or peak is None else peak - before)
 
 
 def print_table(s, rows, bandwidth):

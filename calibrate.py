@@ -38,19 +38,19 @@ def calibrate(
 ) -> dict[str, tuple[float, float]]:
     """Chooses the codes of a prepared model by the inputs that its layers see, in place.
 
-    batches: inputs of the model; 16k tokens of text are usual. It is called as model(batch), as model(*batch) for a tuple
-    or list, and as model(**batch) for a mapping. An output of every finished block is kept in memory for each batch, and
-    a copy of the float model.
+    batches: inputs of the model; 16k tokens of text are usual. It is called as model(batch), as model(*batch) for a
+    tuple or list, and as model(**batch) for a mapping. An output of every finished block is kept in memory for each
+    batch, and a copy of the float model.
     progress(done, total) is called after each set of layers.
 
     First come embeddings and weights that several layers share (a tied head). Weighted least squares gives them new
     scales, and GPTQ gives codes to those that a linear layer uses. Then come linear layers in the order of execution.
     Afterwards `weight` holds compensated values that are not rounded yet; the layer's own rounding gives the codes. So
-    convert the model, or train on. A layer that the batches do not reach, or that would lose, stays as it was.
+    convert the model, or train on. A layer that the batches do not reach, or whose error would grow, stays as it was.
 
     Returns {name: (before, after)}: squared distance of a linear layer's output from the float model's, relative to the
-    squared output. Raises ValueError if there is nothing to calibrate, if there is no batch, or if weights or inputs hold
-    NaN or inf.
+    squared output. Raises ValueError if there is nothing to calibrate, if there is no batch, or if weights or inputs
+    hold NaN or inf.
     """
     batches = list(batches)
     names = {m: name for name, m in model.named_modules() if is_prepared(m) and m.quantizer.enabled}
@@ -113,8 +113,8 @@ class _Runner:
     """Runs a model over batches, and caches outputs of finished modules.
 
     A module is finished once every prepared layer in it is calibrated. The output of a finished module that runs before
-    the first unfinished layer does not change any more, so it is kept, until a finished module around it is kept instead.
-    So reaching a layer in block n recomputes only block n.
+    the first unfinished layer does not change any more, so it is kept, until a finished module around it is kept
+    instead. So reaching a layer in block n recomputes only block n.
     """
 
     def __init__(self, model, batches, layers):
@@ -263,8 +263,8 @@ def _rows(quantizer, x):
 
 
 def _moments(runner, float_runner, layer, twin, calls):
-    """Sums (in, in) float32 of x x^T, (y - x) x^T and (y - x) (y - x)^T over all inputs x of a layer and the inputs y of
-    the same layer in the float model."""
+    """Sums (in, in) float32 of x x^T, (y - x) x^T and (y - x) (y - x)^T over all inputs x of a layer and the inputs y
+    of the same layer in the float model."""
     n = weight_matrix(layer).shape[1]
     xx, dx, dd = (layer.weight.new_zeros(n, n, dtype=torch.float32) for _ in range(3))
     for i in range(len(runner.batches)):
@@ -332,9 +332,9 @@ def calibrate_layer(layer: nn.Module, xx: torch.Tensor, dx: torch.Tensor, dd: to
 def gptq(w: torch.Tensor, scale: torch.Tensor, config: PoTConfig, moment: torch.Tensor) -> torch.Tensor:
     """w (out, in), with the errors of features rounded earlier made up for, in w's dtype; not rounded itself.
 
-    moment: (in, in), sum of x x^T. Features come in the order of their mean squares, largest first: rounding those costs
-    most, and most features are left to make up for it. Scales are fixed before ("static groups"), so the features of a
-    group need not be neighbours in that order.
+    moment: (in, in), sum of x x^T. Features come in the order of their mean squares, largest first: rounding those
+    costs most, and most features are left to make up for it. Scales are fixed before ("static groups"), so the features
+    of a group need not be neighbours in that order.
     """
     n = w.shape[1]
     order = moment.diagonal().argsort(descending=True)

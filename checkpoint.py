@@ -1,12 +1,11 @@
 """
-The only place that reads and writes the folder of a run:
+Reads and writes the checkpoints of a run:
 
     out/ckpt.pt             training state: model, optimizer, step
     out/model.safetensors   the finished model alone, float or packed, to evaluate, sample and share
-    out/log.jsonl           a line of losses per entry of the log
 
-It also reads GPT-2 from a folder in Hugging Face's format, or from the hub by name. Both kinds of checkpoint hold a
-CheckpointInfo. Both are written to a temporary file and renamed, so an old file is replaced whole or not at all.
+Both hold a CheckpointInfo. Both are written to a temporary file and renamed, so an old file is replaced whole or not at
+all. GPT-2 is also read from a folder in Hugging Face's format, or from the hub by name.
 """
 
 import json
@@ -102,7 +101,8 @@ def write(path: str, save: Callable[[str], object], stale: str | None = None) ->
 
 
 class Lock:
-    """Reserves a folder for one run: `with Lock(folder) as lock: ... lock.acquire()`. The end of the process releases it."""
+    """Reserves a folder for one run: `with Lock(folder) as lock: ... lock.acquire()`. The end of the process releases
+    it."""
 
     def __init__(self, folder: str):
         self.folder, self.fd = folder, None
@@ -136,13 +136,19 @@ class Lock:
 
 
 def save_training(folder: str, model: GPT, info: CheckpointInfo, optimizer: dict, scaler: dict) -> None:
-    """Writes the training state. Deletes a finished model in the folder, because it belongs to an older step."""
+    """Writes the training state. Deletes a finished model in the folder, because it belongs to an older step.
+
+    Raises OSError if it cannot be written.
+    """
     state = {"info": info.to_dict(), "model": model.state_dict(), "optimizer": optimizer, "scaler": scaler}
     write(os.path.join(folder, TRAINING), lambda path: torch.save(state, path), stale=os.path.join(folder, MODEL))
 
 
 def save_model(folder: str, model: GPT, info: CheckpointInfo) -> int:
-    """Writes a float or packed model. Returns the size of the file in bytes."""
+    """Writes a float or packed model. Returns the size of the file in bytes.
+
+    Raises OSError if it cannot be written, and ValueError for a prepared model.
+    """
     tensors, metadata = packed_state(model)
     header = json.dumps(info.to_dict() | {"packed": metadata}, separators=(",", ":"))
     path = os.path.join(folder, MODEL)
@@ -154,13 +160,13 @@ def save_model(folder: str, model: GPT, info: CheckpointInfo) -> int:
 
 
 def load_training(folder: str) -> TrainingState:
-    """Training state of a run, on the CPU."""
+    """Training state of a run, on the CPU. Raises ValueError if it is missing or damaged."""
     path = os.path.join(folder, TRAINING)
     require_folder(folder)
     if not os.path.exists(path):
         has_model = os.path.exists(os.path.join(folder, MODEL))
-        content = f"{MODEL} alone, which cannot be trained on" if has_model else "no checkpoint"
-        raise ValueError(f"{folder} holds {content}: pass the out_dir of a training run, with its {TRAINING}")
+        content = f"{MODEL} only, without the {TRAINING} of a training run" if has_model else "no checkpoint"
+        raise ValueError(f"{folder} holds {content}: pass the out_dir of a training run")
     try:
         _check_zip(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -174,11 +180,12 @@ def load_training(folder: str) -> TrainingState:
 
 
 def load_model(folder: str) -> tuple[GPT, CheckpointInfo]:
-    """The model of a folder, on the CPU, in eval mode: the finished model, else the one in training (fake-quantized if it
-    is QAT). folder may be in Hugging Face's format, or a name in HUB.
+    """The model of a folder, on the CPU, in eval mode: the finished model, else the model in training (fake-quantized
+    if it is QAT). folder may be in Hugging Face's format, or a name in HUB.
 
-    The tensors of a finished model are its mapped file, copied where they are written to. So replace the file while they
-    are in use, as save_model does, and do not write into it.
+    The tensors of a finished model are its mapped file, copied where they are written to. While they are in use,
+    replace the file, as save_model does, instead of writing into it. Raises ValueError for a checkpoint that is
+    missing, damaged or cannot be downloaded.
     """
     if is_foreign(folder):
         return _load_huggingface(folder if os.path.isdir(folder) else _download(folder), folder)
@@ -202,18 +209,20 @@ def load_model(folder: str) -> tuple[GPT, CheckpointInfo]:
 
 
 def load_float(folder: str) -> tuple[GPT, CheckpointInfo]:
-    """A model with float weights to quantize or fine-tune. Of a QAT run these are its float weights, not the rounded ones.
+    """A model with float weights to quantize or fine-tune. Of a QAT run these are its float weights, not the rounded
+    ones.
 
-    Raises ValueError if the folder holds a packed model alone.
+    Raises ValueError as load_model does, and if the folder holds packed weights only.
     """
     if not is_foreign(folder) and os.path.exists(os.path.join(folder, TRAINING)):
         state = load_training(folder)
         return model_of(state, quantized=False), state.info
-    if not exists(folder):
-        load_training(folder)  # raises the error that says what is missing
     model, info = load_model(folder)
     if info.pot:
-        load_training(folder)
+        raise ValueError(
+            f"{folder} holds packed weights only: pass the float model that they come from ({info.origin}), or a folder "
+            f"with {TRAINING}"
+        )
     return model.float(), info
 
 
@@ -246,8 +255,8 @@ def model_of(state: TrainingState, quantized: bool = True) -> GPT:
 
 
 def make_decoder(model: GPT) -> Decoder | None:
-    """The fused decode step of a model. None if a part of it is not packed to 4 bits in float32 on the CPU, or the kernel
-    is not available."""
+    """The fused decode step of a model. None if a part of it is not packed to 4 bits in float32 on the CPU, or the
+    kernel is not available."""
     named = list(model.named_modules())
     packed = {n: m.packed for n, m in named if isinstance(m, (PackedPoTLinear, PackedPoTEmbedding))}
     unpacked = any(isinstance(m, (torch.nn.Linear, torch.nn.Embedding)) for _, m in named)
@@ -262,8 +271,8 @@ def make_decoder(model: GPT) -> Decoder | None:
 
 
 def file_size(folder: str, model: GPT, info: CheckpointInfo) -> int:
-    """Bytes of the finished model's file, or of the file that save_model would write. Of Hugging Face's GPT-2, whose file
-    may hold more, the bytes of the tensors."""
+    """Bytes of the finished model's file, or of the file that save_model would write. Of Hugging Face's GPT-2, whose
+    file may hold more, the bytes of the tensors."""
     if is_foreign(folder):
         return sum(t.nbytes for t in packed_state(model)[0].values())
     if os.path.exists(os.path.join(folder, MODEL)):
@@ -273,7 +282,10 @@ def file_size(folder: str, model: GPT, info: CheckpointInfo) -> int:
 
 
 def read_log(folder: str) -> list[dict]:
-    """Entries of log.jsonl. A killed run may leave half a line at the end, which is skipped."""
+    """Entries of log.jsonl, each with a step and losses. A killed run may leave half a line, which is skipped.
+
+    Raises ValueError if there is no log.
+    """
     path = os.path.join(folder, LOG)
     if not os.path.exists(path):
         raise ValueError(f"there is no {path}: pass the out_dir of a training run")

@@ -1,5 +1,6 @@
 """
-Settings of a script. A dataclass gives the keys, their types and defaults. Config files and the command line override them:
+Settings of a script. A dataclass gives the keys, their types and defaults. Config files and the command line override
+them:
 
     python train.py config/x.py --key=value --key value     # later settings win
     python train.py --help
@@ -157,7 +158,7 @@ def _help(settings):
             comments |= {prefix + name: comment for name, comment in _comments(part).items()}
     lines = [f"usage: python {os.path.basename(sys.argv[0])} [config.py ...] [--key=value ...]", ""]
     for key, (_, _, default) in _keys(settings).items():
-        default = repr(default)[1:-1] if isinstance(default, str) else default  # a newline as \\n
+        default = repr(default)[1:-1] if isinstance(default, str) else default  # shows a newline as \n
         lines.append(f"  --{key}={default}".ljust(36) + "  " + comments.get(key, ""))
     return "\n".join(lines)
 

@@ -1,6 +1,6 @@
 """
-Data sets and tokenizers. A data set is a folder with train.bin, val.bin and test.bin (token ids, uint16) and meta.json (the
-tokenizer). The scripts under data/ write such folders; training and evaluation read them.
+Data sets and tokenizers. A data set is a folder with train.bin, val.bin and test.bin (token ids, uint16) and meta.json
+(the tokenizer). The scripts under data/ write such folders; training and evaluation read them.
 """
 
 import gc
@@ -96,8 +96,8 @@ def read_text(path: str) -> str:
 
 
 def read_documents(paths: str) -> Iterator[str]:
-    """Yields the documents of files, separated by commas. A .jsonl file has lines {"text": ...}. Any other file is text, cut
-    at blank lines into documents of at least 10,000 characters."""
+    """Yields the documents of files, separated by commas. A .jsonl file has lines {"text": ...}. Any other file is
+    text, cut at blank lines into documents of at least 10,000 characters."""
     for path in paths.split(","):
         if not path.endswith(".jsonl"):
             document = ""
@@ -251,8 +251,9 @@ def check_vocabulary(ckpt: str, tokenizer: dict, name: str, meta: dict) -> None:
 def tokens_for(
     ckpt: str, tokenizer: dict, name: str | None, split: str, text: str | None = None, count: int | None = None
 ) -> np.ndarray:
-    """The first `count` token ids (None: all) of the file `text`, or else of a split of data/name, for checkpoint `ckpt`
-    with this tokenizer."""
+    """The first `count` token ids (None: all), (n) uint16, of the file `text`, or else of a split of data/name, for
+    checkpoint `ckpt` with this tokenizer. Raises ValueError without a data set, for another vocabulary, and for text
+    with unknown characters."""
     if text:
         return np.array(tokenizer_of(tokenizer).encode(read_text(text)), dtype=np.uint16)[:count]
     if name is None:
@@ -263,7 +264,7 @@ def tokens_for(
 
 
 def windows(ids: np.ndarray, block_size: int, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Cuts ids into fixed windows. Yields (x, y) int64 (batch, length). Each position but the first is a target once."""
+    """Cuts ids into fixed windows. Yields (x, y) int64 (batch, length). Each id but the first is a target once."""
     n = (len(ids) - 1) // block_size * block_size
     for start in range(0, n, batch_size * block_size):
         end = min(start + batch_size * block_size, n)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import checkpoint
 from checkpoint import CheckpointInfo
 from configurator import check_minimum, run
-from dataset import check_vocabulary, tokens_for
+from dataset import tokens_for
 from machine import keep_freed_memory, pick_device, provenance
 from metrics import evaluate, evaluate_last_position
 from model import GPT
@@ -30,13 +30,13 @@ class Settings:
     dataset: str | None = None  # folder under data/; None: the data set that the model was trained on
     split: str = "test"  # train, val or test
     text: str | None = None  # a text file, instead of a split of a data set
-    tokens: int | None = None  # number of tokens from the start of it; None: all
-    block_size: int | None = None  # tokens a window; None: the model's own context
+    tokens: int | None = None  # use only this many tokens, from the start of the split or text; None: all
+    block_size: int | None = None  # tokens per window; None: the model's own context
     protocol: str = "windows"  # "windows": every position; "paper": last position of 1,200 random windows of 64
     # the float model to compare with; None: the model that a checkpoint comes from
     reference: str | None = None
     sqnr: bool = False  # also print each layer's signal-to-quantization-noise ratio
-    seed: int = 1337  # of the windows of protocol "paper"
+    seed: int = 1337  # seed of the windows of protocol "paper"
     json: str | None = None  # file for the results; None: eval.json in the last checkpoint's folder
     device: str = "auto"  # "auto", or cuda, mps or cpu
 
@@ -113,14 +113,16 @@ def load_reference(s, info, folder, device):
     if name is None or name == folder:
         return None
     model, reference_info = checkpoint.load_model(name)
-    check_vocabulary(name, reference_info.tokenizer, folder, info.tokenizer)
+    if reference_info.tokenizer != info.tokenizer:
+        raise ValueError(f"{name} has another vocabulary than {folder}: pass another --reference")
     return model.to(device)
 
 
 def print_sqnr(model: GPT, info: CheckpointInfo, folder: str):
-    """Of a model in training, against its own float weights. Of a PTQ model, against the float model it comes from."""
+    """Prints each layer's SQNR: of a model in training against its own float weights, of a PTQ model against the float
+    model that it comes from."""
     pairs = [(n, m.weight, m.quantizer(m.weight)) for n, m in model.named_modules() if is_prepared(m)]
-    if info.method.startswith("PTQ") and checkpoint.is_at_hand(info.origin):
+    if info.method.startswith("PTQ") and info.origin and checkpoint.is_at_hand(info.origin):
         floats = dict(checkpoint.load_model(info.origin)[0].named_modules())
         packed = (PackedPoTLinear, PackedPoTEmbedding)
         pairs = [(n, floats[n].weight, m.weight) for n, m in model.named_modules() if isinstance(m, packed)]

@@ -28,11 +28,11 @@ def pick_device(device: str) -> str:
 
 def process_memory(key: str) -> int | None:
     """Bytes of this process by a key of /proc/self/status: VmRSS (now), VmHWM (peak), RssAnon (now, mapped files left
-    out). None where there is no such file."""
+    out). None where the system does not tell."""
     if not os.path.exists("/proc/self/status"):
         return None
     with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key + ":"))
+        return next((int(line.split()[1]) * 1024 for line in f if line.startswith(key + ":")), None)
 
 
 def peak_memory(device: str = "cpu") -> float:
@@ -52,8 +52,8 @@ def peak_memory(device: str = "cpu") -> float:
 def keep_freed_memory() -> None:
     """Makes glibc keep freed memory for the next step. Other C libraries are left as they are.
 
-    By default glibc returns large tensors to the system, which clears every page again. Evaluation frees logits, and QAT
-    frees as many fake-quantized weights as there are weights.
+    By default glibc returns large tensors to the system, which clears every page again. Evaluation frees logits, and
+    QAT frees as many fake-quantized weights as there are weights.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -22,8 +22,9 @@ def evaluate(
     """{"loss": mean loss in nats, "perplexity"} over ids, in fixed windows without overlap of block_size tokens (None:
     the model's context). Every position but the first counts.
 
-    A reference model adds {"kl": mean KL divergence from it in nats, "top1_agreement": share of positions where both have
-    the same most likely token}. Uses no random numbers and keeps the mode of the model.
+    ids: (n), n at least 2. A reference model adds {"kl": mean KL divergence from it in nats, "top1_agreement": share of
+    positions where both have the same most likely token}. Uses no random numbers and keeps the mode of the model.
+    Raises ValueError for too few ids, and for a block_size beyond the model's context.
     """
     block_size = model.config.block_size if block_size is None else block_size
     if len(ids) < 2:
@@ -58,8 +59,9 @@ def _log_probabilities(model, x):
 
 @torch.no_grad()
 def evaluate_last_position(model: GPT, ids: np.ndarray, seed: int, device: str) -> dict[str, float]:
-    """{"loss", "perplexity", "loss_se": standard error} at the last position of 100 x 12 random windows of 64 tokens, the
-    protocol of arXiv 2601.02298. All models see the same windows."""
+    """{"loss", "perplexity", "loss_se": standard error} at the last position of 100 x 12 random windows of 64 tokens,
+    the protocol of arXiv 2601.02298. All models see the same windows. Raises ValueError for a context below 64, and for
+    fewer than 65 ids."""
     if model.config.block_size < 64:
         raise ValueError(f"protocol=paper takes a context of 64, this model has {model.config.block_size}")
     rows = dataset.random_windows(ids, 65, 1200, seed).to(device)

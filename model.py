@@ -68,8 +68,8 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(self.layer, k, v)
             if past > 0 and T > 1:  # new token i sees the past and the new tokens up to itself
                 mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        # With an empty cache the mask is the causal one. A single token sees everything. bool() because torch.compile may
-        # make T a symbol.
+        # With an empty cache the mask is the causal one. A single token sees everything. bool() because torch.compile
+        # may make T a symbol.
         causal = bool(T > 1 and mask is None)
         y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=causal)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
@@ -112,7 +112,7 @@ GPT2_CONFIG = {
 
 
 class _NoInit(TorchFunctionMode):
-    """Skips nn.init. On the meta device there is nothing to fill, but normal_ would import torch's compiler: 90 MB, seconds."""
+    """Skips nn.init. The meta device has nothing to fill, but normal_ would import torch's compiler: 90 MB, seconds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return None if getattr(func, "__module__", None) == nn.init.__name__ else func(*args, **(kwargs or {}))
@@ -238,8 +238,9 @@ class GPT(nn.Module):
         """Yields max_new_tokens tokens (B, 1). Each is sampled from the top_k most likely tokens after idx (B, T);
         temperature 0 is greedy.
 
-        Beyond block_size the context slides. All positions shift then, so the cache is useless and each token computes the
-        whole window. For a batch of one, decode(token, cache) -> logits (1, vocab_size) may replace forward for one token.
+        Beyond block_size the context slides. All positions shift then, so the cache is useless and each token computes
+        the whole window. For a batch of one, decode(token, cache) -> logits (1, vocab_size) may replace forward for one
+        token.
         """
         cache = KVCache(min(self.config.block_size, idx.shape[1] + max_new_tokens))
         new = idx

@@ -1,25 +1,25 @@
 """
 Power-of-two (PoT) weights for PyTorch, in one file that needs torch alone: copy it into your project.
 
-A weight is `sign x level x unit`. With single powers the levels are 0, 1, 2, 4, 8, ..., so 4 bits store a weight (a sign
-and an exponent) and a shift multiplies by it. The 15 values of a weight at 4 bits, as multiples of its scale, for single
-powers and for the two other grids of this file:
+A weight is `sign x level x unit`. With single powers the levels are 0, 1, 2, 4, 8, ..., so 4 bits store a weight (a
+sign and an exponent) and a shift multiplies by it. These are the 15 values of a weight at 4 bits, as multiples of its
+scale, for single powers and for the two other grids of this file:
 
     single powers  |                   |         |    |  |||||  |    |         |                   |
     two terms      |            |      |      |  |  |   |  |  |   |  |  |      |      |            |
     uniform        |     |    |     |     |     |    |     |     |    |     |     |     |    |     |
                    -1                 -0.5                  0                  0.5                  1
 
-What follows from the levels:
+Consequences:
 - The relative error of a single power is the same at every magnitude: about 15.4 dB of signal-to-quantization-noise
   ratio (SQNR) in groups of 64. More bits add levels near zero only, so they hardly help.
 - Two terms (a power, or a power and its half: two shifts and an add) reach about 20 dB at the same 4 bits.
 - Rounding a trained model (post-training quantization, PTQ) costs quality. Training with rounded weights
-  (quantization-aware training, QAT) wins it back: the forward pass uses the rounded weights, and the gradient passes the
-  rounding unchanged (straight-through estimator, STE).
+  (quantization-aware training, QAT) wins it back: the forward pass uses the rounded weights, and the gradient passes
+  the rounding unchanged (straight-through estimator, STE).
 - A CPU or GPU multiplies as fast as it shifts. There the gain is memory: 4.25 bits a weight in groups of 64.
 
-The way of a weight:
+The steps:
 
     float model --prepare--> fake-quantized model --(calibrate | train)--> --convert--> packed model
 
@@ -28,11 +28,11 @@ The way of a weight:
     convert(model)                              # -> PackedPoTLinear, PackedPoTEmbedding: codes of `bits` bits
     tensors, metadata = packed_state(model)     # the content of a file; load_packed reads it back
 
-Two neighbours are optional. calibrate.py chooses better codes from a little text (GPTQ). The folder pot_kernel/ multiplies
-by packed 4-bit weights on a CPU; without it PyTorch unpacks a weight whenever it is used.
+Two other parts are optional. calibrate.py chooses better codes from a little text (GPTQ). The folder pot_kernel/
+multiplies by packed 4-bit weights on a CPU; without it PyTorch unpacks a weight whenever it is used.
 
-Left out on purpose: learned scales (no gain was measured), asymmetric grids, and quantized biases and norms (too small to
-matter).
+Left out on purpose: learned scales (no gain was measured), asymmetric grids, and quantized biases and norms (too small
+to matter).
 
 Sections: grid, scale, fake quantization, layers, packing, prepare and convert, state.
 """
@@ -46,8 +46,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 try:
-    import pot_kernel
-except ModuleNotFoundError:  # this file was copied alone
+    if __package__:  # this file is part of a package
+        from . import pot_kernel
+    else:
+        import pot_kernel
+except ImportError:  # this file was copied alone
     pot_kernel = None
 
 # -----------------------------------------------------------------------------
@@ -150,10 +153,11 @@ class PoTConfig:
         return (scale.float() / self.top).unsqueeze(-1)
 
     def round_(self, x: torch.Tensor) -> torch.Tensor:
-        """Rounds x (float32, in units of the smallest level) to the nearest level, in place. NaN stays NaN.
+        """x (float32, any shape, in units of the smallest level) rounded to the nearest level. May overwrite x. NaN
+        stays NaN.
 
-        The exponent bits of x give the spacing of a floating-point grid: [2^e, 2^(e+1)) has `terms` steps. Comparing with
-        every boundary (bucketize) gives the same levels and takes ten times as long.
+        The exponent bits of x give the spacing of a floating-point grid: [2^e, 2^(e+1)) has `terms` steps. Comparing
+        with every boundary (bucketize) gives the same levels and takes ten times as long.
         """
         if self.grid == "paper":  # 2506.00315: to integers first, then to the nearest power in the log domain
             a = x.abs().round_()
@@ -196,8 +200,8 @@ def _check_choice(key, value, choices, where=""):
 
 
 def row_blocks(unit: torch.Tensor, *matrices: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
-    """Cuts matrices (out, in) and their unit into blocks of rows that fit the cache: ten passes over a block cost little
-    more than one. Yields views: unit (rows or 1, groups, 1) and (rows, groups, size) of each matrix."""
+    """Cuts matrices (out, in) and their unit into blocks of rows that fit the cache: ten passes over a block cost
+    little more than one. Yields views: unit (rows or 1, groups, 1) and (rows, groups, size) of each matrix."""
     matrices = [m.unflatten(-1, (unit.shape[1], -1)) for m in matrices]
     first = matrices[0]
     if first.device.type != "cpu" or torch.compiler.is_compiling() or first.numel() <= _BLOCK:
@@ -279,7 +283,7 @@ def _search_scale(w, absmax, config, importance):
 
 
 def sqnr(w: torch.Tensor, quantized: torch.Tensor) -> float:
-    """Signal-to-quantization-noise ratio in dB; inf where nothing is lost."""
+    """Signal-to-quantization-noise ratio in dB of two tensors of one shape; inf where nothing is lost."""
     noise = (w.double() - quantized.double()).square().sum()
     return (10 * torch.log10(w.double().square().sum() / noise)).item() if noise > 0 else float("inf")
 
@@ -312,8 +316,8 @@ class FakeQuantize(torch.autograd.Function):
         if config.grid == "paper":  # the papers' gradient has no mask
             return grad, None, None
         out = torch.empty_like(w)
-        # hardtanh's gradient kernel takes a tenth of the time of comparing and masking. It keeps |x| < edge, and the edge
-        # itself still belongs to the cell: hence the ulp.
+        # hardtanh's gradient kernel takes a tenth of the time of comparing and masking. It keeps |x| < edge, but the
+        # edge itself belongs to the cell. So the edge is one ulp higher.
         edge = config.edge * config.top * (1 + 2**-23)
         for per_unit, b, g, o in row_blocks(1 / config.unit(scale), w, grad, out):
             torch.ops.aten.hardtanh_backward.grad_input(g.float(), b.float() * per_unit, -edge, edge, grad_input=o)
@@ -445,7 +449,7 @@ class PoTConv1D(nn.Module):
 
 
 class PoTEmbedding(nn.Embedding):
-    """nn.Embedding with a quantized table (num, dim). A forward pass quantizes the rows that it reads, not the table."""
+    """nn.Embedding with a quantized table (num, dim). A forward pass quantizes only the rows that it reads."""
 
     def __init__(
         self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, device=None, dtype=None,
@@ -462,8 +466,8 @@ class PoTEmbedding(nn.Embedding):
 # -----------------------------------------------------------------------------
 # Packing: codes `sign << (bits - 1) | index` as a little-endian bit stream per row, rows padded to whole bytes
 #
-# At 4 bits each run of 128 features is interleaved first: nibble j of 32-bit word i is feature 16 j + i. Then a vector of
-# 16 words gives 16 neighbouring weights per shift. The rest of a row (in % 128) stays in order.
+# At 4 bits each run of 128 features is interleaved first: nibble j of 32-bit word i is feature 16 j + i. Then a vector
+# of 16 words gives 16 neighbouring weights per shift. The rest of a row (in % 128) stays in order.
 
 
 def _layout(bits):
@@ -613,7 +617,7 @@ class PackedWeight(_Scaled):
         return pot_kernel.linear(self.kernel_weight(), x, bias, self.bfloat16)
 
     def kernel_weight(self) -> "pot_kernel.Weight":
-        """This weight as pot_kernel takes it. Only where on_kernel is true. Kept, as making it takes as long as a product."""
+        """This weight as pot_kernel takes it, where on_kernel is true. It is kept: making it takes as long as a product."""
         kept = self._kernel_weight
         # load_state_dict(assign=True) and `.data =` put other tensors in place of these.
         if kept is None or kept.pointers != (self.codes.data_ptr(), self.scale.data_ptr()):
@@ -660,7 +664,7 @@ class PackedPoTEmbedding(nn.Module):
 
 def allow_bfloat16(model: nn.Module) -> None:
     """Lets a packed model round layer inputs (not weights) to bfloat16 in products of more than 16 rows, on processors
-    with AMX. A prompt is read several times as fast, and the loss changes by less than 1e-4 nats."""
+    with AMX. A prompt is read several times as fast. In our measurements the loss changes by less than 1e-4 nats."""
     for module in model.modules():
         if isinstance(module, PackedWeight):
             module.bfloat16 = True
@@ -714,11 +718,12 @@ def prepare(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn: Filter
     """Makes every nn.Linear, nn.Embedding and transformers Conv1D of model fake-quantize its weight, in place.
 
     The layers keep their Parameters, so an optimizer that holds them stays valid. Returns the names of the layers.
-    filter_fn(name, module) returns False (leave it), True, or a PoTConfig for this layer. Grid "paper" leaves embeddings
-    in float, as the papers' code does. On a meta model no scale is computed; load_state_dict brings the scales.
+    filter_fn(name, module) returns False (leave it), True, or a PoTConfig for this layer. Grid "paper" leaves
+    embeddings in float, as the papers' code does. On a meta model no scale is computed; load_state_dict brings the
+    scales.
 
-    Raises ValueError, and changes nothing, for a weight that is empty, holds NaN or inf, or does not divide into groups,
-    and for layers that share a weight but not a config.
+    Raises ValueError, and changes nothing, for a weight that is empty, holds NaN or inf, or does not divide into
+    groups, and for layers that share a weight but not a config.
     """
     quantizers = {id(m.weight): m.quantizer for m in model.modules() if is_prepared(m)}
     layers = []
@@ -759,7 +764,7 @@ def _no_fast_path(module, inputs):
 
 @torch.no_grad()
 def convert(model: nn.Module) -> nn.Module:
-    """Replaces prepared layers by packed ones, in place. Returns model, or a new module if model is such a layer itself.
+    """Replaces prepared layers by packed ones, in place. Returns model, or a new module if model is itself a layer.
 
     Raises ValueError, and changes nothing, if a weight holds NaN or inf.
     """
@@ -798,7 +803,7 @@ def quantize_(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn: Filt
 
 
 def packed_state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
-    """Converted model -> (tensors by name, metadata for json). A shared tensor is listed once, and then in `aliases`."""
+    """Converted model -> (tensors by name, metadata for json). A shared tensor is in `tensors` once, then in aliases."""
     tensors, aliases, names = {}, {}, {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         first = names.setdefault(id(tensor), name)
@@ -824,7 +829,7 @@ def packed_state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: dict) -> nn.Module:
-    """Turns model, which has the float model's structure, into the packed model of packed_state. Returns it as convert does.
+    """Turns model (the float model's structure) into the packed model of packed_state. Returns it as convert does.
 
     On a meta model (built under `torch.device("meta")`) no float copy of a quantized weight ever exists. Raises
     ValueError if tensors, metadata and model do not fit together.
@@ -908,6 +913,10 @@ def _empty_packed(name, rows, columns, dtype, config):
 
 def _check_tensor(name, tensor, expected):
     """Checks what load_state_dict(assign=True) does not: dtype, memory layout, and that scales are positive numbers."""
+    if tensor.shape != expected.shape:
+        raise ValueError(
+            f"{name} is {tuple(tensor.shape)}, expected {tuple(expected.shape)}: the file is damaged or of another model"
+        )
     is_scale = name.endswith(".packed.scale")
     if is_scale:
         fits = tensor.dtype in (torch.float16, torch.float32)

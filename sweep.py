@@ -1,11 +1,11 @@
 """
-Quantizes a float model in many ways and measures each: rounded to nearest (rtn), by GPTQ (gptq), and by QAT (qat), beside a
-float control that is trained as long as QAT on the same batches.
+Quantizes a float model in many ways and measures each: rounded to nearest (rtn), by GPTQ (gptq), and by QAT (qat),
+beside a float control that is trained as long as QAT on the same batches.
 
     python sweep.py config/sweep_shakespeare_char.py
 
-Each row is a checkpoint of train.py, measured by eval.py. out_dir/rows.jsonl keeps a row as soon as it is measured, so a
-sweep that was cut goes on when it is started again, even in the middle of a QAT run. Two sweeps of different seeds or
+Each row is a checkpoint of train.py, measured by eval.py. out_dir/rows.jsonl keeps a row as soon as it is measured, so
+a sweep that was cut goes on when it is started again, even in the middle of a QAT run. Two sweeps of different seeds or
 methods may share an out_dir.
 """
 
@@ -26,8 +26,8 @@ from machine import keep_freed_memory, pick_device, provenance
 from pot import PoTConfig, convert
 
 METHODS = ("rtn", "gptq", "qat")
-# Settings that all rows of an out_dir share: of this script, and of train.py in the config `finetune`. A row's name holds
-# the others.
+# Settings that all rows of an out_dir share: of this script, and of train.py in the config `finetune`. A row's name
+# holds the others.
 SHARED = ("init_from", "calibrate_tokens", "split", "tokens", "protocol")
 SHARED_TRAINING = (
     *("dataset", "calibrate_tokens", "distill", "last_position", "block_size", "dropout", "dtype"),
@@ -51,7 +51,7 @@ class Settings:
 
     # --- measuring and results ---
     split: str = "test"  # train, val or test
-    tokens: int | None = None  # number of tokens from the start of it; None: all
+    tokens: int | None = None  # use only this many tokens, from the start of the split; None: all
     protocol: str = "windows"  # "windows": every position; "paper": last position of 1,200 random windows of 64
     out_dir: str = "out-sweep"  # folder of the checkpoints and of rows.jsonl
     results: str = "sweep"  # written: .json, .md and .png with this name
@@ -73,10 +73,14 @@ def main(s: Settings):
     path = os.path.join(s.out_dir, "rows.jsonl")
     training = configure(train.Settings, [s.finetune])
     s = replace(s, max_iters=training.max_iters if s.max_iters is None else s.max_iters)
+    if s.max_iters < 1 and "qat" in methods:
+        raise ValueError(f"max_iters={s.max_iters}: QAT takes at least 1 step; for PTQ only, pass --methods=rtn,gptq")
     shared = {key: getattr(s, key) for key in SHARED}
     shared |= {f"finetune.{key}": getattr(training, key) for key in SHARED_TRAINING}
     for row in read(path).values():
-        refuse_other_settings(s, row.get("shared", {}), shared)
+        if "shared" not in row:
+            raise ValueError(f"{s.out_dir} holds rows of an older version of sweep.py: choose another --out_dir")
+        refuse_other_settings(s, row["shared"], shared)
     for i, (method, config, papers, seed) in enumerate(plan, start=1):
         name = name_of(s, method, config, seed)
         if name in read(path):
@@ -168,8 +172,8 @@ def make_row(s, method, config, seed, name):
     steps = s.max_iters if method in ("qat", "control") else 0
     argv = [s.finetune, f"--device={s.device}", f"--seed={seed}", f"--max_iters={steps}", "--pot=None"]
     argv += [f"--pot_{key}={value}" for key, value in (asdict(config) if config else {}).items()]
-    if not steps:
-        argv.append(f"--calibrate_tokens={s.calibrate_tokens if method == 'gptq' else 0}")
+    if not steps:  # eval.py measures the row, so train.py need not validate on many tokens
+        argv += [f"--calibrate_tokens={s.calibrate_tokens if method == 'gptq' else 0}", "--eval_tokens=1000"]
     state = os.path.exists(os.path.join(folder, checkpoint.TRAINING))
     argv += [f"--out_dir={folder}", f"--init_from={'resume' if state else base}"]
     settings = configure(train.Settings, argv)
@@ -177,9 +181,7 @@ def make_row(s, method, config, seed, name):
         train.main(settings)
     model, info = checkpoint.load_model(folder)
     seconds = time.time() - start
-    measuring = EvalSettings(
-        dataset=settings.dataset, split=s.split, tokens=s.tokens, protocol=s.protocol, seed=seed
-    )  # fmt: skip
+    measuring = EvalSettings(dataset=settings.dataset, split=s.split, tokens=s.tokens, protocol=s.protocol, seed=seed)
     row = measure(measuring, convert(model), info, folder, pick_device(s.device))
     return row | {"tokens_seen": tokens_seen(info), "seconds": round(seconds, 1)}
 
@@ -195,7 +197,7 @@ def tokens_seen(info):
 
 
 def write(s, rows):
-    """The table, its JSON and its picture."""
+    """Writes the table, its JSON and its picture."""
     from extras.plot import draw_sweep  # here, because matplotlib takes a second to import
 
     first = rows[0]

@@ -8,8 +8,8 @@ quantizes it (PTQ).
     python train.py config/finetune_pydoc_char_pot4.py --pot=None --out_dir=out-control    # the float control
     python train.py config/train_pydoc_char.py --init_from=resume         # go on with a run that was cut
 
-On several GPUs, or on CPU processes with gloo. Each process takes batch_size sequences, so n processes take the steps of
-one process with n times the batch:
+On several GPUs, or on CPU processes with gloo. Each process takes batch_size sequences, so n processes take the steps
+of one process with n times the batch:
 
     torchrun --standalone --nproc_per_node=4 train.py config/finetune_gpt2_pot4.py
 
@@ -59,16 +59,16 @@ class Settings:
     out_dir: str = "out"
 
     # --- model; None: the checkpoint's value, or GPT-2's from scratch ---
-    # tokens a sequence; from scratch also the model's context, else at most that
+    # tokens per sequence; from scratch also the model's context, else at most that
     block_size: int | None = None
     n_layer: int | None = None  # transformer blocks
     n_head: int | None = None  # attention heads
     n_embd: int | None = None  # width
     bias: bool | None = None  # biases in linear layers and LayerNorms
-    dropout: float | None = None  # 0 is good for pretraining
+    dropout: float | None = None  # dropout probability; 0 is good for pretraining
 
     # --- power-of-two weights ---
-    pot: PoTConfig | None = None  # any pot_ key quantizes; --pot=None turns it off: the float control
+    pot: PoTConfig | None = None  # any pot_ key quantizes; --pot=None trains in float
     # with pot_ keys: tokens of the training split for GPTQ; 0: round to the nearest levels
     calibrate_tokens: int = 0
     # with pot_ keys: share of the float model's predictions in the loss; the rest is the text's
@@ -76,48 +76,44 @@ class Settings:
 
     # --- steps ---
     max_iters: int = 5000  # optimizer steps; 0 only quantizes (PTQ)
-    batch_size: int = 12  # sequences a micro-batch, in each process
-    gradient_accumulation_steps: int = 1  # micro-batches a step
-    learning_rate: float = 1e-3  # the highest
-    min_lr: float = 0.0  # the last, at the end of a cosine
+    batch_size: int = 12  # sequences per micro-batch, in each process
+    gradient_accumulation_steps: int = 1  # micro-batches per step
+    learning_rate: float = 1e-3  # highest learning rate
+    min_lr: float = 0.0  # learning rate at max_iters, the end of a cosine
     warmup_iters: int = 0  # steps of linear warm-up
-    weight_decay: float = 0.1  # of matrices; biases and LayerNorms have none
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.95  # AdamW
+    weight_decay: float = 0.1  # weight decay of matrices; biases and LayerNorms have none
+    beta1: float = 0.9  # of AdamW: decay of the mean gradient
+    beta2: float = 0.95  # of AdamW: decay of the mean squared gradient
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     last_position: bool = False  # learn from the last position of a sequence only, as the PoT papers' code does
-    seed: int = 1337  # of initial weights, batches, calibration text and dropout
+    seed: int = 1337  # seed of initial weights, batches, calibration text and dropout
 
     # --- progress ---
     eval_interval: int = 500  # steps between validations; each validation saves a checkpoint
     eval_tokens: int | None = None  # tokens of the validation split that are used; None: all
-    log_interval: int = 100  # steps between lines
+    log_interval: int = 100  # steps between lines of progress
     wandb_log: bool = False  # log to Weights & Biases too
     wandb_project: str = "nanopot"  # project of wandb; a run is called like out_dir
 
     # --- machine ---
     device: str = "auto"  # "auto", or cuda, mps or cpu
-    # of products: bfloat16, float16 or float32; "auto": bfloat16 or float16 on CUDA, else float32
+    # dtype of products: bfloat16, float16 or float32; "auto": bfloat16 or float16 on CUDA, else float32
     dtype: str = "auto"
     compile: bool = True  # torch.compile, on CUDA only
 
 
 def main(s: Settings):
-    with Stop() as stop:
-        train(s, stop)
-
-
-def train(s: Settings, stop: "Stop"):
     check(s)
     with checkpoint.Lock(s.out_dir) as lock:
         job = set_up(s, lock)
         if job is None:
             return
-        if s.max_iters:
+        if not s.max_iters:
+            finish_ptq(job)
+            return
+        with Stop() as stop:
             take_steps(job, stop)
-        else:
-            job.val_loss = validate(job)
-        finish(job, lock)
+            finish(job)
 
 
 def check(s: Settings):
@@ -155,20 +151,22 @@ class Job:
     rank: int  # of this process
     world: int  # processes
     step: int  # optimizer steps done
-    optimizer: torch.optim.Optimizer | None = None  # None for PTQ, as all that follows
+
+    # --- for training only ---
+    optimizer: torch.optim.Optimizer | None = None
     scaler: torch.amp.GradScaler | None = None
     autocast: object = None  # context of a forward pass
-    teacher: GPT | None = None  # the float model to distil from
+    teacher: GPT | None = None  # the float model to distil from; None: learn from the text
     training: torch.nn.Module | None = None  # the model, compiled and distributed
     log: "Log | None" = None  # of the first process
     val_loss: float = math.nan
-    seconds: float = 0.0  # in steps, since the start or the resume
     first_step: int = 0  # step at the start or the resume
+    start: float = 0.0  # time of the first step, moved on by the duration of validations and saves
 
 
 def set_up(s: Settings, lock: checkpoint.Lock) -> Job | None:
     """Everything before the first step. None if the run is finished already."""
-    origin = provenance()  # first, because the code may change before a long run ends
+    machine = provenance()  # first, because the code may change before a long run ends
     rank, world, device = start_processes(s.device)
     if device == "cpu":
         keep_freed_memory()
@@ -201,14 +199,18 @@ def set_up(s: Settings, lock: checkpoint.Lock) -> Job | None:
     if s.pot and state is None:
         method = quantize(model, s, data, device, quiet=rank > 0)
         info.pot, info.method = s.pot, "QAT" if s.max_iters else method
-    info.provenance = {k: v for k, v in origin.items() if k != "command"}
+    info.provenance = {k: v for k, v in machine.items() if k != "command"}
     job = Job(s, model.train(), info, data, val[: s.eval_tokens], block_size, device, rank, world, info.step)
     if s.max_iters:
         prepare_steps(job, state)
     if world > 1:
         dist.barrier()  # no process may still read the folder that the first process writes to
-    if rank == 0 and s.max_iters:
-        job.log = Log(s, info.step, lock)
+    if rank == 0:
+        wandb = start_wandb(s) if s.wandb_log and s.max_iters else None
+        lock.acquire()
+        if state is None:
+            refuse_checkpoint(s.out_dir)  # another run may have been faster
+        job.log = Log(s, info.step, wandb) if s.max_iters else None
     return job
 
 
@@ -273,14 +275,14 @@ def build(s: Settings, meta: dict) -> tuple[GPT, CheckpointInfo, checkpoint.Trai
 
 def refuse_checkpoint(folder):
     if checkpoint.exists(folder):
-        raise ValueError(
-            f"{folder} holds a checkpoint already: --init_from=resume goes on with it; else choose another --out_dir"
-        )
+        can_resume = os.path.exists(os.path.join(folder, checkpoint.TRAINING))
+        hint = "--init_from=resume goes on with it; else " if can_resume else ""
+        raise ValueError(f"{folder} holds a checkpoint already: {hint}choose another --out_dir, or delete the folder")
 
 
 def quantize(model: GPT, s: Settings, data: np.ndarray, device: str, quiet: bool = False) -> str:
-    """Prepares a float model in place, and calibrates it by GPTQ on random windows of data if calibrate_tokens asks for
-    it. Returns the name of the method."""
+    """Prepares a float model in place, and calibrates it by GPTQ if calibrate_tokens asks for it, on random windows of
+    data (token ids, uint16). Returns the name of the method. Raises ValueError as prepare and calibrate do."""
     prepare(model, s.pot)
     if not s.calibrate_tokens:
         return "PTQ"
@@ -362,19 +364,21 @@ def load_optimizer(optimizer, scaler, state: checkpoint.TrainingState):
 def take_steps(job: Job, stop: "Stop"):
     """Optimizer steps up to max_iters, with validation, saving and progress in between."""
     s, losses = job.settings, []
+    job.start = time.time()
     while True:
         if stop.asked(job.world) and job.step < s.max_iters:
             stop_early(job, losses, stop)
         due = job.step == s.max_iters or job.step % s.eval_interval == 0 and job.step > job.first_step
         if job.rank == 0 and due:
+            pause = time.time()
             job.val_loss = validate(job)
             check_finite("validation loss", job.val_loss, job.step, s.out_dir)
             line = f"step {job.step}/{s.max_iters}  validation loss {job.val_loss:.4f}"
             job.log(line, step=job.step, val_loss=job.val_loss)
             save(job)
+            job.start += time.time() - pause
         if job.step >= s.max_iters:
-            break
-        start = time.time()
+            return
         losses.append(take_step(job))
         job.step += 1
         if job.step % s.log_interval == 0 or job.step == s.max_iters:
@@ -383,10 +387,8 @@ def take_steps(job: Job, stop: "Stop"):
             losses.clear()
             if job.world > 1:
                 dist.all_reduce(mean)
-            mean = mean.item() / job.world
-        job.seconds += time.time() - start
-        if job.rank == 0 and not losses:
-            log_progress(job, mean)
+            if job.rank == 0:
+                log_progress(job, mean.item() / job.world)
 
 
 def take_step(job: Job) -> torch.Tensor:
@@ -415,7 +417,8 @@ def take_step(job: Job) -> torch.Tensor:
 
 
 def loss_of(job: Job, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Mean loss in nats of x, y (B, T): the cross entropy with the text, mixed with that with the teacher's predictions."""
+    """Mean loss in nats of x, y (B, T). The share `distill` of it is the cross entropy with the teacher's predictions,
+    the rest the cross entropy with the text."""
     s = job.settings
     if job.teacher is None:
         return job.training(x, y)[1]
@@ -464,7 +467,7 @@ def save(job: Job):
 
 def log_progress(job: Job, loss: float):
     s = job.settings
-    speed = (job.step - job.first_step) / job.seconds
+    speed = (job.step - job.first_step) / (time.time() - job.start)
     rate = speed * tokens_a_step(job)
     left = f"{(s.max_iters - job.step) / speed:.0f} s left"
     line = f"step {job.step}/{s.max_iters}  loss {loss:.4f}  {rate:,.0f} tokens/s  {left}"
@@ -497,9 +500,11 @@ class Stop:
             self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if self.signal and kind is None:  # it came after the last step: now it ends the process, or a sweep
+            os.kill(os.getpid(), self.signal)
 
     def _note(self, number, frame):
         self.signal = number
@@ -522,7 +527,7 @@ def check_finite(name, value, step, out_dir):
 
 
 def check_losses(losses, step, out_dir):
-    """Raises ValueError for the first loss that is not finite. The last one belongs to the step before `step`."""
+    """Raises ValueError for the first loss that is not finite. The last loss is that of step `step`."""
     for i, loss in enumerate(torch.stack(losses).tolist() if losses else []):
         check_finite("loss", loss, step - len(losses) + i + 1, out_dir)
 
@@ -530,51 +535,71 @@ def check_losses(losses, step, out_dir):
 # --- finish ---
 
 
-def finish(job: Job, lock: checkpoint.Lock):
+def finish(job: Job):
     """Writes the finished model, prints the table, and draws the losses."""
-    s, info = job.settings, job.info
+    s, steps, seconds = job.settings, job.step - job.first_step, time.time() - job.start
     if job.world > 1:
         dist.destroy_process_group()
     if job.rank > 0:
         return
     peak = peak_memory(job.device)
-    if info.pot:
+    size = save_finished(job)
+    rows = {
+        "validation loss": f"{job.val_loss:.4f}",
+        "perplexity": f"{perplexity(job.val_loss):.2f}",
+        "steps, tokens": f"{job.step}, {job.step * tokens_a_step(job):,}",
+        "training time": f"{seconds:.0f} s, {seconds / max(1, steps):.2f} s a step",
+        "peak memory": f"{peak / 2**20:,.0f} MiB",
+        f"{s.out_dir}/model.safetensors": f"{size:,} bytes, {'packed' if job.info.pot else 'float'}",
+        f"{s.out_dir}/ckpt.pt": "the state to resume or fine-tune from",
+    }
+    print_rows(rows)
+    job.log(None, step=job.step, seconds=round(seconds, 2), steps=steps, peak_bytes=peak)
+    job.log.finish(rows)
+
+
+def finish_ptq(job: Job):
+    """Validates the quantized model, writes it and prints the table."""
+    if job.world > 1:
+        dist.destroy_process_group()
+    if job.rank > 0:
+        return
+    job.val_loss = validate(job)
+    if not math.isfinite(job.val_loss):
+        raise ValueError(f"the validation loss is {job.val_loss}: start from a model that works")
+    size = save_finished(job)
+    rows = {
+        "method": job.info.method,
+        "validation loss": f"{job.val_loss:.4f}",
+        "perplexity": f"{perplexity(job.val_loss):.2f}",
+        "peak memory": f"{peak_memory(job.device) / 2**20:,.0f} MiB",
+        f"{job.settings.out_dir}/model.safetensors": f"{size:,} bytes, packed",
+    }
+    print_rows(rows)
+
+
+def save_finished(job: Job) -> int:
+    """Packs the model if it is quantized, and writes it. Returns the bytes of the file."""
+    if job.info.pot:
         convert(job.model)
-    if not s.max_iters:  # training did so before its first step
-        lock.acquire()
-        refuse_checkpoint(s.out_dir)
     # Without the folder names, the same run elsewhere, or a run that was cut, leaves the same bytes.
-    settings = {k: v for k, v in info.settings.items() if k not in ("out_dir", "init_from")}
-    info = replace(info, step=job.step, settings=settings, val_loss=job.val_loss)
-    size = checkpoint.save_model(s.out_dir, job.model, info)
-    rows = {"method": info.method} if not s.max_iters else {}
-    rows |= {"validation loss": f"{job.val_loss:.4f}", "perplexity": f"{perplexity(job.val_loss):.2f}"}
-    if s.max_iters:
-        per_step = job.seconds / max(1, job.step - job.first_step)
-        rows["steps, tokens"] = f"{job.step}, {job.step * tokens_a_step(job):,}"
-        rows["training time"] = f"{job.seconds:.0f} s, {per_step:.2f} s a step"
-    rows["peak memory"] = f"{peak / 2**20:,.0f} MiB"
-    rows[f"{s.out_dir}/model.safetensors"] = f"{size:,} bytes, {'packed' if info.pot else 'float'}"
-    if s.max_iters:
-        rows[f"{s.out_dir}/ckpt.pt"] = "the state to resume or fine-tune from"
+    settings = {k: v for k, v in job.info.settings.items() if k not in ("out_dir", "init_from")}
+    info = replace(job.info, step=job.step, settings=settings, val_loss=job.val_loss)
+    return checkpoint.save_model(job.settings.out_dir, job.model, info)
+
+
+def print_rows(rows):
     for name, value in rows.items():
         print(f"{name:<{max(map(len, rows))}}  {value}")
-    if job.log:
-        steps = job.step - job.first_step
-        job.log(None, step=job.step, seconds=round(job.seconds, 2), steps=steps, peak_bytes=peak)
-        job.log.finish(rows)
 
 
 class Log:
     """Prints progress and keeps it in out_dir/log.jsonl, loss.png and wandb."""
 
-    def __init__(self, s, step, lock):
-        self.wandb, resumed = start_wandb(s) if s.wandb_log else None, s.init_from == "resume"
-        lock.acquire()
-        if not resumed:
-            refuse_checkpoint(s.out_dir)  # another run may have been faster
-        self.folder, self.path, self.entries = s.out_dir, os.path.join(s.out_dir, checkpoint.LOG), []
-        if resumed and os.path.exists(self.path):
+    def __init__(self, s, step, wandb):
+        self.wandb, self.folder, self.entries = wandb, s.out_dir, []
+        self.path = os.path.join(s.out_dir, checkpoint.LOG)
+        if s.init_from == "resume" and os.path.exists(self.path):
             self.entries = [e for e in checkpoint.read_log(s.out_dir) if e["step"] <= step]  # later steps happen again
         lines = "".join(json.dumps(e) + "\n" for e in self.entries)
         checkpoint.write(self.path, lambda tmp: Path(tmp).write_text(lines))

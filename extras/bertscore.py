@@ -38,7 +38,7 @@ class Settings:
     dataset: str | None = None  # folder under data/; None: the one trained on
     split: str = "test"  # train, val or test
     text: str | None = None  # a text file, instead of the split of a data set
-    tokens: int | None = None  # number of tokens from the start of it to draw prompts from; None: all
+    tokens: int | None = None  # draw prompts from only this many tokens, from the start; None: from all
     seed: int = 1337  # of prompts, continuations and the bootstrap
     json: str | None = None  # file of the result; None: bertscore.json in the last folder
     device: str = "auto"  # "auto": cuda, mps or cpu; or one of them

@@ -1,9 +1,9 @@
 """
 Products of packed 4-bit weights on a CPU. Copy this folder beside pot.py to make packed layers fast.
 
-pot.cpp multiplies by the codes as they are, with the processor's best instruction set (AMX, AVX-512, AVX2, NEON or portable
-C++). decode.cpp runs the whole decode step of a GPT in one call; decode.py calls it. `load` builds both at the first use
-for this machine and keeps the library in the user's cache.
+pot.cpp multiplies by the codes as they are, with the processor's best instruction set (AMX, AVX-512, AVX2, NEON or
+portable C++). decode.cpp runs the whole decode step of a GPT in one call; decode.py calls it. `load` builds both at the
+first use for this machine and keeps the library in the user's cache.
 
 NANOPOT_KERNEL=off turns the kernel off. NANOPOT_KERNEL=amx, avx512, avx2, neon or portable forces an instruction set.
 """
@@ -27,9 +27,9 @@ SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "decode.cpp") 
 class Weight(ctypes.Structure):
     """struct PotWeight of pot.cpp, with pointers into tensors that it keeps alive.
 
-    codes: (rows, (columns + 1) // 2) uint8; scale: (rows or 1, groups) float16 or float32; row_sums: (rows) float32 from
-    `row_sums`, or None for float activations; table: the 16 levels of the codes; top: the level that a scale is the value
-    of. Raises ValueError for tensors of another dtype or shape, not contiguous, or not on the CPU.
+    codes: (rows, (columns + 1) // 2) uint8; scale: (rows or 1, groups) float16 or float32; row_sums: (rows) float32,
+    from `row_sums`, or None for float activations; table: the 16 levels of the codes; top: the largest level, whose
+    value is the scale. Raises ValueError for tensors of another dtype or shape, not contiguous, or not on the CPU.
     """
 
     _fields_ = [
@@ -51,8 +51,11 @@ class Weight(ctypes.Structure):
             raise ValueError(
                 f"scales {tuple(scale.shape)} do not fit a weight of {len(codes)} rows and {columns} columns"
             )
-        if not all(t.device.type == "cpu" and t.is_contiguous() for t in (codes, scale)):
-            raise ValueError("codes and scales must be contiguous and on the CPU")
+        if row_sums is not None and (row_sums.shape != (len(codes),) or row_sums.dtype != torch.float32):
+            raise ValueError(f"row_sums are {tuple(row_sums.shape)} {row_sums.dtype}, expected ({len(codes)},) float32")
+        tensors = [t for t in (codes, scale, row_sums) if t is not None]
+        if not all(t.device.type == "cpu" and t.is_contiguous() for t in tensors):
+            raise ValueError("codes, scales and row_sums must be contiguous and on the CPU")
         super().__init__(
             codes.data_ptr(), scale.data_ptr(), None if row_sums is None else row_sums.data_ptr(), len(codes), columns,
             scale.shape[1], len(scale) > 1, scale.dtype == torch.float16, top, (ctypes.c_float * 16)(*table),
@@ -159,8 +162,8 @@ SLICE = 2**22  # weights unpacked at a time: 16 MiB of float32, enough for all b
 def linear(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None, bfloat16: bool) -> torch.Tensor:
     """x (..., columns) float32 times weight, plus bias (rows) float32 -> (..., rows) float32.
 
-    With row_sums, x is rounded to 8 bits as pot.fake_quantize_activations does. bfloat16 allows rounding many rows of x to
-    bfloat16, where the processor has tiles for that.
+    With row_sums, x is rounded to 8 bits as pot.fake_quantize_activations does. bfloat16 allows rounding many rows of x
+    to bfloat16, where the processor has tiles for that.
     """
     library, threads = load(), torch.get_num_threads()
     rows = x.reshape(-1, x.shape[-1])
@@ -182,14 +185,12 @@ def linear(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None, bfloat16:
 
 
 def _through_8_bits(rows):
-    """rows (n, columns) float32 rounded to 8 bits and back, as pot.fake_quantize_activations does."""
-    q, zero = torch.empty(rows.shape, dtype=torch.uint8), torch.empty(len(rows), 1, dtype=torch.int32)
-    scale = torch.empty(len(rows), 1)
-    for i, row in enumerate(rows):
-        args = row.data_ptr(), len(row), q[i].data_ptr(), scale[i].data_ptr(), zero[i].data_ptr()
-        if load().pot_quantize(*args):  # NaN or inf
-            scale[i] = torch.nan
-    return (q.float() - zero) * scale
+    """rows (n, columns) float32 rounded to 8 bits and back: pot.fake_quantize_activations, which imports this
+    package."""
+    low, high = rows.amin(-1, keepdim=True).clamp(max=0), rows.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
+    zero_point = (-low / scale).round()
+    return (((rows / scale).round() + zero_point).clamp(0, 255) - zero_point) * scale
 
 
 def unpack(weight: Weight, index: torch.Tensor | None = None) -> torch.Tensor:

@@ -13,6 +13,8 @@ from . import Weight, load
 
 @dataclass(frozen=True)
 class DecoderShape:
+    """Sizes of a GPT."""
+
     n_layer: int
     n_head: int
     n_embd: int

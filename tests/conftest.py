@@ -21,12 +21,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # set before huggingface_hub is imported, so
 
 
 @pytest.fixture(scope="session")
-def house(tmp_path_factory):
+def workdir(tmp_path_factory):
     """A folder to run commands in: a copy of the scripts, a small character data set `tiny`, a small OpenWebText, and a small
     GPT-2 in Hugging Face's format in `gpt2`. A folder of that name takes precedence over the hub."""
     import dataset
 
-    folder = tmp_path_factory.mktemp("house")
+    folder = tmp_path_factory.mktemp("workdir")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
     for name in ("config", "extras", "pot_kernel"):
@@ -71,10 +71,10 @@ TINY = "--dataset=tiny --n_layer=2 --n_head=2 --n_embd=64 --block_size=32 --batc
 
 
 @pytest.fixture(scope="session")
-def sh(house):
+def sh(workdir):
     """sh("train.py --key=value", ok=True) -> returncode, stdout and stderr.
 
-    The script runs in this process, in the folder house, because importing torch takes longer than most scripts. It runs in
+    The script runs in this process, in the folder workdir, because importing torch takes longer than most scripts. It runs in
     a new process if process=True or if environment variables are given.
     """
 
@@ -82,9 +82,9 @@ def sh(house):
         if process or env:
             env = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": STAND_IN} | env
             args = [sys.executable, *command.split()]
-            done = subprocess.run(args, cwd=house, capture_output=True, text=True, timeout=600, env=env)
+            done = subprocess.run(args, cwd=workdir, capture_output=True, text=True, timeout=600, env=env)
         else:
-            done = _run_here(command.split(), house)
+            done = _run_here(command.split(), workdir)
         assert (done.returncode == 0) == ok, done.stdout + done.stderr
         return done
 

@@ -1,4 +1,4 @@
-"""bench.py: what it measures, and what it refuses to time."""
+"""bench.py: the measured rows, the formats that it leaves out, and its checks."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 
-def test_bench_of_speed(house, sh, monkeypatch):
+def test_speed(workdir, sh, monkeypatch):
     def compile(self, **kwargs):
         raise RuntimeError("no compiler")
 
@@ -14,16 +14,15 @@ def test_bench_of_speed(house, sh, monkeypatch):
     settings = torch.get_float32_matmul_precision(), torch.backends.quantized.engine
     done = sh("bench.py --ckpt=gpt2 --rounds=2 --new_tokens=4 --prompt_tokens=20 --vocab_multiple=64 --json=speed.json")
     assert settings == (torch.get_float32_matmul_precision(), torch.backends.quantized.engine)
-    results = json.loads((house / "speed.json").read_text())
-    assert (
-        results["vocab_size"] == 50304 and results["threads"] == 2 and results["read_gb_s"] > 0 and results["machine"]
-    )
+    results = json.loads((workdir / "speed.json").read_text())
+    assert results["vocab_size"] == 50304 and results["threads"] == 2
+    assert results["read_gb_s"] > 0 and results["machine"]
     left_out = results["left_out"]
-    left_out.pop("bfloat16, oneDNN", None)  # only some processors have it
+    left_out.pop("bfloat16, oneDNN", None)  # depends on the processor
     assert left_out == {f"{f}, compiled": "RuntimeError: no compiler" for f in ("float32", "bfloat16")}
     rows = {r["name"]: r for r in results["rows"]}
     assert list(rows) == ["float32", "float32-best", "bfloat16", "int8", "int4", "pot4", "pot4-int8"]
-    exact = 4 * (50304 * 64 + 2 * (12 * 64**2 + 13 * 64) + 2 * 64)  # without the position table
+    expected_bytes = 4 * (50304 * 64 + 2 * (12 * 64**2 + 13 * 64) + 2 * 64)  # without the position table
     for name, row in rows.items():
         assert name in done.stdout and set(row["ways"]) == {"decode", "prompt"}
         assert row["bytes_per_token"] < row["file_bytes"] and row["peak_bytes"] > 0
@@ -35,29 +34,29 @@ def test_bench_of_speed(house, sh, monkeypatch):
             rates = ways["float32" if name.startswith("float") else name, row["ways"][kind]]
             ratio = sum(r / b for r, b in zip(rates, ways["float32", "eager"])) / 2
             assert ratio == pytest.approx(row[f"{kind}_ratio"])
-    assert rows["float32"]["bytes_per_token"] == rows["float32-best"]["bytes_per_token"] == exact
-    assert rows["bfloat16"]["bytes_per_token"] == exact / 2
-    assert exact / 8 < rows["pot4"]["bytes_per_token"] < exact / 7 > rows["int4"]["bytes_per_token"]
+    assert rows["float32"]["bytes_per_token"] == rows["float32-best"]["bytes_per_token"] == expected_bytes
+    assert rows["bfloat16"]["bytes_per_token"] == expected_bytes / 2
+    assert expected_bytes / 8 < rows["pot4"]["bytes_per_token"] < expected_bytes / 7 > rows["int4"]["bytes_per_token"]
     assert rows["float32"]["decode_ratio"] == rows["float32-best"]["decode_ratio_best"] == 1
 
 
-def test_a_way_that_onednn_does_not_have_is_left_out(house, sh, monkeypatch):
+def test_missing_onednn_path_is_left_out(workdir, sh, monkeypatch):
     import bench
 
     def reorder(module):
         raise RuntimeError("bf16 path needs the cpu support\nof a newer processor")
 
     monkeypatch.setattr(bench, "reorder_weight", reorder)
-    monkeypatch.setattr(bench, "peak_bytes", lambda *args: None)  # as on a system that does not tell
+    monkeypatch.setattr(bench, "peak_bytes", lambda *args: None)  # some systems cannot measure it
     command = "bench.py --ckpt=gpt2 --compile=False --rounds=2 --new_tokens=2 --prompt_tokens=8 --json=left_out.json"
     done = sh(command)
     reason = "RuntimeError: bf16 path needs the cpu support"
-    left_out = json.loads((house / "left_out.json").read_text())["left_out"]
+    left_out = json.loads((workdir / "left_out.json").read_text())["left_out"]
     assert left_out == {f"{f}, oneDNN": reason for f in ("float32", "bfloat16")}
     assert f"bfloat16 oneDNN is left out: {reason}" in done.stdout
 
 
-def test_bench_does_not_time_what_is_wrong(sh, monkeypatch):
+def test_wrong_logits_are_not_timed(sh, monkeypatch):
     import bench
 
     monkeypatch.setitem(bench.TOLERANCE, "bfloat16", 1e-9)
@@ -65,9 +64,9 @@ def test_bench_does_not_time_what_is_wrong(sh, monkeypatch):
     assert "bfloat16 eager: its logits are off by" in done.stderr
 
 
-def test_bench_of_qat(house, sh):
+def test_qat(workdir, sh):
     done = sh("bench.py --what=qat --ckpt=gpt2 --rounds=2 --steps=1 --block_size=16 --batch_size=2")
-    results = json.loads((house / "results" / "bench_qat.json").read_text())
+    results = json.loads((workdir / "results" / "bench_qat.json").read_text())
     names = ["float32", "PoT 4 bits, groups of 64", "distilled"]
     assert [r["name"] for r in results["rows"]] == names and results["tokens"] == 32
     for row in results["rows"]:

@@ -1,4 +1,4 @@
-"""extras/bertscore.py against BERTScore written out."""
+"""extras/bertscore.py against a direct computation of BERTScore."""
 
 import json
 import shutil
@@ -14,12 +14,12 @@ pytest.importorskip("bert_score")
 
 
 @pytest.fixture(scope="module")
-def encoder(house):
-    """Folder of a small BERT with random weights."""
+def encoder(workdir):
+    """Folder with a small BERT of random weights."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     torch.manual_seed(0)
-    folder = house / "bert"
+    folder = workdir / "bert"
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(33, 127))]
     folder.mkdir()
     (folder / "vocab.txt").write_text("\n".join(words + ["##" + w for w in words[5:]]))
@@ -30,45 +30,45 @@ def encoder(house):
 
 
 @torch.no_grad()
-def test_bertscore(house, sh, monkeypatch, encoder, float_run, qat_run):
+def test_bertscore_against_direct_computation(workdir, sh, monkeypatch, encoder, float_run, qat_run):
     from transformers import AutoModel, AutoTokenizer
 
     from extras import bertscore
 
-    kept = []
+    texts = []
     continuations = bertscore.continuations
 
-    def keep(*args):
-        kept.append(continuations(*args))
-        return kept[-1]
+    def record(*args):
+        texts.append(continuations(*args))
+        return texts[-1]
 
-    monkeypatch.setattr(bertscore, "continuations", keep)
-    again = house / "out-float-again"
-    again.mkdir()
-    shutil.copy(house / float_run / "model.safetensors", again)
-    folders = f"{float_run},{qat_run},{again.name}"
+    monkeypatch.setattr(bertscore, "continuations", record)
+    copied = workdir / "out-float-again"
+    copied.mkdir()
+    shutil.copy(workdir / float_run / "model.safetensors", copied)
+    folders = f"{float_run},{qat_run},{copied.name}"
     done = sh(f"extras/bertscore.py --ckpt={folders} --encoder=bert --texts=6 --split=train")
     assert "BERTScore by bert, layer 2, not rescaled; 6 texts" in done.stdout
     assert done.stdout.splitlines()[-1] == "written to out-float-again/bertscore.json"
-    results = json.loads((again / "bertscore.json").read_text())
+    results = json.loads((copied / "bertscore.json").read_text())
     rows = results["rows"]
     assert [r["ckpt"] for r in rows] == folders.split(",") and results["torch"] == torch.__version__
     assert [r["weights"] for r in rows] == ["float32", "PoT 4 bits, groups of 64", "float32"]
     assert all(r["method"] and r["dataset"] == "tiny" and r["split"] == "train" for r in rows)
-    # The true continuations are the text's, and every model had the same prompts and random numbers.
-    ids, meta = dataset.load(str(house / "data" / "tiny"), "train")
+    # True continuations come from the text. All models get the same prompts and random numbers.
+    ids, meta = dataset.load(str(workdir / "data" / "tiny"), "train")
     text = dataset.tokenizer_of(meta).decode_bytes(ids.tolist()).decode()
-    (written, true), (others, same), third = kept
-    assert all(len(t) == 64 and t in text for t in true) and true == same
-    assert third == (written, true) and written != others
-    # BERTScore written out: greedy cosine matches. Special tokens are matched but not counted.
+    (written, true), (written_by_qat, true_again), third = texts
+    assert all(len(t) == 64 and t in text for t in true) and true == true_again
+    assert third == (written, true) and written != written_by_qat
+    # BERTScore: greedy matching by cosine similarity. Special tokens may match but are not counted.
     tokenizer, bert = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
 
     def embed(t):
         return F.normalize(bert(**tokenizer(t.strip(), return_tensors="pt")).last_hidden_state[0], dim=-1)
 
     f1s = []
-    for row, (candidates, references) in zip(rows, kept[:2]):
+    for row, (candidates, references) in zip(rows, texts[:2]):
         scores = []
         for candidate, reference in zip(candidates, references):
             match = embed(candidate) @ embed(reference).t()
@@ -85,20 +85,19 @@ def test_bertscore(house, sh, monkeypatch, encoder, float_run, qat_run):
     assert rows[2]["bertscore"]["f1_difference"] == [0, 0, 0] and "written" not in rows[0]
 
 
-def test_gpt2_and_a_run_in_training(house, sh, encoder, qat_run):
-    """A run in training is converted first. The result of GPT-2 goes to the current folder."""
-    folder = house / "out-bertscore-training"
+def test_gpt2_and_a_run_in_training(workdir, sh, encoder, qat_run):
+    """The script converts a run in training first. It writes the result of `gpt2` to the current folder."""
+    folder = workdir / "out-bertscore-training"
     folder.mkdir()
-    (folder / "ckpt.pt").write_bytes((house / qat_run / "ckpt.pt").read_bytes())
+    (folder / "ckpt.pt").write_bytes((workdir / qat_run / "ckpt.pt").read_bytes())
     folders = f"{qat_run},{folder.name}"
     sh(f"extras/bertscore.py --ckpt={folders} --encoder=bert --texts=2 --split=train --json=scores/training.json")
-    rows = json.loads((house / "scores" / "training.json").read_text())["rows"]
+    rows = json.loads((workdir / "scores" / "training.json").read_text())["rows"]
     assert rows[1]["bertscore"]["f1_difference"] == [0, 0, 0]
     sh("extras/bertscore.py --ckpt=gpt2 --dataset=openwebtext --split=train --encoder=bert --texts=2")
-    (row,) = json.loads((house / "bertscore.json").read_text())["rows"]
-    assert (
-        row["ckpt"] == "gpt2" and row["dataset"] == "openwebtext" and not (house / "gpt2" / "bertscore.json").exists()
-    )
+    (row,) = json.loads((workdir / "bertscore.json").read_text())["rows"]
+    assert row["ckpt"] == "gpt2" and row["dataset"] == "openwebtext"
+    assert not (workdir / "gpt2" / "bertscore.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -118,7 +117,7 @@ def test_errors(sh, encoder, float_run, options, message):
     assert "error: " in done.stderr and message in done.stderr
 
 
-def test_a_bad_encoder_fails_before_any_model_is_loaded(sh, monkeypatch, float_run):
+def test_bad_encoder_fails_before_a_model_is_loaded(sh, monkeypatch, float_run):
     import checkpoint
 
     monkeypatch.setattr(checkpoint, "load_model", lambda folder: pytest.fail("a model was loaded"))

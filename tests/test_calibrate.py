@@ -1,4 +1,4 @@
-"""calibrate.py against GPTQ written out in float64, one weight column and one Hessian inverse at a time."""
+"""calibrate.py against a reference of GPTQ in float64, which inverts the Hessian for every weight column."""
 
 import copy
 import math
@@ -23,59 +23,58 @@ CONFIGS = [
 
 
 def gptq(w, scale, config, moment):
-    """Optimal brain surgeon, feature by feature; w (out, in), moment (in, in) -> quantized weights, float64."""
+    """Quantizes w (out, in) column by column, given the inputs' second moment (in, in). Returns float64 (out, in)."""
     dtype = w.dtype
     w, hessian = w.double().clone(), moment.double() + 0.01 * moment.double().diagonal().mean() * torch.eye(len(moment))
     levels = torch.tensor(config.levels(), dtype=torch.float64)
     levels = torch.cat([-levels.flip(0), levels])
-    left = moment.diagonal().argsort(descending=True).tolist()
+    remaining = moment.diagonal().argsort(descending=True).tolist()
     size = w.shape[1] // scale.shape[1]
-    while left:
-        j, inverse = left[0], torch.linalg.inv(hessian[left][:, left])
+    while remaining:
+        j, inverse = remaining[0], torch.linalg.inv(hessian[remaining][:, remaining])
         unit = (scale.double() / config.top)[:, j // size].expand(len(w))
-        column = w[:, j].to(dtype).double()  # as the layer will hold it
-        if config.grid == "paper":  # rounds in the log domain, after rounding to integers
+        column = w[:, j].to(dtype).double()  # the layer stores this dtype
+        if config.grid == "paper":  # rounds to integers, then in the log domain
             a = (column / unit).abs().round()
             q = torch.where(a > 0, torch.exp2(a.log2().round()).clamp(max=config.top), 0) * column.sign() * unit
         else:
             q = levels[(column[:, None] / unit[:, None] - levels).abs().argmin(1)] * unit
         error = (column - q) / inverse[0, 0]
-        w[:, left] -= error[:, None] * inverse[0]
+        w[:, remaining] -= error[:, None] * inverse[0]
         w[:, j] = q
-        left = left[1:]
+        remaining = remaining[1:]
     return w
 
 
-def inputs_like(n, rows=300):
+def correlated_inputs(n, rows=300):
     return torch.randn(rows, n) @ torch.randn(n, n) / n**0.5
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("n", [96, 160])  # within and across the blocks of 128
+@pytest.mark.parametrize("n", [96, 160])  # GPTQ works in blocks of 128: one block, and two
 def test_one_layer_against_float64(config, n):
     torch.manual_seed(0)
-    layer, x = nn.Sequential(nn.Linear(n, 24)), inputs_like(n)
+    layer, x = nn.Sequential(nn.Linear(n, 24)), correlated_inputs(n)
     prepare(layer, config)
     w, scale = layer[0].weight.detach().clone(), layer[0].quantizer.scale
     ((before, after),) = calibrate(layer, [x]).values()
     expected = gptq(w, scale, config, x.double().t() @ x.double())
-    found = layer[0].quantizer(layer[0].weight).detach().double()
-    assert (found - expected).abs().lt(1e-5).float().mean() > 0.995  # a tie may fall the other way
-    errors = [
-        ((x.double() @ (w - q).double().t()) ** 2).sum().item() for q in (pot.fake_quantize(w, scale, config), found)
-    ]
+    actual = layer[0].quantizer(layer[0].weight).detach().double()
+    assert (actual - expected).abs().lt(1e-5).float().mean() > 0.995  # ties may round either way
+    rounded = pot.fake_quantize(w, scale, config)
+    errors = [((x.double() @ (w - q).double().t()) ** 2).sum().item() for q in (rounded, actual)]
     total = ((x @ w.t()).double() ** 2).sum().item()
     assert before == pytest.approx(errors[0] / total, rel=1e-3) and after == pytest.approx(errors[1] / total, rel=1e-3)
     assert after < before
     assert torch.equal(layer[0].quantizer.scale, scale)
-    # Unrounded in the middle: the layer's own rounding gives the codes, and packing keeps them.
+    # calibrate leaves weights unrounded. The layer's own rounding gives the codes, and packing keeps them.
     assert not torch.equal(layer[0].weight, layer[0].quantizer(layer[0].weight))
     y = layer(x)
     assert torch.equal(convert(layer)(x), y)
 
 
 class Net(nn.Module):
-    """Branches with one input, a tied head, a layer called twice, an in-place activation, and one that is never called."""
+    """Has layers that share an input, a tied head, a layer called twice, an in-place activation and an unused layer."""
 
     def __init__(self):
         super().__init__()
@@ -106,9 +105,9 @@ def trained_net():
     return net, x
 
 
-def test_a_layer_in_bfloat16_against_float64():
+def test_layer_in_bfloat16_against_float64():
     torch.manual_seed(0)
-    layer, x = nn.Sequential(nn.Linear(96, 200)).bfloat16(), inputs_like(96).bfloat16()
+    layer, x = nn.Sequential(nn.Linear(96, 200)).bfloat16(), correlated_inputs(96).bfloat16()
     config = PoTConfig(terms=2, group_size=32)
     prepare(layer, config)
     w, scale = layer[0].weight.detach().clone(), layer[0].quantizer.scale
@@ -117,7 +116,7 @@ def test_a_layer_in_bfloat16_against_float64():
     assert (layer[0].quantizer(layer[0].weight) == expected).float().mean() > 0.995
 
 
-def test_a_layer_that_would_lose_stays(monkeypatch):
+def test_layer_stays_if_gptq_makes_it_worse(monkeypatch):
     layer, x = nn.Sequential(nn.Linear(64, 8)), torch.randn(99, 64)
     prepare(layer)
     w = layer[0].weight.detach().clone()
@@ -126,18 +125,20 @@ def test_a_layer_that_would_lose_stays(monkeypatch):
     assert before == after > 0 and torch.equal(layer[0].weight, w)
 
 
-def test_what_is_finished_is_not_computed_again(monkeypatch):
+def test_finished_modules_are_not_computed_again(monkeypatch):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=5, n_head=2, n_embd=64))
     prepare(model, PoTConfig())
-    seen = []
+    calls = []
     rows, gelu = pot.PoTQuantizer.rows, F.gelu
-    monkeypatch.setattr(pot.PoTQuantizer, "rows", lambda *a: seen.append("embedding") or rows(*a))
-    monkeypatch.setattr(F, "gelu", lambda *a, **k: seen.append("gelu") or gelu(*a, **k))
+    monkeypatch.setattr(pot.PoTQuantizer, "rows", lambda *a: calls.append("embedding") or rows(*a))
+    monkeypatch.setattr(F, "gelu", lambda *a, **k: calls.append("gelu") or gelu(*a, **k))
     calibrate(model, [torch.randint(65, (8, 16))] * 3)
-    assert seen.count("embedding") == 3 * 2 * 3  # batches, tables, the first pass and one more of each model
-    # The first pass; for c_proj and with the block, in the float model and in this one; but none follows the last.
-    assert seen.count("gelu") == 3 * 5 * (1 + 2 * 2) - 2 * 3
+    # 3 batches, 2 tables, 3 passes: the first pass, and one pass of the float model and of the quantized model.
+    assert calls.count("embedding") == 3 * 2 * 3
+    # 3 batches, 5 blocks. After the first pass, both models run each block twice: for c_proj, and for the block's
+    # output. The output of the last block is not needed.
+    assert calls.count("gelu") == 3 * 5 * (1 + 2 * 2) - 2 * 3
 
 
 def run(net, batch):
@@ -145,21 +146,23 @@ def run(net, batch):
     return net(*batch) if isinstance(batch, (tuple, list)) else net(batch)
 
 
-def inputs_of(net, name, batch):
-    layer, seen = net.get_submodule(name), []
+def layer_inputs(net, name, batch):
+    layer, recorded = net.get_submodule(name), []
 
-    def see(module, inputs):
-        seen.append(module.quantizer.inputs(inputs[0].detach()).reshape(-1, inputs[0].shape[-1]).double())
+    def record(module, inputs):
+        recorded.append(module.quantizer.inputs(inputs[0].detach()).reshape(-1, inputs[0].shape[-1]).double())
 
-    hook = layer.register_forward_pre_hook(see)
+    hook = layer.register_forward_pre_hook(record)
     run(net, batch)
     hook.remove()
-    return torch.cat(seen) if seen else torch.zeros(0, layer.weight.shape[1]).double()
+    return torch.cat(recorded) if recorded else torch.zeros(0, layer.weight.shape[1]).double()
 
 
-def calibrate_plainly(net, batches, order, float_net=None):
-    """Prepared net, calibrated by whole passes through it as it then is, nothing remembered, a layer at a time: towards
-    what the float net's layer gives, by ridge regression on stacked rows."""
+def calibrate_reference(net, batches, order, float_net=None):
+    """Reference of calibrate: runs the whole net again for each layer and caches nothing.
+
+    The target of a layer is the output of the same layer in the float net, by ridge regression on stacked rows.
+    """
     float_net = copy.deepcopy(float_net or net)
     for m in float_net.modules():
         if isinstance(m, pot.PoTQuantizer):
@@ -168,61 +171,61 @@ def calibrate_plainly(net, batches, order, float_net=None):
         layer = net.get_submodule(name)
         x, y = [], []
         for batch in batches:
-            now, then = inputs_of(net, name, batch), inputs_of(float_net, name, batch)
-            same = now.shape == then.shape and ((then - now) ** 2).sum() < (then**2).sum()
-            x, y = [*x, now], [*y, then if same else now]
+            current, reference = layer_inputs(net, name, batch), layer_inputs(float_net, name, batch)
+            comparable = current.shape == reference.shape and ((reference - current) ** 2).sum() < (reference**2).sum()
+            x, y = [*x, current], [*y, reference if comparable else current]
         x, y = torch.cat(x), torch.cat(y)
         w, moment = layer.weight.detach().double(), x.t() @ x
         ridge = (0.01 * moment.diagonal().mean()).sqrt() * torch.eye(len(moment)).double()
-        wanted = torch.cat([y @ w.t(), ridge @ w.t()])
-        target = torch.linalg.lstsq(torch.cat([x, ridge]), wanted).solution.t().float()
+        rhs = torch.cat([y @ w.t(), ridge @ w.t()])
+        target = torch.linalg.lstsq(torch.cat([x, ridge]), rhs).solution.t().float()
         with torch.no_grad():
             layer.weight.copy_(gptq(target, layer.quantizer.scale, layer.quantizer.config, moment))
 
 
-def assert_alike(ours, plain, names):
+def assert_same_weights(actual_net, expected_net, names):
     for name in names:
-        found, expected = ours.get_submodule(name), plain.get_submodule(name).weight
-        assert (found.quantizer(found.weight) - expected).abs().lt(1e-4).float().mean() > 0.99, name
+        layer, expected = actual_net.get_submodule(name), expected_net.get_submodule(name).weight
+        assert (layer.quantizer(layer.weight) - expected).abs().lt(1e-4).float().mean() > 0.99, name
 
 
-def test_a_whole_model_against_plain_passes():
+def test_model_against_reference():
     net, x = trained_net()
     config = PoTConfig(group_size=16)
-    ours, plain = copy.deepcopy(net), copy.deepcopy(net)
-    prepare(ours, config)
-    errors = calibrate(ours, x.split(5))
-    prepare(plain, config)
-    head = []
-    hook = net.head.register_forward_hook(lambda m, i, o: head.append(i[0].detach().flatten(0, 1)))
+    calibrated, reference = copy.deepcopy(net), copy.deepcopy(net)
+    prepare(calibrated, config)
+    errors = calibrate(calibrated, x.split(5))
+    prepare(reference, config)
+    head_inputs = []
+    hook = net.head.register_forward_hook(lambda m, i, o: head_inputs.append(i[0].detach().flatten(0, 1)))
     net(x)
     hook.remove()
-    moment = torch.cat(head).double().t() @ torch.cat(head).double()
+    moment = torch.cat(head_inputs).double().t() @ torch.cat(head_inputs).double()
     square = moment.diagonal().float()
-    plain.emb.quantizer.scale = compute_scale(plain.emb.weight, config, square + 0.01 * square.mean())
+    reference.emb.quantizer.scale = compute_scale(reference.emb.weight, config, square + 0.01 * square.mean())
     moment.diagonal().add_(0.1 * moment.diagonal().mean())
-    before = copy.deepcopy(plain)
+    float_net = copy.deepcopy(reference)
     with torch.no_grad():
-        plain.emb.weight.copy_(gptq(plain.emb.weight, plain.emb.quantizer.scale, config, moment))
+        reference.emb.weight.copy_(gptq(reference.emb.weight, reference.emb.quantizer.scale, config, moment))
     counts = torch.full((8, 1), 16.0)
-    plain.pos.quantizer.scale = compute_scale(plain.pos.weight, config, counts)
+    reference.pos.quantizer.scale = compute_scale(reference.pos.weight, config, counts)
     order = ["blocks.0.a", "blocks.0.b", "blocks.0.c", "twice.0", "blocks.1.a", "blocks.1.b", "blocks.1.c"]
     assert list(errors) == order
-    calibrate_plainly(plain, [x], order, float_net=before)
-    assert_alike(ours, plain, ["emb", *order])
-    for name in ("emb", "pos"):
-        assert torch.allclose(ours.get_submodule(name).quantizer.scale, plain.get_submodule(name).quantizer.scale)
-    assert torch.equal(ours.pos.weight, net.pos.weight)
-    assert torch.equal(ours.unused.weight, net.unused.weight)
-    assert ours.head.weight is ours.emb.weight and ours.head.quantizer is ours.emb.quantizer
+    calibrate_reference(reference, [x], order, float_net=float_net)
+    assert_same_weights(calibrated, reference, ["emb", *order])
+    for layer, expected in ((calibrated.emb, reference.emb), (calibrated.pos, reference.pos)):
+        assert torch.allclose(layer.quantizer.scale, expected.quantizer.scale)
+    assert torch.equal(calibrated.pos.weight, net.pos.weight)
+    assert torch.equal(calibrated.unused.weight, net.unused.weight)
+    assert calibrated.head.weight is calibrated.emb.weight and calibrated.head.quantizer is calibrated.emb.quantizer
 
 
-class Odd(nn.Module):
-    """Ways through a model that a memory of finished modules, or a set of layers with one input, might get wrong."""
+class ControlFlow(nn.Module):
+    """Models whose control flow a cache of finished modules, or a grouping of layers by input, may get wrong."""
 
-    def __init__(self, way):
+    def __init__(self, case):
         super().__init__()
-        self.way = way
+        self.case = case
         for name in "abcdefg":
             setattr(self, name, nn.Linear(32, 32))
         self.outer = nn.Sequential(nn.Sequential(self.a, nn.SELU()), self.b)
@@ -230,41 +233,41 @@ class Odd(nn.Module):
         self.inside = Inside(self.c)
 
     def forward(self, x):
-        return getattr(self, self.way)(x)
+        return getattr(self, self.case)(x)
 
-    def second_input(self, x):  # b shares a's input once, not always
+    def second_input(self, x):  # b is called twice, and shares the input of a once
         return self.b(x) + self.b(torch.tanh(self.a(x)))
 
-    def skipped(self, x):  # a is not always called where b is
+    def skipped(self, x):  # some batches skip a
         return self.c((self.a(x) if x[0, 0] > 0 else 0) + self.b(x))
 
-    def again(self, x):  # what a returns the second time depends on b, which is not finished yet
+    def called_again(self, x):  # the second call of a depends on b, which is not finished yet
         return self.c(self.b(torch.tanh(self.a(self.b(torch.tanh(self.a(x)))))))
 
-    def nested(self, x):  # a part of outer is called by itself, too
+    def nested(self, x):  # a part of outer is also called alone
         y = self.outer(x)
         y = self.c(self.outer[0](torch.tanh(y)))
         return self.d(self.outer[0](self.e(torch.relu(y))))
 
-    def in_place(self, x):
+    def modifies_output(self, x):
         y = self.inside(x * 1.0)
         z = self.a(x)
         y.mul_(2)
         return self.d(torch.tanh(self.b(y + z)))
 
-    def changed_between(self, x):  # one tensor, but not one input
+    def modifies_shared_input(self, x):  # a and b take the same tensor with different values
         x = x * 1.0
         y = self.a(x)
         return self.c(y + self.b(x.mul_(torch.linspace(-2, 2, 32))))
 
-    def writes(self, x):
+    def adds_in_place(self, x):
         x = x * 1.0
         self.inside.add_to(x)
         kept = {}
         self.inside(x, kept)
         return self.b(self.a(x) + kept["y"])
 
-    def changes_its_input(self, x):
+    def modifies_batch(self, x):
         x.mul_(2)
         return self.b(torch.tanh(self.a(x)))
 
@@ -295,57 +298,49 @@ class Inside(nn.Module):
 
 @pytest.mark.parametrize("act_bits", [None, 8])
 @pytest.mark.parametrize(
-    "way",
+    "case",
     [
-        "second_input",
-        "skipped",
-        "again",
-        "nested",
-        "in_place",
-        "changed_between",
-        "writes",
-        "changes_its_input",
-        "routed",
-        "one_dimension",
+        "second_input", "skipped", "called_again", "nested", "modifies_output", "modifies_shared_input",
+        "adds_in_place", "modifies_batch", "routed", "one_dimension",
     ],
-)
-def test_odd_ways_against_plain_passes(way, act_bits):
+)  # fmt: skip
+def test_control_flow_against_reference(case, act_bits):
     torch.manual_seed(0)
-    net, batches = Odd(way).eval(), list(inputs_like(32, 96).split(8))
+    net, batches = ControlFlow(case).eval(), list(correlated_inputs(32, 96).split(8))
     config = PoTConfig(group_size=16, act_bits=act_bits)
     prepare(net, config)
-    plain = copy.deepcopy(net)
+    reference = copy.deepcopy(net)
     order = list(calibrate(net, batches))
-    if way == "routed":
+    if case == "routed":
         stages = [int(name.removeprefix("experts.")) // 4 for name in order[:-1]]
         assert stages == sorted(stages) and order[-1] == "g" and len(order) > 6
-    calibrate_plainly(plain, batches, order)
-    assert_alike(net, plain, order)
+    calibrate_reference(reference, batches, order)
+    assert_same_weights(net, reference, order)
 
 
 @pytest.mark.parametrize("config", [PoTConfig(), PoTConfig(bits=3), PoTConfig(terms=2), PoTConfig(act_bits=8)], ids=str)
-def test_errors_and_loss_of_a_trained_model_fall(house, float_run, config):
+def test_calibration_lowers_errors_and_loss_of_a_trained_model(workdir, float_run, config):
     import checkpoint
     import dataset
     from dataset import random_windows
     from metrics import evaluate
 
-    ids, _ = dataset.load(str(house / "data" / "tiny"), "train")
-    losses, done = [], []
+    ids, _ = dataset.load(str(workdir / "data" / "tiny"), "train")
+    losses, progress = [], []
     for calibrated in (False, True):
-        model, _ = checkpoint.load_float(str(house / float_run))
+        model, _ = checkpoint.load_float(str(workdir / float_run))
         model.train()
         prepare(model, config)
         if calibrated:
-            errors = calibrate(model, random_windows(ids, 32, 64, 1).split(16), lambda *a: done.append(a))
+            errors = calibrate(model, random_windows(ids, 32, 64, 1).split(16), lambda *a: progress.append(a))
             assert len(errors) == 8 and all(after < before for before, after in errors.values())
-            assert done == [(i, 8) for i in range(1, 9)] and model.training
+            assert progress == [(i, 8) for i in range(1, 9)] and model.training
         losses.append(evaluate(model, ids[:2000])["loss"])
         assert evaluate(convert(model), ids[:2000])["loss"] == losses[-1]
     assert losses[1] < losses[0]
 
 
-def test_training_goes_on_from_the_codes():
+def test_training_continues_after_calibration():
     net, x = trained_net()
     prepare(net, PoTConfig(bits=3, group_size=16))
     calibrate(net, [x])
@@ -360,7 +355,7 @@ def test_training_goes_on_from_the_codes():
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("kind", ["tuple", "list", "mapping", "Conv1D", "bfloat16", "channels of nothing"])
+@pytest.mark.parametrize("kind", ["tuple", "list", "mapping", "Conv1D", "bfloat16", "dead channels"])
 def test_other_models_and_batches(kind):
     net, x = trained_net()
     batches = [x]
@@ -377,7 +372,7 @@ def test_other_models_and_batches(kind):
         config = PoTConfig(granularity="channel")
     if kind == "bfloat16":
         net.bfloat16()
-    if kind == "channels of nothing":  # dead inputs, so a Hessian with zeros
+    if kind == "dead channels":  # the Hessian has zeros on the diagonal
         net, batches = nn.Sequential(nn.ReLU(), nn.Linear(32, 32)), [torch.randn(5, 32) * (torch.arange(32) < 9)]
     config = PoTConfig(granularity="channel")
     prepare(net, config)
@@ -390,7 +385,7 @@ def test_other_models_and_batches(kind):
     assert torch.equal(y, z(**batch) if kind == "mapping" else run(z, batch))
 
 
-def test_a_llama_shares_passes_among_layers_with_one_input():
+def test_llama_shares_passes_among_layers_with_one_input():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -398,21 +393,21 @@ def test_a_llama_shares_passes_among_layers_with_one_input():
         num_key_value_heads=1, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
-    x, done = torch.randint(50, (8, 16)), []
+    x, progress = torch.randint(50, (8, 16)), []
     prepare(model, PoTConfig(group_size=16))
-    plain = copy.deepcopy(model)
-    errors = calibrate(model, [{"input_ids": b} for b in x.split(4)], lambda *a: done.append(a))
-    assert len(errors) == 15 and len(done) == 9  # 2 x (qkv, o, gate and up, down), head
+    reference = copy.deepcopy(model)
+    errors = calibrate(model, [{"input_ids": b} for b in x.split(4)], lambda *a: progress.append(a))
+    assert len(errors) == 15 and len(progress) == 9  # 2 x (qkv, o, gate and up, down), head
     assert all(after < before for before, after in errors.values())
-    # The last layer is what whole passes give as well.
-    before = copy.deepcopy(plain)
+    # The reference gives the same last layer.
+    before = copy.deepcopy(reference)
     weights = {n: w for n, w in model.state_dict().items() if "lm_head" not in n}
-    plain.load_state_dict(weights, strict=False)
-    calibrate_plainly(plain, [x], ["lm_head"], float_net=before)
-    assert_alike(model, plain, ["lm_head"])
+    reference.load_state_dict(weights, strict=False)
+    calibrate_reference(reference, [x], ["lm_head"], float_net=before)
+    assert_same_weights(model, reference, ["lm_head"])
 
 
-def test_embedding_rows_count_as_often_as_they_are_read():
+def test_embedding_rows_are_weighted_by_their_frequency():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Embedding(10, 16))
     config = PoTConfig(granularity="tensor")
@@ -432,7 +427,7 @@ def test_embedding_rows_count_as_often_as_they_are_read():
     assert isinstance(net[0], PoTEmbedding)
 
 
-def test_layers_switched_off_stay_as_they_are():
+def test_disabled_layers_do_not_change():
     net, x = trained_net()
     prepare(net, PoTConfig(group_size=16))
     net.blocks[0]["c"].quantizer.enabled = False
@@ -441,15 +436,16 @@ def test_layers_switched_off_stay_as_they_are():
     assert torch.equal(net.blocks[0]["c"].weight, before)
 
 
-def test_nothing_is_left_behind():
+def test_hooks_and_replaced_forwards_are_restored():
     net, x = trained_net()
     prepare(net, PoTConfig(group_size=16))
     hooks = [len(m._forward_pre_hooks) for m in net.modules()]
-    own, net.twice.forward = net.twice.forward, lambda x: own(x) * 2  # as libraries do that hook into a module
-    theirs = net.twice.forward
+    original = net.twice.forward
+    net.twice.forward = lambda x: original(x) * 2  # some libraries replace forward like this
+    replaced = net.twice.forward
     calibrate(net, [x])
     assert hooks == [len(m._forward_pre_hooks) for m in net.modules()]
-    assert [m for m in net.modules() if "forward" in vars(m)] == [net.twice] and net.twice.forward is theirs
+    assert [m for m in net.modules() if "forward" in vars(m)] == [net.twice] and net.twice.forward is replaced
 
 
 def test_bad_input():
@@ -470,7 +466,7 @@ def test_bad_input():
     assert not any("forward" in vars(m) for m in net.modules())
 
 
-def test_gpt_of_our_own():
+def test_layer_names_of_nanopot_gpt():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=64))
     prepare(model, PoTConfig())

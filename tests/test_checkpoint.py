@@ -1,3 +1,5 @@
+"""checkpoint.py: files of runs, damaged and foreign files, and GPT-2 in Hugging Face's format."""
+
 import copy
 import io
 import json
@@ -31,37 +33,37 @@ X = torch.arange(16)[None]
 @pytest.mark.parametrize(
     "pot", [None, PoTConfig(), PoTConfig(bits=5, range=7, grid="paper", granularity="tensor", scale="absmax")], ids=str
 )
-def test_roundtrip_of_both_files(tmp_path, pot):
+def test_round_trip_of_both_files(tmp_path, pot):
     folder, model, info = str(tmp_path), gpt(), INFO
     if pot:
         prepare(model, pot)
         info = replace(info, pot=pot, method="QAT")
     y = model(X)
     checkpoint.save_training(folder, model, info, optimizer={}, scaler={})
-    loaded, found = checkpoint.load_model(folder)
-    assert torch.equal(loaded(X), y) and found == info
+    loaded, loaded_info = checkpoint.load_model(folder)
+    assert torch.equal(loaded(X), y) and loaded_info == info
     assert loaded.lm_head.weight is loaded.transformer.wte.weight and not loaded.training
     floats = checkpoint.model_of(checkpoint.load_training(folder), quantized=False)
     assert torch.equal(floats(X), gpt()(X))
     size = checkpoint.save_model(folder, convert(model), info)
     assert size == (tmp_path / "model.safetensors").stat().st_size == checkpoint.file_size(folder, model, info)
-    loaded, found = checkpoint.load_model(folder)
-    assert torch.equal(loaded(X), y) and found == info
+    loaded, loaded_info = checkpoint.load_model(folder)
+    assert torch.equal(loaded(X), y) and loaded_info == info
     checkpoint.save_training(folder, gpt(), info, optimizer={}, scaler={})
-    assert not (tmp_path / "model.safetensors").exists()  # it would be older than the training state
+    assert not (tmp_path / "model.safetensors").exists()  # a stale model is deleted
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_packed_file_is_as_small_as_the_codes(tmp_path):
     model = gpt()
-    numbers = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() for p in model.parameters())
     float_size = checkpoint.save_model(str(tmp_path), model, INFO)
     prepare(model, PoTConfig())
     size = checkpoint.save_model(str(tmp_path), convert(model), INFO)
-    one_dimensional = sum(p.numel() for p in model.parameters())  # biases and LayerNorms are left
-    expected = (numbers - one_dimensional) * (4 + 16 / 64) / 8 + 4 * one_dimensional
+    one_dimensional = sum(p.numel() for p in model.parameters())  # biases and LayerNorms stay float
+    expected = (total - one_dimensional) * (4 + 16 / 64) / 8 + 4 * one_dimensional
     assert expected <= size <= expected + 8000  # the header: names, shapes, settings
-    assert float_size >= 4 * numbers
+    assert float_size >= 4 * total
 
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -97,13 +99,8 @@ def test_truncated_and_foreign_files(tmp_path):
     (tmp_path / "ckpt.pt").write_bytes(good)
     checkpoint.save_model(folder, gpt(), INFO)
     good = (tmp_path / "model.safetensors").read_bytes()
-    for content in (
-        good[: len(good) // 2],
-        b"",
-        b"hello",
-        save({"a": torch.zeros(2)}),
-        save({"a": torch.zeros(2)}, {"nanopot": "{}"}),
-    ):
+    foreign = [save({"a": torch.zeros(2)}), save({"a": torch.zeros(2)}, {"nanopot": "{}"})]
+    for content in (good[: len(good) // 2], b"", b"hello", *foreign):
         (tmp_path / "model.safetensors").write_bytes(content)
         with pytest.raises(ValueError, match="model.safetensors is truncated, damaged or not of nanoPoT"):
             checkpoint.load_model(folder)
@@ -111,7 +108,7 @@ def test_truncated_and_foreign_files(tmp_path):
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """Content of a packed model's file, and its logits."""
+    """Content of a packed file, and the logits of the model."""
     folder, model = tmp_path_factory.mktemp("packed"), quantize_(gpt())
     checkpoint.save_model(str(folder), model, INFO)
     return (folder / "model.safetensors").read_bytes(), model(X)
@@ -124,7 +121,7 @@ def packed(tmp_path_factory):
         (None, lambda c: c + b"x"),
         (None, lambda c: c[:100]),
         (None, lambda c: (2**40).to_bytes(8, "little") + c[8:]),
-        (None, lambda c: c[:-4096]),  # a page, which a mapped file would miss
+        (None, lambda c: c[:-4096]),  # the last page is missing
         (b'"data_offsets":[0,', b'"data_offsets":[4,'),
         (b'"shape":[192]', b'"shape":[193]'),
         (b'c_attn.bias":{"dtype":"F32"', b'c_attn.bias":{"dtype":"I32"'),
@@ -145,18 +142,18 @@ def test_damaged_packed_files(tmp_path, packed, old, new):
         checkpoint.load_model(str(tmp_path))
 
 
-def test_a_flipped_code_is_loaded_as_that_weight(tmp_path, packed):
+def test_flipped_code_changes_one_weight(tmp_path, packed):
     content, _ = packed
     (tmp_path / "model.safetensors").write_bytes(content)
     good, _ = checkpoint.load_model(str(tmp_path))
     codes = good.transformer.h[1].mlp.c_fc.packed.codes.numpy().tobytes()
     at = content.index(codes) + 1000
-    damaged = content[:at] + bytes([content[at] ^ 0x08]) + content[at + 1 :]  # the sign of a byte's first code
-    (tmp_path / "bad").mkdir()  # elsewhere, as the good model is its mapped file
+    damaged = content[:at] + bytes([content[at] ^ 0x08]) + content[at + 1 :]  # flips the sign of the byte's first code
+    (tmp_path / "bad").mkdir()  # a separate folder, because the good model maps the first file
     (tmp_path / "bad" / "model.safetensors").write_bytes(damaged)
     bad, _ = checkpoint.load_model(str(tmp_path / "bad"))
-    w, other = (m.transformer.h[1].mlp.c_fc.weight for m in (good, bad))
-    assert (w != other).sum() <= 1 and torch.equal(w.abs(), other.abs())
+    good_weight, bad_weight = (m.transformer.h[1].mlp.c_fc.weight for m in (good, bad))
+    assert (good_weight != bad_weight).sum() <= 1 and torch.equal(good_weight.abs(), bad_weight.abs())
     state = bad.state_dict()
     different = [name for name, t in good.state_dict().items() if not torch.equal(t, state[name])]
     assert different == ["transformer.h.1.mlp.c_fc.packed.codes"]
@@ -169,30 +166,30 @@ def test_loading_copies_no_weights(tmp_path):
     size = checkpoint.save_model(str(tmp_path), quantize_(model, PoTConfig(scale="absmax")), info)
     assert size > 15e6
     load = f"m, _ = checkpoint.load_model({str(tmp_path)!r})"
-    assert anonymous("import checkpoint", load) < 5e6  # nor does it import torch's compiler, 70 MB
+    assert anonymous("import checkpoint", load) < 5e6  # importing torch's compiler would take 70 MB
 
 
-def test_loaded_weights_can_be_written_to(tmp_path, packed):
+def test_loaded_weights_are_writable(tmp_path, packed):
     content, y = packed
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model, info = checkpoint.load_model(str(tmp_path))
-    same, half = copy.deepcopy(model), copy.deepcopy(model).half()
-    checkpoint.save_model(str(tmp_path), model, info)  # in place of the file that it was read from
+    copied, half = copy.deepcopy(model), copy.deepcopy(model).half()
+    checkpoint.save_model(str(tmp_path), model, info)  # replaces the mapped file
     assert path.read_bytes() == content and torch.equal(model(X), y)
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.zero_()
     assert not model(X).any() and path.read_bytes() == content
-    assert torch.equal(same(X), y) and (half(X) - y).abs().max() < 0.05 * y.abs().max()
-    again, _ = checkpoint.load_model(str(tmp_path))
-    again.load_state_dict(model.state_dict())
-    assert not again(X).any() and torch.equal(checkpoint.load_model(str(tmp_path))[0](X), y)
+    assert torch.equal(copied(X), y) and (half(X) - y).abs().max() < 0.05 * y.abs().max()
+    reloaded, _ = checkpoint.load_model(str(tmp_path))
+    reloaded.load_state_dict(model.state_dict())
+    assert not reloaded(X).any() and torch.equal(checkpoint.load_model(str(tmp_path))[0](X), y)
 
 
-def test_info_that_lacks_or_garbles_something_is_refused(tmp_path, monkeypatch):
+def test_incomplete_or_wrong_info_is_rejected(tmp_path, monkeypatch):
     complete = INFO.to_dict()
     assert set(complete) == {"tokenizer", "method", "model_args", "pot", "origin", "step", "settings"}
     for key in complete:
@@ -209,7 +206,7 @@ def test_info_that_lacks_or_garbles_something_is_refused(tmp_path, monkeypatch):
                 checkpoint.load_model(str(tmp_path))
 
 
-def test_a_pickle_that_runs_code_is_refused(tmp_path):
+def test_pickle_with_code_is_rejected(tmp_path):
     class Evil:
         def __reduce__(self):
             return (json.loads, ('["ran"]',))
@@ -219,8 +216,8 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
         checkpoint.load_model(str(tmp_path))
 
 
-def test_more_than_the_file_holds(tmp_path):
-    """Neither compressed records nor tensors that repeat one number make a small file a large model."""
+def test_small_file_cannot_hold_a_large_model(tmp_path):
+    """A small file cannot become a large model by compressed records, or by tensors that repeat a number."""
     model = gpt()
     for p in model.parameters():
         torch.nn.init.zeros_(p)
@@ -242,33 +239,33 @@ def test_more_than_the_file_holds(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def theirs():
+def reference_gpt2():
     return gpt2(vocab_size=50257, n_positions=32)
 
 
 def old_names(model):
-    """State as OpenAI's own file on the hub has it: no prefix, no head, and the masks that older versions kept."""
+    """State with the names of OpenAI's file on the hub: no prefix, no head, and the masks of old versions."""
     state = {k.removeprefix("transformer."): v for k, v in model.state_dict().items() if k != "lm_head.weight"}
     masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril() for i in range(2)}
     return state | masks | {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
 
 
 @pytest.mark.parametrize("form", ["safetensors", "shards", "bfloat16", "bin", "old bin", "old safetensors", "no head"])
-def test_gpt2_of_transformers(tmp_path, theirs, form):
-    folder, reference = str(tmp_path), theirs
+def test_gpt2_of_transformers(tmp_path, reference_gpt2, form):
+    folder, reference = str(tmp_path), reference_gpt2
     if form == "bfloat16":
         reference = gpt2(vocab_size=50257, n_positions=32).bfloat16()
     if form == "no head":
-        theirs.transformer.save_pretrained(folder)
+        reference_gpt2.transformer.save_pretrained(folder)
     else:
         reference.save_pretrained(folder, max_shard_size="4MB" if form == "shards" else "5GB")
     if form == "shards":
         assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     if form == "old safetensors":
-        save_file({k: v.contiguous() for k, v in old_names(theirs).items()}, tmp_path / "model.safetensors")
+        save_file({k: v.contiguous() for k, v in old_names(reference_gpt2).items()}, tmp_path / "model.safetensors")
     elif "bin" in form:
         (tmp_path / "model.safetensors").unlink()
-        state = old_names(theirs) if form == "old bin" else theirs.state_dict()
+        state = old_names(reference_gpt2) if form == "old bin" else reference_gpt2.state_dict()
         torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=form == "bin")
     model, info = checkpoint.load_model(folder)
     x = torch.randint(0, 50257, (2, 32), generator=torch.Generator().manual_seed(1))
@@ -282,12 +279,12 @@ def test_gpt2_of_transformers(tmp_path, theirs, form):
     assert torch.equal(checkpoint.load_float(folder)[0](x), model(x)) and checkpoint.exists(folder)
 
 
-def edited(folder, **changes):
+def edit_config(folder, **changes):
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "gone"}))
 
 
-def without(folder, name, replacement=None):
+def drop(folder, name, replacement=None):
     state = load_file(folder / "model.safetensors")
     state.pop(name)
     save_file(state | (replacement or {}), folder / "model.safetensors")
@@ -298,60 +295,62 @@ class Evil:
         return print, ("code was run",)
 
 
-def pickled(folder):
+def save_pickle_with_code(folder):
     (folder / "model.safetensors").unlink()
     torch.save({"transformer.wte.weight": Evil()}, folder / "pytorch_model.bin")
+
+
+def replace_file_by_folder(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
 
 
 WTE = "transformer.wte.weight"
 
 
 @pytest.mark.parametrize(
-    "spoil, message",
+    "damage, message",
     [
-        (lambda f: edited(f, model_type="llama"), "model_type is 'llama', and only GPT-2's 'gpt2' is known"),
-        (lambda f: edited(f, model_type="gone"), "model_type is None"),
-        (lambda f: edited(f, activation_function="relu"), "activation_function is 'relu'"),
-        (lambda f: edited(f, n_inner=100), "n_inner is 100"),
-        (lambda f: edited(f, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True"),
-        (lambda f: edited(f, tie_word_embeddings=False), "tie_word_embeddings is False"),
-        (lambda f: edited(f, n_layer=3), "h.2.*is missing"),
-        (lambda f: edited(f, n_layer=1), "h.1.*is unknown"),
-        (lambda f: edited(f, n_positions="gone"), "has no n_positions"),
-        (lambda f: edited(f, n_embd="many"), "is no GPT-2 that can be read"),
-        (lambda f: without(f, WTE), "wte.weight is missing"),
-        (lambda f: without(f, WTE, {WTE: torch.zeros(50257, 63)}), "wte.weight is of another shape"),
-        (lambda f: edited(f, quantization_config={"bits": 8}), "quantization_config is"),
-        (lambda f: edited(f, n_embd=10**12), "is no GPT-2 that can be read"),
-        (lambda f: without(f, WTE, {WTE: torch.zeros(50257, 64, dtype=torch.int32)}), "wte.weight is torch.int32"),
-        (lambda f: without(f, WTE, {WTE: torch.zeros(50257, 64), "wte.weight": torch.zeros(1)}), "or there twice"),
-        (
-            lambda f: (f / "model.safetensors").unlink() or (f / "model.safetensors").mkdir(),
-            "is no GPT-2 that can be read",
-        ),
+        (lambda f: edit_config(f, model_type="llama"), "model_type is 'llama', and only GPT-2's 'gpt2' is known"),
+        (lambda f: edit_config(f, model_type="gone"), "model_type is None"),
+        (lambda f: edit_config(f, activation_function="relu"), "activation_function is 'relu'"),
+        (lambda f: edit_config(f, n_inner=100), "n_inner is 100"),
+        (lambda f: edit_config(f, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True"),
+        (lambda f: edit_config(f, tie_word_embeddings=False), "tie_word_embeddings is False"),
+        (lambda f: edit_config(f, n_layer=3), "h.2.*is missing"),
+        (lambda f: edit_config(f, n_layer=1), "h.1.*is unknown"),
+        (lambda f: edit_config(f, n_positions="gone"), "has no n_positions"),
+        (lambda f: edit_config(f, n_embd="many"), "is no GPT-2 that can be read"),
+        (lambda f: drop(f, WTE), "wte.weight is missing"),
+        (lambda f: drop(f, WTE, {WTE: torch.zeros(50257, 63)}), "wte.weight is of another shape"),
+        (lambda f: edit_config(f, quantization_config={"bits": 8}), "quantization_config is"),
+        (lambda f: edit_config(f, n_embd=10**12), "is no GPT-2 that can be read"),
+        (lambda f: drop(f, WTE, {WTE: torch.zeros(50257, 64, dtype=torch.int32)}), "wte.weight is torch.int32"),
+        (lambda f: drop(f, WTE, {WTE: torch.zeros(50257, 64), "wte.weight": torch.zeros(1)}), "or there twice"),
+        (replace_file_by_folder, "is no GPT-2 that can be read"),
         (lambda f: (f / "config.json").write_text("[" * 99999), "is no GPT-2 that can be read"),
         (lambda f: (f / "config.json").write_text("{"), "is no GPT-2 that can be read"),
         (lambda f: (f / "config.json").write_text("[]"), "is no GPT-2 that can be read"),
         (lambda f: (f / "model.safetensors").write_bytes(b"short"), "is no GPT-2 that can be read"),
         (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
-        (pickled, "pytorch_model.bin is damaged or holds more than tensors"),
+        (save_pickle_with_code, "pytorch_model.bin is damaged or holds more than tensors"),
     ],
 )
-def test_other_folders_are_refused(tmp_path, theirs, capsys, spoil, message):
-    theirs.save_pretrained(tmp_path)
-    spoil(tmp_path)
+def test_unsupported_gpt2_folders_are_rejected(tmp_path, reference_gpt2, capsys, damage, message):
+    reference_gpt2.save_pretrained(tmp_path)
+    damage(tmp_path)
     with pytest.raises(ValueError, match=message) as e:
         checkpoint.load_model(str(tmp_path))
     assert str(tmp_path) in str(e.value) and "code was run" not in capsys.readouterr().out
 
 
-def test_another_vocabulary_is_refused(tmp_path):
+def test_another_vocabulary_is_rejected(tmp_path):
     gpt2(vocab_size=300, n_positions=32).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="a vocabulary of 300, GPT-2's byte pairs need 50257"):
         checkpoint.load_model(str(tmp_path))
 
 
-def test_names_of_the_hub(tmp_path, theirs, monkeypatch):
+def test_names_of_the_hub(tmp_path, reference_gpt2, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -360,15 +359,16 @@ def test_names_of_the_hub(tmp_path, theirs, monkeypatch):
     with pytest.raises(ValueError, match="no folder gpt3: pass .* or gpt2, gpt2-medium, gpt2-large, gpt2-xl"):
         checkpoint.load_model("gpt3")
     assert not checkpoint.is_at_hand("gpt2-xl")
-    kept = tmp_path / "hub" / "models--openai-community--gpt2-xl"  # as a download leaves it
-    (kept / "refs").mkdir(parents=True)
-    (kept / "refs" / "main").write_text("abc")
-    (kept / "snapshots" / "abc").mkdir(parents=True)
-    (kept / "snapshots" / "abc" / "vocab.json").write_text("{}")  # its tokenizer alone, which others asked for
+    cached = tmp_path / "hub" / "models--openai-community--gpt2-xl"  # layout of a download
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    (cached / "snapshots" / "abc").mkdir(parents=True)
+    (cached / "snapshots" / "abc" / "vocab.json").write_text("{}")  # another program downloads the tokenizer alone
     with pytest.raises(ValueError, match="cannot download gpt2-xl"):
         checkpoint.load_model("gpt2-xl")
-    theirs.save_pretrained(kept / "snapshots" / "abc")
+    reference_gpt2.save_pretrained(cached / "snapshots" / "abc")
     model, _ = checkpoint.load_model("gpt2-xl")
-    assert torch.equal(model.transformer.wte.weight, theirs.transformer.wte.weight) and checkpoint.is_at_hand("gpt2-xl")
-    gpt2(vocab_size=50257, n_positions=64).save_pretrained("gpt2-xl")  # a folder of that name goes first
+    assert torch.equal(model.transformer.wte.weight, reference_gpt2.transformer.wte.weight)
+    assert checkpoint.is_at_hand("gpt2-xl")
+    gpt2(vocab_size=50257, n_positions=64).save_pretrained("gpt2-xl")  # a folder takes precedence over the hub
     assert checkpoint.load_model("gpt2-xl")[0].config.block_size == 64

@@ -1,3 +1,5 @@
+"""configurator.py: config files, command-line keys, errors and --help."""
+
 import dataclasses
 import importlib
 import re
@@ -23,29 +25,29 @@ class Settings:
     seed: int = 1
 
 
-def configured(text):
+def parse(text):
     return configure(Settings, text.split())
 
 
-def test_order_types_and_both_spellings(tmp_path):
+def test_order_types_and_both_option_forms(tmp_path):
     path = tmp_path / "c.py"
     path.write_text("import math\nmax_iters = 5\nlearning_rate = 1\nblock_size = None\n_hidden = 3\n")
-    s = configured(f"--max_iters=3 {path} --out_dir a=b --compile=True --block_size 7")
+    s = parse(f"--max_iters=3 {path} --out_dir a=b --compile=True --block_size 7")
     assert s == Settings(1.0, 5, 7, "a=b", True)
     assert type(s.learning_rate) is float
-    assert configured(f"{path} --max_iters=6").max_iters == 6
-    assert configured("--block_size=None --learning_rate 1e-4") == Settings(1e-4)
+    assert parse(f"{path} --max_iters=6").max_iters == 6
+    assert parse("--block_size=None --learning_rate 1e-4") == Settings(1e-4)
 
 
-def test_parts_of_a_dataclass(tmp_path):
+def test_fields_of_a_nested_dataclass(tmp_path):
     path = tmp_path / "c.py"
     path.write_text("pot_bits = 3\npot_granularity = 'channel'\n")
-    assert configured("").pot is None
-    assert configured(str(path)).pot == PoTConfig(bits=3, granularity="channel")
-    assert configured(f"{path} --pot_bits=4 --pot_act_bits=8").pot == PoTConfig(granularity="channel", act_bits=8)
-    assert configured(f"{path} --pot=None").pot is None
-    assert configured(f"{path} --pot=None --pot_bits=5").pot == PoTConfig(bits=5)
-    assert configured("--pot_range=5").pot == PoTConfig(range=5)
+    assert parse("").pot is None
+    assert parse(str(path)).pot == PoTConfig(bits=3, granularity="channel")
+    assert parse(f"{path} --pot_bits=4 --pot_act_bits=8").pot == PoTConfig(granularity="channel", act_bits=8)
+    assert parse(f"{path} --pot=None").pot is None
+    assert parse(f"{path} --pot=None --pot_bits=5").pot == PoTConfig(bits=5)
+    assert parse("--pot_range=5").pot == PoTConfig(range=5)
 
 
 @pytest.mark.parametrize(
@@ -64,9 +66,9 @@ def test_parts_of_a_dataclass(tmp_path):
         ("config/nowhere.py", "no config file config/nowhere.py"),
     ],
 )
-def test_errors_say_what_to_do(text, message):
+def test_errors_on_the_command_line(text, message):
     with pytest.raises(ValueError, match=message):
-        configured(text)
+        parse(text)
 
 
 @pytest.mark.parametrize(
@@ -82,12 +84,12 @@ def test_errors_say_what_to_do(text, message):
 def test_errors_in_config_files(tmp_path, content, message):
     (tmp_path / "c.py").write_text(content)
     with pytest.raises(ValueError, match=message):
-        configured(str(tmp_path / "c.py"))
+        parse(str(tmp_path / "c.py"))
 
 
 def test_help_lists_every_key(capsys):
     with pytest.raises(SystemExit) as e:
-        configured("--help")
+        parse("--help")
     text = capsys.readouterr().out
     assert e.value.code == 0
     for part in ("--learning_rate=0.001", "highest", "--pot_bits=4", "bits of a code", "--pot=None"):

@@ -1,3 +1,5 @@
+"""dataset.py and the scripts data/*/prepare.py."""
+
 import importlib.util
 import json
 import os
@@ -19,13 +21,13 @@ ROOT = Path(__file__).parent.parent
 def test_windows_cover_every_position_once():
     for n, size, batch in ((100, 8, 4), (65, 8, 3), (66, 8, 100), (5, 8, 1), (2, 8, 1), (17, 1, 5)):
         ids = np.random.default_rng(0).integers(0, 999, n).astype(np.uint16)
-        found = list(dataset.windows(ids, size, batch))
-        assert torch.cat([y.flatten() for _, y in found]).tolist() == ids[1:].tolist()
-        assert torch.cat([x.flatten() for x, _ in found]).tolist() == ids[:-1].tolist()
-        assert all(x.shape == y.shape and x.shape[1] <= size and len(x) <= batch for x, y in found)
+        pairs = list(dataset.windows(ids, size, batch))
+        assert torch.cat([y.flatten() for _, y in pairs]).tolist() == ids[1:].tolist()
+        assert torch.cat([x.flatten() for x, _ in pairs]).tolist() == ids[:-1].tolist()
+        assert all(x.shape == y.shape and x.shape[1] <= size and len(x) <= batch for x, y in pairs)
 
 
-def test_write_load_and_text_roundtrip(tmp_path):
+def test_write_load_and_decode(tmp_path):
     texts = {"train": "abc\n" * 10, "val": "xyz", "test": "äb"}
     dataset.write_chars(tmp_path, texts)
     for split, text in texts.items():
@@ -44,23 +46,21 @@ def test_write_load_and_text_roundtrip(tmp_path):
 
 def test_missing_data_names_the_command(monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(
-        ValueError, match="no data set data/nowhere: choose one of openwebtext, pydoc_char, shakespeare_char"
-    ):
+    message = "no data set data/nowhere: choose one of openwebtext, pydoc_char, shakespeare_char"
+    with pytest.raises(ValueError, match=message):
         dataset.load("data/nowhere", "train")
 
 
 @pytest.fixture
 def scripts(tmp_path):
-    """The data scripts in a place of their own, so that a user's data stay untouched."""
+    """Copies the data scripts to a temporary folder, which protects the user's data."""
     for path in ("dataset.py", "configurator.py", "data/pydoc_char/prepare.py", "data/shakespeare_char/prepare.py"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text((ROOT / path).read_text())
 
     def run(name, *args):
-        return subprocess.run(
-            [sys.executable, f"data/{name}/prepare.py", *args], cwd=tmp_path, capture_output=True, text=True
-        )
+        command = [sys.executable, f"data/{name}/prepare.py", *args]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     return run, tmp_path / "data"
 
@@ -75,7 +75,7 @@ def test_shakespeare_char(scripts, tmp_path):
     for split in dataset.SPLITS:
         ids, meta = dataset.load(data / "shakespeare_char", split)
         parts.append(dataset.tokenizer_of(meta).decode_bytes(ids.tolist()).decode())
-    assert "".join(parts) == text  # in order, no overlap, nothing lost
+    assert "".join(parts) == text  # in order, without gap or overlap
     assert [round(len(p) / len(text), 2) for p in parts] == [0.8, 0.1, 0.1]
     for args in (("--input", "nowhere.txt"), ("--inptu", "x")):
         done = run("shakespeare_char", *args)
@@ -92,17 +92,17 @@ def test_pydoc_char(scripts):
         texts[split] = dataset.tokenizer_of(meta).decode_bytes(ids.tolist()).decode()
     assert len(texts["train"]) > 1_000_000 and min(len(texts["val"]), len(texts["test"])) > 100_000
     assert set("".join(texts.values())) <= {"\n", *map(chr, range(32, 127))}
-    # No paragraph but the shortest is in two splits.
-    seen = {split: {p for p in text.split("\n\n") if len(p) >= 100} for split, text in texts.items()}
+    # No long paragraph is in two splits.
+    paragraphs = {split: {p for p in text.split("\n\n") if len(p) >= 100} for split, text in texts.items()}
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
-        assert not seen[a] & seen[b]
+        assert not paragraphs[a] & paragraphs[b]
 
 
 # --- GPT-2's byte pairs ---
 
 
 def prepare(name, folder, monkeypatch, **settings):
-    """Runs data/<name>/prepare.py here, so that stand-ins reach it; writes to folder."""
+    """Runs data/<name>/prepare.py in this process, where stand-ins replace packages. Writes to `folder`."""
     spec = importlib.util.spec_from_file_location(f"prepare_{name}", ROOT / "data" / name / "prepare.py")
     script = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = script
@@ -113,29 +113,30 @@ def prepare(name, folder, monkeypatch, **settings):
 
 
 def documents(folder):
-    """Split -> its documents, decoded."""
-    found = {}
+    """Returns a dict from split to decoded documents."""
+    documents_by_split = {}
     for split in dataset.SPLITS:
         ids, meta = dataset.load(str(folder), split)
         text = dataset.tokenizer_of(meta).decode_bytes(ids.tolist()).decode()
-        found[split] = text.split("<|endoftext|>")
-    return found
+        documents_by_split[split] = text.split("<|endoftext|>")
+    return documents_by_split
 
 
 def test_openwebtext_from_jsonl(tmp_path, monkeypatch):
     texts = [f"document {i} \N{SNOWMAN} <|endoftext|>\n" for i in range(50)]
-    twice = texts[:30] + texts[5:20] + ["", "  "] + texts[30:]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t, "other": 1}) for t in twice) + "\n\n")
+    with_duplicates = texts[:30] + texts[5:20] + ["", "  "] + texts[30:]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t, "other": 1}) for t in with_duplicates) + "\n\n")
     prepare("openwebtext", tmp_path / "d", monkeypatch, input=str(tmp_path / "a.jsonl"))
     ids, _ = dataset.load(str(tmp_path / "d"), "test")
-    assert list(ids).count(50256) == 3  # documents 0, 20, 40; that a text says <|endoftext|> ends nothing
-    found = {split: "".join(docs) for split, docs in documents(tmp_path / "d").items()}
-    for i in range(50):  # every document once
-        where = [split for split in dataset.SPLITS if found[split].count(f"document {i} ") == 1]
-        assert where == [{0: "test", 10: "val"}.get(i % 20, "train")], i
-    assert sum(f.count("document") for f in found.values()) == 50
+    # Documents 0, 20 and 40. The text <|endoftext|> inside a document does not end it.
+    assert list(ids).count(50256) == 3
+    text_by_split = {split: "".join(docs) for split, docs in documents(tmp_path / "d").items()}
+    for i in range(50):  # each document is in one split
+        splits = [split for split in dataset.SPLITS if text_by_split[split].count(f"document {i} ") == 1]
+        assert splits == [{0: "test", 10: "val"}.get(i % 20, "train")], i
+    assert sum(text.count("document") for text in text_by_split.values()) == 50
     prepare("openwebtext", tmp_path / "same", monkeypatch, input=str(tmp_path / "a.jsonl"), documents=12)
-    assert documents(tmp_path / "same") == documents(tmp_path / "d")  # that is of the stream
+    assert documents(tmp_path / "same") == documents(tmp_path / "d")  # documents=12 limits the hub's stream only
 
 
 def test_held_out_text_is_bounded(tmp_path, monkeypatch):
@@ -148,10 +149,10 @@ def test_held_out_text_is_bounded(tmp_path, monkeypatch):
 def test_text_files_are_cut_into_documents(tmp_path):
     text = "".join(f"paragraph {i}\nof two lines\n\n" for i in range(2000))
     (tmp_path / "book.txt").write_text(text)
-    found = list(dataset.read_documents(f"{tmp_path}/book.txt,{tmp_path}/book.txt"))
-    assert len(found) > 8 and all(d.startswith("paragraph") for d in found)
-    assert "".join(found) == text * 2
-    assert all(len(d) < 10_100 for d in found)
+    cut_documents = list(dataset.read_documents(f"{tmp_path}/book.txt,{tmp_path}/book.txt"))
+    assert len(cut_documents) > 8 and all(d.startswith("paragraph") for d in cut_documents)
+    assert "".join(cut_documents) == text * 2
+    assert all(len(d) < 10_100 for d in cut_documents)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_text_files_are_cut_into_documents(tmp_path):
         (b"[" * 200000, "line 2 is no .*RecursionError"),
     ],
 )
-def test_bad_lines_are_named_and_nothing_is_left(tmp_path, line, message):
+def test_bad_lines_are_named_and_no_file_is_left(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n")
     (tmp_path / "d").mkdir()
     with pytest.raises(ValueError, match=message):
@@ -181,23 +182,23 @@ def test_too_few_documents(tmp_path):
 
 
 def test_openwebtext_from_the_hub(tmp_path, monkeypatch):
-    asked = []
+    calls = []
 
     def load_dataset(*args, **kwargs):
-        asked.append((args, kwargs))
-        # A stream: only as much is read as is asked for.
-        return ({"text": f"document {i}"} for i in range(400 if len(asked) == 2 else 10**9))
+        calls.append((args, kwargs))
+        # A stream, which the script must not read to the end.
+        return ({"text": f"document {i}"} for i in range(400 if len(calls) == 2 else 10**9))
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     prepare("openwebtext", tmp_path, monkeypatch, documents=300)
     assert sum(len(docs) - 1 for docs in documents(tmp_path).values()) == 300
-    ((name,), how) = asked[0]
+    ((name,), options) = calls[0]
     prepare("openwebtext", tmp_path, monkeypatch, documents=300, all=True)
     assert sum(len(docs) - 1 for docs in documents(tmp_path).values()) == 400
-    assert name == "Skylion007/openwebtext" and how["streaming"] and how["revision"] == "refs/convert/parquet"
+    assert name == "Skylion007/openwebtext" and options["streaming"] and options["revision"] == "refs/convert/parquet"
 
 
-def test_no_network(tmp_path, monkeypatch):
+def test_download_without_network(tmp_path, monkeypatch):
     def load_dataset(*args, **kwargs):
         raise ConnectionError("no route to host")
 
@@ -225,31 +226,31 @@ def test_wikitext2(tmp_path, monkeypatch):
     text = "".join(ARTICLE.format(i, i) for i in range(30))
     (tmp_path / "one.txt").write_text(text)
     prepare("wikitext2", tmp_path / "one", monkeypatch, input=str(tmp_path / "one.txt"))
-    found = documents(tmp_path / "one")
-    assert sum(d.count("= Title") for docs in found.values() for d in docs) == 30
-    assert all(d.count("= Title") == d.count("= Section") <= 1 for docs in found.values() for d in docs)
+    by_split = documents(tmp_path / "one")
+    assert sum(d.count("= Title") for docs in by_split.values() for d in docs) == 30
+    assert all(d.count("= Title") == d.count("= Section") <= 1 for docs in by_split.values() for d in docs)
     with pytest.raises(ValueError, match="names 2 files"):
         prepare("wikitext2", tmp_path / "two", monkeypatch, input="a,b")
 
 
 def test_real_byte_pairs():
-    """Where tiktoken's files can be had: a process of its own, without the stand-in."""
+    """Runs in a new process without the stand-in, if tiktoken's files are available."""
     code = (
         "import dataset; t = dataset.BPETokenizer(); ids = t.encode('Hello world<|endoftext|> \N{SNOWMAN}');"
         "print(ids, t.decode_bytes([*ids, 50300]).decode(), t.bpe.n_vocab == t.vocab_size)"
     )
     cache = ROOT.parent / "shared" / "tiktoken_cache"
-    where = {"TIKTOKEN_CACHE_DIR": str(cache)} if cache.exists() else {}
-    env = os.environ | where | {"PYTHONPATH": "", "PYTHONIOENCODING": "utf-8"}
+    cache_env = {"TIKTOKEN_CACHE_DIR": str(cache)} if cache.exists() else {}
+    env = os.environ | cache_env | {"PYTHONPATH": "", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env)
     if "cannot download GPT-2's byte pairs" in done.stderr:
-        pytest.skip("no network, and no cache of tiktoken's")
+        pytest.skip("no network and no tiktoken cache")
     assert done.stdout == "[15496, 995, 50256, 34719, 225] Hello world<|endoftext|> \N{SNOWMAN} True\n", done.stderr
-    # Most of it is tiktoken's table in Rust; its copy in Python would be 8 MB more.
-    assert anonymous("import dataset, tiktoken", "t = dataset.BPETokenizer()", **where) < 19e6
+    # tiktoken's table in Rust takes most of this. A copy in Python would add 8 MB.
+    assert anonymous("import dataset, tiktoken", "t = dataset.BPETokenizer()", **cache_env) < 19e6
 
 
-def test_no_byte_pairs(monkeypatch):
+def test_byte_pairs_without_network(monkeypatch):
     def get_encoding(name):
         raise ConnectionError("no route to host")
 

@@ -1,4 +1,4 @@
-"""extras/export.py: transformers and the package gguf read the same model as ours."""
+"""extras/export.py: transformers and the package gguf load the same weights as nanoPoT."""
 
 import os
 import subprocess
@@ -19,43 +19,43 @@ TEXT = "The naïve café costs 3,000 €;\n\n  don't ask — 日本語 \U0001f60
 MXFP4 = PoTConfig(terms=2, group_size=32, scale_format="e8m0")
 
 
-def saved(house, name, config, source="gpt2"):
-    """Saves the small GPT-2 of the tests, packed if there is a config. Returns the new folder."""
-    model, info = checkpoint.load_float(str(house / source))
+def save_gpt2(workdir, name, config, source="gpt2"):
+    """Saves the small GPT-2 of the tests, packed if `config` is given. Returns the new folder."""
+    model, info = checkpoint.load_float(str(workdir / source))
     if config:
         pot.quantize_(model, config)
-    folder = house / name
+    folder = workdir / name
     folder.mkdir()
     checkpoint.save_model(str(folder), model, replace(info, pot=config, method="PTQ" if config else "float"))
     return str(folder)
 
 
 @pytest.mark.parametrize("config", [None, PoTConfig(), MXFP4], ids=str)
-def test_transformers_loads_the_same_model(house, tmp_path, config):
+def test_transformers_loads_the_same_model(workdir, tmp_path, config):
     transformers = pytest.importorskip("transformers")
-    folder = saved(house, f"out-hf-{config}", config)
+    folder = save_gpt2(workdir, f"out-hf-{config}", config)
     export.main(export.Settings(folder, str(tmp_path / "hf")))
-    ours, _ = checkpoint.load_model(folder)
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
-    assert theirs.dtype == torch.float32 and theirs.lm_head.weight is theirs.transformer.wte.weight
+    model, _ = checkpoint.load_model(folder)
+    exported = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+    assert exported.dtype == torch.float32 and exported.lm_head.weight is exported.transformer.wte.weight
     x = torch.randint(50257, (2, 40))
     with torch.no_grad():
-        expected, logits = ours(x), theirs(x).logits
+        expected, logits = model(x), exported(x).logits
     assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
     from safetensors import safe_open
 
     with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as f:
-        kind = f.get_tensor("transformer.h.0.mlp.c_fc.weight").dtype
-    assert kind == (torch.bfloat16 if config == MXFP4 else torch.float32)  # bfloat16 where it is exact
-    again, _ = checkpoint.load_model(str(tmp_path / "hf"))  # our own loader reads it too
+        dtype = f.get_tensor("transformer.h.0.mlp.c_fc.weight").dtype
+    assert dtype == (torch.bfloat16 if config == MXFP4 else torch.float32)  # bfloat16 if it is exact
+    reloaded, _ = checkpoint.load_model(str(tmp_path / "hf"))  # nanoPoT reads the exported folder too
     with torch.no_grad():
-        assert torch.allclose(again(x), expected, atol=1e-5)
+        assert torch.allclose(reloaded(x), expected, atol=1e-5)
 
 
-def test_the_tokenizer_is_that_of_tiktoken(house, tmp_path):
-    """Needs the real byte pairs. All other tests use a stand-in for them."""
+def test_tokenizer_equals_tiktoken(workdir, tmp_path):
+    """Needs GPT-2's real byte pairs. All other tests use a stand-in."""
     pytest.importorskip("transformers")
-    folder, out = saved(house, "out-hf-tokens", None), tmp_path / "hf"
+    folder, out = save_gpt2(workdir, "out-hf-tokens", None), tmp_path / "hf"
     code = (
         "import sys, tiktoken, transformers, extras.export as export\n"
         "try: bpe = tiktoken.get_encoding('gpt2')\n"
@@ -73,31 +73,31 @@ def test_the_tokenizer_is_that_of_tiktoken(house, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_a_message_says_that_8_bit_activations_are_left_out(house, tmp_path, capsys):
-    export.main(export.Settings(saved(house, "out-hf-act", PoTConfig(act_bits=8)), str(tmp_path / "hf")))
+def test_message_about_8_bit_activations(workdir, tmp_path, capsys):
+    export.main(export.Settings(save_gpt2(workdir, "out-hf-act", PoTConfig(act_bits=8)), str(tmp_path / "hf")))
     assert "8-bit activations are left out" in capsys.readouterr().out
 
 
-def test_a_model_of_characters_without_biases(house, sh, tmp_path, qat_run, capsys):
+def test_character_models_with_and_without_biases(workdir, sh, tmp_path, qat_run, capsys):
     transformers = pytest.importorskip("transformers")
     shape = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --batch_size=2 --bias=False"
     sh(f"train.py --dataset=tiny {shape} --max_iters=1 --out_dir=out-nobias")
     for run in (qat_run, "out-nobias"):
-        export.main(export.Settings(str(house / run), str(tmp_path / run)))
+        export.main(export.Settings(str(workdir / run), str(tmp_path / run)))
         assert "without a tokenizer" in capsys.readouterr().out
-        ours, _ = checkpoint.load_model(str(house / run))
-        theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / run).eval()
+        model, _ = checkpoint.load_model(str(workdir / run))
+        exported = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / run).eval()
         x = torch.randint(28, (2, 16))
         with torch.no_grad():
-            assert torch.allclose(theirs(x).logits, ours(x), atol=1e-4)
+            assert torch.allclose(exported(x).logits, model(x), atol=1e-4)
 
 
 @pytest.mark.parametrize("config", [MXFP4, PoTConfig(bits=3, group_size=32, scale_format="e8m0")], ids=str)
-def test_gguf_holds_our_weights_bit_for_bit(house, tmp_path, config):
+def test_gguf_has_the_same_weights_to_the_bit(workdir, tmp_path, config):
     gguf = pytest.importorskip("gguf")
-    folder, path = saved(house, f"out-gguf-{config.bits}", config), str(tmp_path / "model.gguf")
+    folder, path = save_gpt2(workdir, f"out-gguf-{config.bits}", config), str(tmp_path / "model.gguf")
     export.main(export.Settings(folder, path))
-    reader, (ours, _) = gguf.GGUFReader(path), checkpoint.load_model(folder)
+    reader, (model, _) = gguf.GGUFReader(path), checkpoint.load_model(folder)
     tensors = {t.name: t for t in reader.tensors}
     assert len(tensors) == 2 + 2 + 12 * 2
 
@@ -105,7 +105,7 @@ def test_gguf_holds_our_weights_bit_for_bit(house, tmp_path, config):
         t = tensors[name]
         return torch.from_numpy(np.array(gguf.quants.dequantize(t.data, t.tensor_type)))
 
-    for i, block in enumerate(ours.transformer.h):
+    for i, block in enumerate(model.transformer.h):
         parts = {
             "attn_norm": block.ln_1, "attn_qkv": block.attn.c_attn, "attn_output": block.attn.c_proj,
             "ffn_norm": block.ln_2, "ffn_up": block.mlp.c_fc, "ffn_down": block.mlp.c_proj,
@@ -113,26 +113,26 @@ def test_gguf_holds_our_weights_bit_for_bit(house, tmp_path, config):
         for name, module in parts.items():
             assert torch.equal(decoded(f"blk.{i}.{name}.weight"), module.weight), name
             assert torch.equal(decoded(f"blk.{i}.{name}.bias"), module.bias), name
-    assert torch.equal(decoded("token_embd.weight"), ours.lm_head.weight)
-    assert torch.equal(decoded("position_embd.weight"), ours.transformer.wpe.weight)
+    assert torch.equal(decoded("token_embd.weight"), model.lm_head.weight)
+    assert torch.equal(decoded("position_embd.weight"), model.transformer.wpe.weight)
     assert tensors["token_embd.weight"].tensor_type == gguf.GGMLQuantizationType.MXFP4
     assert tensors["token_embd.weight"].n_bytes == 50257 * 64 * 17 // 32
     fields = {k: f.contents() for k, f in reader.fields.items()}
     assert fields["general.architecture"] == "gpt2" and fields["gpt2.block_count"] == 2
     assert fields["gpt2.context_length"] == 96 and fields["gpt2.attention.head_count"] == 2
     assert len(fields["tokenizer.ggml.tokens"]) == 50257 and len(fields["tokenizer.ggml.merges"]) == 50000
-    # In the stand-in, token 256 + 256 a + b is the bytes a, b. Bytes that cannot be printed are letters from 256 on.
+    # Token 256 + 256 a + b of the stand-in is the bytes a, b. GPT-2 maps unprintable bytes to letters from 256 on.
     assert fields["tokenizer.ggml.tokens"][256 + 256 * 65 + 32] == "AĠ"
     assert fields["tokenizer.ggml.merges"][256 * 65 + 32] == "A Ġ"
 
 
-def test_what_gguf_cannot_hold(house, tmp_path, qat_run):
+def test_models_that_gguf_cannot_hold(workdir, tmp_path, qat_run):
     pytest.importorskip("gguf")
     path = str(tmp_path / "model.gguf")
     with pytest.raises(ValueError, match="knows characters"):
-        export.main(export.Settings(str(house / qat_run), path))
+        export.main(export.Settings(str(workdir / qat_run), path))
     for config in (PoTConfig(group_size=32, scale_format="e8m0"), PoTConfig(terms=2, group_size=32)):
-        folder = saved(house, f"out-no-{config}".replace(" ", "-"), config)
+        folder = save_gpt2(workdir, f"out-no-{config}".replace(" ", "-"), config)
         with pytest.raises(ValueError, match="is not MXFP4: .*finetune_gpt2_mxfp4"):
             export.main(export.Settings(folder, path))
     assert not list(tmp_path.iterdir())
@@ -141,9 +141,9 @@ def test_what_gguf_cannot_hold(house, tmp_path, qat_run):
         export.main(export.Settings(folder, str(tmp_path / "kept")))
 
 
-def test_the_config_for_mxfp4(house, sh, tmp_path):
+def test_config_for_mxfp4(workdir, sh, tmp_path):
     pytest.importorskip("gguf")
     few = "--calibrate_tokens=200 --max_iters=1 --batch_size=2 --gradient_accumulation_steps=1 --eval_tokens=200"
     sh(f"train.py config/finetune_gpt2_mxfp4.py --init_from=gpt2 {few}")
-    export.main(export.Settings(str(house / "out-gpt2-mxfp4"), str(tmp_path / "model.gguf")))
+    export.main(export.Settings(str(workdir / "out-gpt2-mxfp4"), str(tmp_path / "model.gguf")))
     assert (tmp_path / "model.gguf").stat().st_size > 50257 * 64 * 17 // 32

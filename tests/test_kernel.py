@@ -1,4 +1,4 @@
-"""pot_kernel against float64, on every instruction set that this machine has."""
+"""pot_kernel against float64, with every instruction set of this machine."""
 
 import copy
 import ctypes
@@ -39,8 +39,8 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """kernel("avx2") loads the library with that instruction set; the tests around run without any."""
-    before = pot_kernel.load
+    """kernel("avx2") loads the library with that instruction set. All other tests run without the library."""
+    original = pot_kernel.load
 
     def load(name=""):
         monkeypatch.setenv("NANOPOT_KERNEL", name)
@@ -52,7 +52,7 @@ def kernel(monkeypatch):
         library.pot_choose(library.pot_instruction_sets().split()[0])
     monkeypatch.undo()
     pot_kernel.load.cache_clear()
-    assert pot_kernel.load is before
+    assert pot_kernel.load is original
 
 
 def instruction_sets():
@@ -97,26 +97,26 @@ def test_products(kernel, name, config, out, columns):
     assert kernel(name)
     weight = packed(out, columns, config)
     assert torch.equal(weight().view(torch.int32) & 0x7FFFFFFF, expected.view(torch.int32) & 0x7FFFFFFF)
-    assert torch.equal(weight(), expected)  # to the bit, but for the sign of zeros
+    assert torch.equal(weight(), expected)  # to the bit, except the sign of zeros
     for n in (1, 2, 3, 4, 5, 8, 17, 33, 70):
         x, bias = torch.randn(n, columns), torch.randn(out) if n % 2 else None
         check_product(weight, expected, x, bias, fake_quantize_activations(x) if config.act_bits else x)
 
 
-def check_product(weight, expected, x, bias, seen):
-    """weight's product with x is that of its float weights `expected` with the activations `seen`."""
-    found = weight.linear(x, bias)
-    exact = F.linear(seen.double(), expected.double(), None if bias is None else bias.double())
-    bound = F.linear(seen.double().abs(), expected.double().abs(), None if bias is None else bias.double().abs())
-    assert ((found - exact).abs() <= 2**-20 * bound).all()
+def check_product(weight, float_weight, x, bias, rounded_x):
+    """weight.linear(x, bias) equals the float64 product of `rounded_x` and `float_weight`, up to float32 rounding."""
+    actual = weight.linear(x, bias)
+    x, w, bias = rounded_x.double(), float_weight.double(), None if bias is None else bias.double()
+    bound = F.linear(x.abs(), w.abs(), None if bias is None else bias.abs())
+    assert ((actual - F.linear(x, w, bias)).abs() <= 2**-20 * bound).all()
 
 
 @needs_compiler
 @pytest.mark.skipif("amx" not in instruction_sets(), reason="no AMX")
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("out, columns", [(5, 128), (33, 384), (64, 768), (3, 1000), (9, 77), (100, 1600)])
-def test_products_of_many_rows_by_tiles(kernel, config, out, columns):
-    """Weights enter them as they are, activations in bfloat16 or 8 bits."""
+def test_products_of_many_rows_use_amx_tiles(kernel, config, out, columns):
+    """AMX tiles take exact weights, and activations in bfloat16 or 8 bits."""
     assert kernel("amx")
     weight = packed(out, columns, config)
     if config.granularity == "group" and config.group_size % 64:
@@ -125,7 +125,8 @@ def test_products_of_many_rows_by_tiles(kernel, config, out, columns):
     expected = weight()
     for n in (17, 32, 33, 100):
         x, bias = torch.randn(n, columns + 3)[:, :columns], torch.randn(out) if n % 2 else None
-        check_product(weight, expected, x, bias, fake_quantize_activations(x) if config.act_bits else x.bfloat16())
+        rounded = fake_quantize_activations(x) if config.act_bits else x.bfloat16()
+        check_product(weight, expected, x, bias, rounded)
     for bad in (torch.nan, torch.inf):
         x = torch.randn(20, columns)
         x[7, columns // 2] = bad
@@ -133,8 +134,8 @@ def test_products_of_many_rows_by_tiles(kernel, config, out, columns):
         assert rows.sum() == 19 and not rows[7]
 
 
-def by_shifts(q, level):
-    """q times a level, by shifts, additions and a sign."""
+def shift_multiply(q, level):
+    """q * level by shifts and additions."""
     size, total, shift = abs(level), 0, 0
     while size:
         if size & 1:
@@ -146,7 +147,7 @@ def by_shifts(q, level):
 @every_set
 @pytest.mark.parametrize("terms, group_size", [(1, 64), (2, 128), (1, 12), (2, 7)])
 def test_8_bit_activations_are_integer_sums(kernel, name, terms, group_size):
-    """Codes, zero points and sums, bit by bit. Units of 1 and activations on whole numbers leave nothing to round."""
+    """Codes, zero points and sums are exact: units are 1 and activations are integers, so nothing is rounded."""
     library = kernel(name)
     columns, out = 6 * group_size, 9
     config = PoTConfig(terms=terms, group_size=group_size, act_bits=8)
@@ -158,33 +159,32 @@ def test_8_bit_activations_are_integer_sums(kernel, name, terms, group_size):
         q = torch.randint(256, (columns,))
         q[0], q[1] = 0, 255
         x = (q - zero).float()
-        found, step, z = torch.zeros(columns, dtype=torch.uint8), ctypes.c_float(), ctypes.c_int32()
-        assert (
-            library.pot_quantize(x.data_ptr(), columns, found.data_ptr(), ctypes.addressof(step), ctypes.addressof(z))
-            == 0
-        )
-        assert (step.value, z.value) == (1, zero) and torch.equal(found.long(), q)
-        levels = config.table()[codes.long()].int().tolist()
-        sums = [
-            sum(by_shifts(a, level) - by_shifts(zero, level) for a, level in zip(q.tolist(), row)) for row in levels
-        ]
+        actual, step, z = torch.zeros(columns, dtype=torch.uint8), ctypes.c_float(), ctypes.c_int32()
+        pointers = actual.data_ptr(), ctypes.addressof(step), ctypes.addressof(z)
+        assert library.pot_quantize(x.data_ptr(), columns, *pointers) == 0
+        assert (step.value, z.value) == (1, zero) and torch.equal(actual.long(), q)
+        sums = []
+        for levels in config.table()[codes.long()].int().tolist():
+            products = [shift_multiply(a, v) - shift_multiply(zero, v) for a, v in zip(q.tolist(), levels)]
+            sums.append(sum(products))
         assert weight.linear(x.view(1, -1), None).tolist() == [sums]
 
 
 @needs_compiler
-def test_8_bit_activations_round_as_the_fake_quantization(kernel):
+def test_8_bit_activations_round_like_fake_quantization(kernel):
     library = kernel()
     torch.manual_seed(0)
     for i in range(300):
         x = torch.randn(1, 77) * 10.0 ** torch.randint(-6, 6, (1,)) + (i % 3) * torch.randn(1)
         x = {5: x.abs(), 6: -x.abs(), 7: x * 0, 8: x * 1e-42}.get(i % 10, x)
         q, step, z = torch.zeros(77, dtype=torch.uint8), ctypes.c_float(), ctypes.c_int32()
-        assert library.pot_quantize(x.data_ptr(), 77, q.data_ptr(), ctypes.addressof(step), ctypes.addressof(z)) == 0
+        pointers = q.data_ptr(), ctypes.addressof(step), ctypes.addressof(z)
+        assert library.pot_quantize(x.data_ptr(), 77, *pointers) == 0
         assert torch.equal((q.float() - z.value) * step.value, fake_quantize_activations(x)[0])
 
 
 @needs_compiler
-def test_8_bit_activations_that_are_not_finite(kernel):
+def test_non_finite_8_bit_activations(kernel):
     assert kernel()
     weight = packed(33, 256, PoTConfig(act_bits=8))
     for n in (3, 20):
@@ -196,7 +196,7 @@ def test_8_bit_activations_that_are_not_finite(kernel):
 
 
 @every_set
-def test_every_code_of_every_position(kernel, name):
+def test_every_code_at_every_position(kernel, name):
     assert kernel(name)
     for config in (PoTConfig(), PoTConfig(terms=2), PoTConfig(grid="uniform")):
         codes = torch.arange(16, dtype=torch.uint8).repeat(128, 1).flatten().view(16, 128)
@@ -211,7 +211,7 @@ def test_every_code_of_every_position(kernel, name):
 
 
 @needs_compiler
-def test_inputs_of_all_kinds(kernel):
+def test_input_layouts_and_dtypes(kernel):
     assert kernel()
     weight = packed(33, 256, PoTConfig())
     w = weight().double()
@@ -227,15 +227,11 @@ def test_inputs_of_all_kinds(kernel):
         "bfloat16": torch.randn(3, 256).bfloat16(),
     }
     for kind, x in kinds.items():
-        w_as = w.to(x.dtype) if x.dtype != torch.float32 else w
-        y = (
-            weight.linear(x, None)
-            if x.dtype == torch.float32
-            else PackedWeight.linear(weight_in(weight, x.dtype), x, None)
-        )
-        expected = F.linear(x.double(), w_as.double())
+        single = x.dtype == torch.float32
+        y = weight.linear(x, None) if single else copy.deepcopy(weight).to(x.dtype).linear(x, None)
+        expected = F.linear(x.double(), w if single else w.to(x.dtype).double())
         assert y.shape == expected.shape and y.dtype == x.dtype
-        assert torch.allclose(y.double(), expected, atol=1e-4 if x.dtype == torch.float32 else 0.3), kind
+        assert torch.allclose(y.double(), expected, atol=1e-4 if single else 0.3), kind
     for bad in (torch.nan, torch.inf, -torch.inf):
         x = torch.randn(2, 256)
         x[1, 70] = bad
@@ -247,12 +243,8 @@ def test_inputs_of_all_kinds(kernel):
         weight.linear(torch.randn(2, 255), None)
 
 
-def weight_in(weight, dtype):
-    return copy.deepcopy(weight).to(dtype)
-
-
 @needs_compiler
-def test_gradients_pass_packed_layers(kernel):
+def test_gradients_pass_through_packed_layers(kernel):
     assert kernel()
     layer = quantize_(nn.Linear(64, 8))
     x = torch.randn(2, 64, requires_grad=True)
@@ -268,7 +260,7 @@ def test_unaligned_and_read_only_buffers(kernel):
     expected = weight.linear(x, None)
     raw = weight.codes.numpy().tobytes()
     for offset in (1, 3, 61):
-        buffer = np.frombuffer(b"\0" * offset + raw, dtype=np.uint8)[offset:]  # numpy says it is read-only
+        buffer = np.frombuffer(b"\0" * offset + raw, dtype=np.uint8)[offset:]  # read-only
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             codes = torch.from_numpy(buffer).view(17, 192)
@@ -279,56 +271,56 @@ def test_unaligned_and_read_only_buffers(kernel):
 
 
 @needs_compiler
-def test_moved_loaded_and_copied_weights(kernel):
+def test_loaded_and_copied_weights(kernel):
     assert kernel()
     layer = nn.Sequential(nn.Linear(128, 16))
-    other = quantize_(copy.deepcopy(layer).requires_grad_(False))
-    other[0].bias.data += 1
+    unrelated = quantize_(copy.deepcopy(layer).requires_grad_(False))
+    unrelated[0].bias.data += 1
     convert(prepare(layer) and layer)
     x = torch.randn(1, 128)
     before = layer(x)
-    twin = copy.deepcopy(layer)
-    assert torch.equal(twin(x), before)
-    layer.load_state_dict({k: v.clone() for k, v in twin.state_dict().items()}, assign=True)
+    copied = copy.deepcopy(layer)
+    assert torch.equal(copied(x), before)
+    layer.load_state_dict({k: v.clone() for k, v in copied.state_dict().items()}, assign=True)
     with torch.no_grad():
         layer[0].packed.codes.zero_()
-    assert torch.equal(layer(x)[0], layer[0].bias) and torch.equal(twin(x), before)
+    assert torch.equal(layer(x)[0], layer[0].bias) and torch.equal(copied(x), before)
 
 
 @needs_compiler
 def test_scales_of_other_dtypes(kernel):
-    """A whole state_dict cast, as some do to save memory."""
+    """A user may cast a whole state_dict to save memory."""
     assert kernel()
     layer, x = quantize_(nn.Linear(128, 16)).requires_grad_(False), torch.randn(2, 128)
     for dtype in (torch.bfloat16, torch.float64):
-        other = quantize_(nn.Linear(128, 16)).requires_grad_(False)
+        loaded = quantize_(nn.Linear(128, 16)).requires_grad_(False)
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in layer.state_dict().items()}
-        other.load_state_dict(state)
-        assert torch.allclose(other(x), F.linear(x, other.weight, other.bias), atol=1e-4)
-        assert torch.allclose(other(x), layer(x), atol=0.1)
+        loaded.load_state_dict(state)
+        assert torch.allclose(loaded(x), F.linear(x, loaded.weight, loaded.bias), atol=1e-4)
+        assert torch.allclose(loaded(x), layer(x), atol=0.1)
 
 
 @needs_compiler
 def test_8_bit_activations_after_loading_moving_and_pickling(kernel):
     assert kernel()
     config = PoTConfig(act_bits=8)
-    layer, other = (quantize_(nn.Linear(128, 16), config).requires_grad_(False) for _ in range(2))
-    x = torch.randn(2, 128) + 1  # so that zero points are not 0
+    layer, loaded = (quantize_(nn.Linear(128, 16), config).requires_grad_(False) for _ in range(2))
+    x = torch.randn(2, 128) + 1  # zero points differ from 0
     expected = F.linear(fake_quantize_activations(x).double(), layer.weight.double(), layer.bias.double())
-    other.load_state_dict(layer.state_dict())
+    loaded.load_state_dict(layer.state_dict())
     copied = pickle.loads(pickle.dumps(layer))
-    layer.packed._row_sums.fill_(torch.nan)  # as of a weight that was packed elsewhere
+    layer.packed._row_sums.fill_(torch.nan)  # stale row sums: .to() must compute them again
     layer.to("cpu")
     kernel("off")
-    assert torch.allclose(pickle.loads(pickle.dumps(other))(x).double(), expected, atol=1e-4)
-    without = pickle.dumps(quantize_(copy.deepcopy(other)))
+    assert torch.allclose(pickle.loads(pickle.dumps(loaded))(x).double(), expected, atol=1e-4)
+    pickled_without_kernel = pickle.dumps(quantize_(copy.deepcopy(loaded)))
     assert kernel()
-    for found in (other, copied, layer, pickle.loads(without)):
-        assert found.packed.on_kernel and torch.allclose(found(x).double(), expected, atol=1e-4)
+    for restored in (loaded, copied, layer, pickle.loads(pickled_without_kernel)):
+        assert restored.packed.on_kernel and torch.allclose(restored(x).double(), expected, atol=1e-4)
 
 
 @needs_compiler
-def test_a_trainable_bias_and_odd_strides(kernel):
+def test_trainable_bias_and_strided_buffers(kernel):
     assert kernel()
     layer = quantize_(nn.Linear(128, 64))
     layer.bias.requires_grad_()
@@ -353,7 +345,7 @@ def test_products_in_slices(kernel, monkeypatch):
 
 
 @needs_compiler
-def test_rows_that_are_not_there(kernel):
+def test_bad_embedding_indices(kernel):
     table = quantize_(nn.Embedding(10, 64))
     expected = table(torch.tensor([3, 9]))
     assert kernel()
@@ -369,7 +361,7 @@ def test_rows_that_are_not_there(kernel):
 
 
 @needs_compiler
-def test_tracing_sees_what_happens(kernel):
+def test_jit_trace(kernel):
     assert kernel()
     layer = quantize_(nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 8))).requires_grad_(False)
     with warnings.catch_warnings(), torch.no_grad():
@@ -379,25 +371,21 @@ def test_tracing_sees_what_happens(kernel):
 
 
 @needs_compiler
-def test_a_library_for_each_processor_and_after_damage(kernel, monkeypatch, tmp_path):
+def test_library_is_rebuilt_for_another_processor_and_after_damage(kernel, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert kernel()
     (path,) = (tmp_path / "nanopot").iterdir()
-    path.unlink()  # this process has it mapped
-    path.write_bytes(b"")  # a full disk
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", "import pot_kernel; assert pot_kernel.load()"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    path.unlink()  # this process still maps the old file
+    path.write_bytes(b"")  # a full disk leaves an empty file
+    code = "import pot_kernel; assert pot_kernel.load()"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     monkeypatch.setattr(pot_kernel, "_processor", lambda: "another")
     assert pot_kernel.build(pot_kernel.SOURCE) != str(path)
 
 
 @needs_compiler
-def test_two_threads_at_once_and_any_number_of_threads(kernel):
+def test_concurrent_calls_and_any_number_of_threads(kernel):
     assert kernel()
     weight, x = packed(515, 768, PoTConfig()), torch.randn(3, 768)
     expected = weight.linear(x, None)
@@ -425,13 +413,13 @@ def test_two_threads_at_once_and_any_number_of_threads(kernel):
 
 @needs_compiler
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_a_forked_process_does_its_work_alone():
+def test_forked_process():
     code = (
         "import os, sys, torch, pot\n"
         "torch.set_num_threads(2)\n"
         "layer = pot.quantize_(torch.nn.Linear(256, 64)).requires_grad_(False)\n"
         "x = torch.randn(1, 256)\n"
-        "torch.randn(3000, 3000).exp_()\n"  # threads are there, and the kernel has not run yet
+        "torch.randn(3000, 3000).exp_()\n"  # starts PyTorch's threads before the first call of the kernel
         "pid = os.fork()\n"
         "if pid == 0: os._exit(0 if layer(x).isfinite().all() else 3)\n"
         "y = layer(x)\n"
@@ -445,7 +433,7 @@ def test_a_forked_process_does_its_work_alone():
 
 
 @needs_compiler
-def test_compile_and_export_see_one_operator(kernel):
+def test_compile_and_export_use_one_operator(kernel):
     assert kernel()
     layer = quantize_(nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 8))).requires_grad_(False)
     x = torch.randn(2, 128)
@@ -458,8 +446,8 @@ def test_compile_and_export_see_one_operator(kernel):
         assert torch.equal(compiled(x), expected)
         rounded = quantize_(nn.Linear(128, 64), PoTConfig(act_bits=8)).requires_grad_(False)
         allow_bfloat16(layer)
-        for module in (rounded, layer):  # 20 rows: tiles, where there are some
-            many = torch.randn(20, 128)
+        for module in (rounded, layer):
+            many = torch.randn(20, 128)  # enough rows for AMX tiles
             assert torch.equal(torch.compile(module, backend="aot_eager", fullgraph=True)(many), module(many))
     torch.library.opcheck(torch.ops.nanopot.linear, op_inputs(layer[0].packed, x))
 
@@ -484,41 +472,42 @@ def random_gpt(config, shape):
     "shape", [GPTConfig(40, 101, 3, 4, 128), GPTConfig(40, 300, 2, 3, 192, bias=False), GPTConfig(40, 50, 1, 1, 64)]
 )
 def test_decode_step(kernel, name, config, shape):
-    """A token at a time in one call, beside the model's own layers."""
+    """The decoder, one call a token, against the model's own layers."""
     assert kernel(name)
     model = random_gpt(config, shape)
     decode = make_decoder(model)
     ids = torch.randint(shape.vocab_size, (1, 40))
-    one, other = KVCache(40), KVCache(40)
-    model(ids[:, :3], cache=one)
-    model(ids[:, :3], cache=other)
+    model_cache, decode_cache = KVCache(40), KVCache(40)
+    model(ids[:, :3], cache=model_cache)
+    model(ids[:, :3], cache=decode_cache)
     errors = []
     for i in range(3, 40):
-        expected, found = model(ids[:, i : i + 1], cache=one)[:, -1], decode(ids[:, i : i + 1], other)
-        assert found.shape == expected.shape and other.length == i + 1
-        errors.append((found - expected).abs().max() / expected.abs().max())
-    # An activation on the edge between two of 256 steps may fall either way.
+        expected, actual = model(ids[:, i : i + 1], cache=model_cache)[:, -1], decode(ids[:, i : i + 1], decode_cache)
+        assert actual.shape == expected.shape and decode_cache.length == i + 1
+        errors.append((actual - expected).abs().max() / expected.abs().max())
+    # An 8-bit activation between two steps may round either way.
     assert torch.stack(errors).quantile(0.5 if config.act_bits else 1.0) < (1e-2 if config.act_bits else 1e-5)
     with pytest.raises(ValueError, match="context of 40"):
-        decode(ids[:, :1], other)
+        decode(ids[:, :1], decode_cache)
     batch = KVCache(40)
     model(ids[:, :3].expand(2, 3), cache=batch)
-    halves = KVCache(40)
-    halves.length, halves.layers = 3, {i: [k.bfloat16() for k in kept] for i, kept in one.layers.items()}
-    for wrong in (KVCache(40), batch, halves):
+    half_cache = KVCache(40)
+    half_cache.length = 3
+    half_cache.layers = {i: [k.bfloat16() for k in tensors] for i, tensors in model_cache.layers.items()}
+    for wrong in (KVCache(40), batch, half_cache):
         with pytest.raises(ValueError, match="let the model itself read"):
             decode(ids[:, :1], wrong)
     with pytest.raises(ValueError, match="vocabulary"):
         decode(torch.tensor([[shape.vocab_size]]), KVCache(3))
     if not config.act_bits:
-        for prompt in (ids[:, :1], ids[:, :30]):  # the second slides beyond the context
+        for prompt in (ids[:, :1], ids[:, :30]):  # the second prompt runs beyond the context
             a, b = (torch.cat(list(model.generate(prompt, 15, temperature=0, decode=d))) for d in (None, decode))
             assert torch.equal(a, b)
 
 
 @needs_compiler
-def test_decoding_of_large_scores(kernel):
-    """Attention whose exponentials overflow, but for the largest score taken off first."""
+def test_decode_step_with_large_attention_scores(kernel):
+    """Exponentials of attention scores overflow unless the largest score is subtracted first."""
     assert kernel()
     shape = GPTConfig(40, 101, 2, 2, 64)
     torch.manual_seed(0)
@@ -526,17 +515,17 @@ def test_decoding_of_large_scores(kernel):
     for block in model.transformer.h:
         block.attn.c_attn.weight.data *= 60
     model = quantize_(model.eval().requires_grad_(False))
-    one, other, ids = KVCache(40), KVCache(40), torch.randint(101, (1, 30))
-    for cache in (one, other):
+    model_cache, decode_cache, ids = KVCache(40), KVCache(40), torch.randint(101, (1, 30))
+    for cache in (model_cache, decode_cache):
         model(ids[:, :10], cache=cache)
     decode = make_decoder(model)
     for i in range(10, 30):
-        expected, found = model(ids[:, i : i + 1], cache=one)[:, -1], decode(ids[:, i : i + 1], other)
-        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+        expected, actual = model(ids[:, i : i + 1], cache=model_cache)[:, -1], decode(ids[:, i : i + 1], decode_cache)
+        assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 @needs_compiler
-def test_threads_share_a_decoder_and_weights_may_go(kernel):
+def test_threads_share_a_decoder_that_outlives_the_weights(kernel):
     assert kernel()
     model = random_gpt(PoTConfig(), GPTConfig(64, 101, 2, 4, 128))
     decode = make_decoder(model)
@@ -546,9 +535,8 @@ def test_threads_share_a_decoder_and_weights_may_go(kernel):
 
     def work(i):
         for _ in range(5):
-            if not torch.equal(
-                torch.cat(list(model.generate(prompts[i], 50, temperature=0, decode=decode))), expected[i]
-            ):
+            tokens = torch.cat(list(model.generate(prompts[i], 50, temperature=0, decode=decode)))
+            if not torch.equal(tokens, expected[i]):
                 wrong.append(i)
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(3)]
@@ -560,12 +548,12 @@ def test_threads_share_a_decoder_and_weights_may_go(kernel):
     cache = KVCache(64)
     model(prompts[0], cache=cache)
     before = model(prompts[0][:, :1], cache=copy.deepcopy(cache))[:, -1]
-    model.bfloat16()  # the decoder keeps what it was made of
+    model.bfloat16()  # the decoder keeps the old tensors
     assert torch.allclose(decode(prompts[0][:, :1], cache), before, rtol=1e-4, atol=1e-4)
 
 
 @needs_compiler
-def test_what_cannot_be_decoded_in_one_call(kernel):
+def test_models_without_a_decoder(kernel):
     shape = GPTConfig(16, 50, 1, 2, 64)
     assert kernel() and make_decoder(random_gpt(PoTConfig(), shape))
     assert make_decoder(GPT(shape)) is None and make_decoder(prepare(model := GPT(shape)) and model) is None
@@ -579,14 +567,14 @@ def test_what_cannot_be_decoded_in_one_call(kernel):
 
 
 @needs_compiler
-def test_loss_and_text_of_a_packed_model(kernel, house, sh, qat_run):
-    """Evaluation takes whole windows, so it is the unpacked product; a token at a time is the kernel's."""
+def test_loss_and_text_of_a_packed_model(kernel, workdir, sh, qat_run):
+    """Whole windows use the unpacked product. Single tokens use the kernel."""
     import checkpoint
 
     kernel("off")
-    plain, _ = checkpoint.load_model(str(house / qat_run))
+    plain, _ = checkpoint.load_model(str(workdir / qat_run))
     assert kernel()
-    fast, _ = checkpoint.load_model(str(house / qat_run))
+    fast, _ = checkpoint.load_model(str(workdir / qat_run))
     assert fast.lm_head.packed.on_kernel and not plain.lm_head.packed.on_kernel
     x = torch.randint(0, 28, (3, 32))
     with torch.no_grad():
@@ -608,7 +596,7 @@ PACKED_LINEAR = (
 
 
 def run_copy(folder, code, **env):
-    """Runs code in a folder that files were copied to. Returns stderr."""
+    """Runs code in a folder with copied files. Returns stderr."""
     env = os.environ | {"NANOPOT_KERNEL": ""} | env
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
@@ -619,8 +607,8 @@ def copy_kernel(folder):
     shutil.copytree(ROOT / "pot_kernel", folder / "pot_kernel", ignore=shutil.ignore_patterns("__pycache__"))
 
 
-def test_a_copy_of_pot_py_alone(tmp_path):
-    """PTQ by rounding, QAT and packed files work, and nothing warns about a missing kernel."""
+def test_copy_of_pot_py_alone(tmp_path):
+    """PTQ by rounding, QAT and packed files work without the kernel and without a warning."""
     shutil.copy(ROOT / "pot.py", tmp_path)
     code = PACKED_LINEAR + (
         "layers = torch.nn.Sequential(torch.nn.Embedding(9, 64), torch.nn.Linear(64, 9))\n"
@@ -637,7 +625,7 @@ def test_a_copy_of_pot_py_alone(tmp_path):
     assert run_copy(tmp_path, code) == ""
 
 
-def test_a_copy_with_calibrate(tmp_path):
+def test_copy_with_calibrate(tmp_path):
     for name in ("pot.py", "calibrate.py"):
         shutil.copy(ROOT / name, tmp_path)
     code = (
@@ -651,14 +639,14 @@ def test_a_copy_with_calibrate(tmp_path):
 
 
 @needs_compiler
-def test_a_copy_with_the_kernel(tmp_path):
+def test_copy_with_the_kernel(tmp_path):
     shutil.copy(ROOT / "pot.py", tmp_path)
     copy_kernel(tmp_path)
     assert run_copy(tmp_path, PACKED_LINEAR + "assert model[0].packed.on_kernel\n") == ""
 
 
-def test_a_kernel_that_cannot_be_built(tmp_path):
-    """One warning, and PyTorch unpacks."""
+def test_kernel_that_cannot_be_built(tmp_path):
+    """pot.py warns once, and PyTorch unpacks."""
     shutil.copy(ROOT / "pot.py", tmp_path)
     copy_kernel(tmp_path)
     stderr = run_copy(tmp_path, PACKED_LINEAR, PATH="/nowhere", CXX="")
@@ -672,8 +660,8 @@ def test_a_kernel_that_cannot_be_built(tmp_path):
 
 
 @needs_compiler
-def test_weights_that_the_kernel_would_misread_are_refused(kernel):
-    """load_state_dict(assign=True) takes tensors of any dtype and layout. The kernel reads them by a pointer."""
+def test_kernel_rejects_weights_that_it_would_misread(kernel):
+    """load_state_dict(assign=True) accepts any dtype and layout, but the kernel reads raw memory."""
     assert kernel()
     layer = quantize_(nn.Linear(128, 16)).requires_grad_(False)
     state = layer.state_dict()
@@ -686,14 +674,14 @@ def test_weights_that_the_kernel_would_misread_are_refused(kernel):
         {"packed.scale": scale.t().contiguous().t()},
     ]
     for part in wrong:
-        other = quantize_(nn.Linear(128, 16)).requires_grad_(False)
-        other.load_state_dict(state | part, assign=True)
+        loaded = quantize_(nn.Linear(128, 16)).requires_grad_(False)
+        loaded.load_state_dict(state | part, assign=True)
         with pytest.raises(ValueError, match="the kernel takes codes|must be contiguous"):
-            other(torch.randn(1, 128))
+            loaded(torch.randn(1, 128))
 
 
 @needs_compiler
-def test_an_unknown_instruction_set(kernel):
+def test_unknown_instruction_set(kernel):
     with pytest.raises(ValueError, match="NANOPOT_KERNEL=sse: this machine has .*portable; or off"):
         kernel("sse")
 
@@ -713,7 +701,7 @@ def build_and_run(tmp_path, compiler, flags, *emulator):
 
 
 @needs_compiler
-def test_no_kernel_leaves_its_buffers(tmp_path):
+def test_no_kernel_reads_or_writes_out_of_bounds(tmp_path):
     flags = ["-O1", "-g", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     assert "portable: largest error" in build_and_run(tmp_path, COMPILER, flags)
 

@@ -1,4 +1,4 @@
-"""model.py against transformers' GPT-2 and against itself without the cache."""
+"""model.py against GPT-2 of transformers, and cached against uncached results."""
 
 import pytest
 import torch
@@ -15,17 +15,16 @@ def gpt(**kw):
 
 def test_logits_equal_transformers():
     transformers = pytest.importorskip("transformers")
-    ours = gpt()
-    config = transformers.GPT2Config(
-        n_layer=3, n_head=2, n_embd=32, n_positions=16, vocab_size=65, bos_token_id=0, eos_token_id=0
-    )
-    theirs = transformers.GPT2LMHeadModel(config).eval()
-    state = {k: v.t() if "c_" in k and k.endswith("weight") else v for k, v in ours.state_dict().items()}
-    theirs.load_state_dict(state)
+    model = gpt()
+    shape = dict(n_layer=3, n_head=2, n_embd=32, n_positions=16, vocab_size=65)
+    config = transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0)
+    reference = transformers.GPT2LMHeadModel(config).eval()
+    state = {k: v.t() if "c_" in k and k.endswith("weight") else v for k, v in model.state_dict().items()}
+    reference.load_state_dict(state)
     x = torch.randint(0, 65, (2, 16))
-    a, b = ours(x), theirs(x).logits
-    assert (a - b).abs().max() <= 1e-5 * b.abs().max()
-    assert torch.allclose(ours(x, x)[1], F.cross_entropy(b.flatten(0, 1), x.flatten()))
+    actual, expected = model(x), reference(x).logits
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert torch.allclose(model(x, x)[1], F.cross_entropy(expected.flatten(0, 1), x.flatten()))
 
 
 def test_causal():
@@ -44,54 +43,53 @@ def test_cached_logits_equal_uncached(pieces):
 
 
 @pytest.mark.parametrize("prompt", [1, 10, 16, 30])
-@pytest.mark.parametrize("how", [dict(temperature=0), dict(temperature=0.8, top_k=20), dict(temperature=1.3)])
-def test_cached_tokens_equal_uncached(prompt, how):
-    """generate against a loop that computes the whole window for every token."""
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=0.8, top_k=20), dict(temperature=1.3)])
+def test_cached_tokens_equal_uncached(prompt, options):
+    """generate against a loop that computes the whole window for each token."""
     model, x = gpt(), torch.randint(0, 65, (2, prompt))
-    tokens = torch.cat(list(model.generate(x, 25, generator=torch.Generator().manual_seed(1), **how)), 1)
+    tokens = torch.cat(list(model.generate(x, 25, generator=torch.Generator().manual_seed(1), **options)), 1)
     generator, expected = torch.Generator().manual_seed(1), x
     for _ in range(25):
-        logits, index = model(expected[:, -16:])[:, -1].topk(how.get("top_k", 65))
-        if how["temperature"] == 0:
+        logits, index = model(expected[:, -16:])[:, -1].topk(options.get("top_k", 65))
+        if options["temperature"] == 0:
             new = index[:, :1]
         else:
-            p = (logits / how["temperature"]).softmax(-1)
+            p = (logits / options["temperature"]).softmax(-1)
             new = index.gather(1, torch.multinomial(p, 1, generator=generator))
         expected = torch.cat([expected, new], 1)
     assert torch.equal(tokens, expected[:, prompt:])
 
 
-def test_compiled_whole_and_once_for_all_lengths():
+def test_full_graph_compiles_once_for_all_lengths():
     model, x = gpt(), torch.randint(0, 65, (1, 16))
-    counter = torch._dynamo.testing.CompileCounter()  # runs what dynamo traced: needs no compiler
+    counter = torch._dynamo.testing.CompileCounter()  # runs the traced graph; needs no C++ compiler
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch.no_grad():
         for n in (4, 7, 9):
             cache = KVCache(16)
             parts = [compiled(part, cache=cache) for part in x.split([n] + [1] * (16 - n), dim=1)]
             assert torch.allclose(torch.cat(parts, dim=1), model(x), atol=1e-5)
-    assert counter.frame_count == 3  # a prompt, a token, a prompt of another length
+    assert counter.frame_count == 3  # graphs of a prompt, a token, and a prompt of another length
 
 
 def test_top_k_one_is_greedy():
     model, x = gpt(), torch.randint(0, 65, (1, 4))
-    assert torch.equal(
-        *(torch.cat(list(model.generate(x, 8, **how)), 1) for how in (dict(top_k=1), dict(temperature=0)))
-    )
+    top_1, greedy = (torch.cat(list(model.generate(x, 8, **o)), 1) for o in (dict(top_k=1), dict(temperature=0)))
+    assert torch.equal(top_1, greedy)
 
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_logits_of_the_last_position(cached):
     model, x = gpt(), torch.randint(0, 65, (2, 16))
-    seen, caches = [], [KVCache(16), KVCache(16)] if cached else [None, None]
-    model.lm_head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))
+    lengths, caches = [], [KVCache(16), KVCache(16)] if cached else [None, None]
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
     for part in x.split([9, 1, 6], dim=1):
-        every, last = model(part, cache=caches[0]), model(part, cache=caches[1], last=True)
-        assert torch.allclose(last, every[:, -1:], atol=1e-6)
-    assert seen == [9, 1, 1, 1, 6, 1]
-    seen.clear()
-    list(model.generate(x[:, : 8 if cached else 16], 3))  # the cache is used up to the context of 16
-    assert seen == [1, 1, 1]
+        full, last = model(part, cache=caches[0]), model(part, cache=caches[1], last=True)
+        assert torch.allclose(last, full[:, -1:], atol=1e-6)
+    assert lengths == [9, 1, 1, 1, 6, 1]
+    lengths.clear()
+    list(model.generate(x[:, : 8 if cached else 16], 3))  # a prompt of 16 fills the context: later tokens use no cache
+    assert lengths == [1, 1, 1]
 
 
 def test_tied_head_and_parameter_count():
@@ -100,22 +98,22 @@ def test_tied_head_and_parameter_count():
     assert sum(p.numel() for p in GPT.meta(GPTConfig()).parameters()) == 124_439_808
 
 
-def test_meta_has_the_structure_alone():
+def test_meta_model_has_the_same_structure():
     model, state = gpt(), torch.get_rng_state()
     meta = GPT.meta(model.config)
     assert torch.equal(torch.get_rng_state(), state)
     assert meta.lm_head.weight is meta.transformer.wte.weight
-    ours, theirs = meta.state_dict(), model.state_dict()
-    assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
-    assert all(t.is_meta for t in ours.values())
+    actual, expected = meta.state_dict(), model.state_dict()
+    assert {n: (t.shape, t.dtype) for n, t in actual.items()} == {n: (t.shape, t.dtype) for n, t in expected.items()}
+    assert all(t.is_meta for t in actual.values())
 
 
 @pytest.mark.parametrize("bad", [dict(n_embd=33), dict(n_layer=0), dict(dropout=1.0)])
-def test_impossible_config(bad):
+def test_invalid_config(bad):
     with pytest.raises(ValueError, match="must be"):
         GPTConfig(**bad)
 
 
-def test_beyond_the_context():
+def test_input_longer_than_the_context():
     with pytest.raises(ValueError, match="17 tokens do not fit into the context of 16"):
         gpt()(torch.zeros(1, 17, dtype=torch.long))

@@ -12,7 +12,7 @@ PNG = b"\x89PNG"
 
 @pytest.fixture
 def draw(tmp_path):
-    """draw(key=source) -> {name of each picture so far: its first bytes}."""
+    """draw(key=source) draws and returns a dict from each picture's name to the first 4 bytes of the file."""
 
     def draw(**sources):
         plot.main(plot.Settings(out_dir=str(tmp_path), **sources))
@@ -33,13 +33,13 @@ def sweep_table():
     return table
 
 
-def test_pictures(draw, tmp_path, house, float_run, qat_run):
+def test_pictures(draw, tmp_path, workdir, float_run, qat_run):
     (tmp_path / "sweep.json").write_text(json.dumps({"table": sweep_table()}))
     drawn = draw(
         speed=str(ROOT / "results" / "bench.json"),
         sweep=str(tmp_path / "sweep.json"),
-        curves=f"{house / float_run},{house / qat_run}",
-        grids=str(house / float_run),
+        curves=f"{workdir / float_run},{workdir / qat_run}",
+        grids=str(workdir / float_run),
     )
     assert drawn == dict.fromkeys(["speed.png", "sweep.png", "curves.png", "grids.png"], PNG)
 
@@ -65,19 +65,19 @@ def test_bad_input(draw, sources, message):
         draw(**sources)
 
 
-def test_a_missing_layer(draw, house, float_run):
+def test_missing_layer(draw, workdir, float_run):
     with pytest.raises(ValueError, match="choose among transformer.h.0.mlp.c_fc"):
-        draw(grids=str(house / float_run), layer="head")
+        draw(grids=str(workdir / float_run), layer="head")
     with pytest.raises(ValueError, match="no matrix in transformer.h.0.ln_1"):
-        draw(grids=str(house / float_run), layer="transformer.h.0.ln_1")
+        draw(grids=str(workdir / float_run), layer="transformer.h.0.ln_1")
 
 
-def test_a_quantized_model_has_no_weights_to_show(draw, house, qat_run):
+def test_quantized_model_is_rejected(draw, workdir, qat_run):
     with pytest.raises(ValueError, match="pass the float model"):
-        draw(grids=str(house / qat_run))
+        draw(grids=str(workdir / qat_run))
 
 
-def test_the_log_of_a_run_that_was_killed(draw, tmp_path):
+def test_log_of_a_killed_run(draw, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     assert draw(curves=str(tmp_path / "run"))

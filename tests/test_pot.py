@@ -1,4 +1,4 @@
-"""pot.py against references that share no code with it: float64, brute force, torch's own modules."""
+"""pot.py against independent references: float64, brute force, and torch's own modules."""
 
 import copy
 import dataclasses
@@ -16,7 +16,7 @@ from model import GPT, GPTConfig
 from pot import PackedWeight, PoTConfig, PoTEmbedding, PoTLinear, PoTQuantizer, convert, fake_quantize, prepare
 
 PAPER = dict(grid="paper", granularity="tensor", scale="absmax")
-# Non-negative levels written out by hand, in units of the smallest one.
+# The non-negative levels, written by hand in units of the smallest level.
 LEVELS = [
     (dict(bits=2), [0, 1]),
     (dict(bits=3), [0, 1, 2, 4]),
@@ -30,9 +30,8 @@ LEVELS = [
     (dict(bits=6, terms=2), [0, 1, *(m * 2**e for e in range(15) for m in (2, 3))]),
     *((dict(bits=b, grid="uniform"), list(range(2 ** (b - 1)))) for b in range(2, 9)),
 ]
-OURS = [PoTConfig(**c) for c, _ in LEVELS]
-PAPERS = [PoTConfig(bits=b, range=r, **PAPER) for r, b in ((3, 4), (5, 4), (7, 5), (15, 6), (20, 6), (30, 6))]
-ids = str
+CONFIGS = [PoTConfig(**c) for c, _ in LEVELS]
+PAPER_CONFIGS = [PoTConfig(bits=b, range=r, **PAPER) for r, b in ((3, 4), (5, 4), (7, 5), (15, 6), (20, 6), (30, 6))]
 
 
 def tiny_gpt(**kw):
@@ -52,18 +51,18 @@ def test_levels(config, levels):
     assert {abs(v) for v in table.tolist()} == set(levels)
 
 
-@pytest.mark.parametrize("config", PAPERS, ids=ids)
-def test_papers_grid_holds_2r_plus_3_levels(config):
+@pytest.mark.parametrize("config", PAPER_CONFIGS, ids=str)
+def test_paper_grid_has_2r_plus_3_levels(config):
     signed = set(config.table().tolist())
     assert len(signed) == 2 * config.range + 3 and max(signed) == 2**config.range
 
 
-@pytest.mark.parametrize("config", OURS, ids=ids)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_nearest_level_at_every_boundary(config):
-    # With a scale that makes the unit 1 all of this is exact: the levels, the midpoints, and one ulp to either side.
+    # The scale makes the unit 1, so levels, midpoints and their float neighbours are exact.
     levels = torch.tensor(config.levels(), dtype=torch.float64)
-    middle = (levels[1:] + levels[:-1]) / 2
-    x = torch.cat([levels, middle, levels[-1:] * 1.3, levels[-1:] * 100]).float()
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    x = torch.cat([levels, midpoints, levels[-1:] * 1.3, levels[-1:] * 100]).float()
     x = torch.cat([x, x.nextafter(torch.tensor(torch.inf)), x.nextafter(torch.tensor(-torch.inf))])
     x = torch.cat([x, -x])[None]
     q = fake_quantize(x, torch.full((1, 1), config.top), config)
@@ -74,7 +73,7 @@ def test_nearest_level_at_every_boundary(config):
     assert not torch.signbit(q[q == 0]).any()
 
 
-@pytest.mark.parametrize("config", OURS, ids=ids)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_nearest_level_on_random_weights(config):
     torch.manual_seed(0)
     w, scale = torch.randn(64, 96), torch.rand(64, 1) + 0.01
@@ -85,19 +84,16 @@ def test_nearest_level_on_random_weights(config):
     assert (q * w >= 0).all()
 
 
-@pytest.mark.parametrize("config", PAPERS, ids=ids)
-def test_papers_quantizer_to_the_letter(config):
+@pytest.mark.parametrize("config", PAPER_CONFIGS, ids=str)
+def test_paper_quantizer_against_the_papers_formula(config):
     torch.manual_seed(0)
     for w in (torch.randn(64, 64), torch.randn(64, 64) * 0.01, torch.randn(64, 64) * 30):
         s = max(w.abs().max().item() / 2**config.range, 2**-5)
         expected = []
         for v in w.flatten().tolist():
             a = round(float(torch.tensor(abs(v)) / torch.tensor(s)))
-            y = (
-                0.0
-                if a == 0
-                else min(2.0 ** round(torch.tensor(a, dtype=torch.float64).log2().item()), 2.0**config.range)
-            )
+            power = 2.0 ** round(torch.tensor(a, dtype=torch.float64).log2().item()) if a else 0.0
+            y = min(power, 2.0**config.range)
             expected.append(y * s if v > 0 else -y * s)
         q = fake_quantize(w, pot.compute_scale(w, config), config)
         assert torch.allclose(q, torch.tensor(expected).view_as(w), rtol=1e-6, atol=0)
@@ -106,36 +102,17 @@ def test_papers_quantizer_to_the_letter(config):
 @pytest.mark.parametrize(
     "bad",
     [
-        dict(bits=1),
-        dict(bits=7),
-        dict(bits=9, grid="uniform"),
-        dict(bits=3, terms=2),
-        dict(terms=3),
-        dict(terms=2, grid="uniform"),
-        dict(range=8),
-        dict(range=0),
-        dict(range=3, grid="uniform"),
-        dict(range=3, terms=2),
-        dict(granularity="block"),
-        dict(group_size=0),
-        dict(scale="max"),
-        dict(act_bits=4),
-        dict(grid="apot"),
-        dict(grid="paper"),
-        dict(bits=4, range=7, **PAPER),
-        dict(bits=True),
-        dict(bits=4.0),
-        dict(range=3.0),
-        dict(group_size=None),
-        dict(eps=0.0),
+        dict(bits=1), dict(bits=7), dict(bits=9, grid="uniform"), dict(bits=3, terms=2), dict(terms=3),
+        dict(terms=2, grid="uniform"), dict(range=8), dict(range=0), dict(range=3, grid="uniform"),
+        dict(range=3, terms=2), dict(granularity="block"), dict(group_size=0), dict(scale="max"), dict(act_bits=4),
+        dict(grid="apot"), dict(grid="paper"), dict(bits=4, range=7, **PAPER), dict(bits=True), dict(bits=4.0),
+        dict(range=3.0), dict(group_size=None), dict(eps=0.0),
     ],
     ids=str,
-)
-def test_impossible_config(bad):
-    with pytest.raises(
-        ValueError,
-        match="choose one of|must be an integer|hold ranges|narrows single|at least 1|use granularity|positive",
-    ):
+)  # fmt: skip
+def test_invalid_config(bad):
+    message = "choose one of|must be an integer|hold ranges|narrows single|at least 1|use granularity|positive"
+    with pytest.raises(ValueError, match=message):
         PoTConfig(**bad)
 
 
@@ -158,21 +135,19 @@ def test_scale_is_close_to_brute_force(granularity, shape, grid):
     start = w.abs().max() if granularity == "tensor" else w.abs().unflatten(1, (shape[1], -1)).amax(-1)
     brute = torch.stack([error(start * f) for f in torch.linspace(0.05, 1.3, 400)]).amin(0)
     assert error(scale).sum() <= 1.03 * brute.sum()
-    assert (
-        error(scale).sum()
-        <= error(pot.compute_scale(w, PoTConfig(granularity=granularity, group_size=32, scale="absmax", **grid))).sum()
-    )
+    absmax = PoTConfig(granularity=granularity, group_size=32, scale="absmax", **grid)
+    assert error(scale).sum() <= error(pot.compute_scale(w, absmax)).sum()
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
 @pytest.mark.parametrize("grid", [{}, {"terms": 2}, {"bits": 3}, {"grid": "uniform"}], ids=str)
-@pytest.mark.parametrize("weighed", [False, True])
-def test_e8m0_scales_are_the_best_powers_of_two(granularity, grid, weighed):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_e8m0_scales_are_the_best_powers_of_two(granularity, grid, weighted):
     torch.manual_seed(0)
     w = torch.randn(24, 96) * torch.rand(24, 1)
     w[3] = 0
     w[5, :32] = 0
-    importance = torch.rand(96) if weighed else torch.ones(96)
+    importance = torch.rand(96) if weighted else torch.ones(96)
     config = PoTConfig(granularity=granularity, group_size=32, scale_format="e8m0", **grid)
     scale = pot.compute_scale(w, config, importance)
     shape = scale.shape
@@ -187,8 +162,8 @@ def test_e8m0_scales_are_the_best_powers_of_two(granularity, grid, weighed):
     brute = torch.stack([error(torch.tensor([[config.top * 2.0**k]])) for k in range(-14, 3)]).amin(0)
     assert torch.allclose(error(scale), brute, rtol=1e-6)
     top = pot.compute_scale(w, dataclasses.replace(config, scale="absmax"))
-    used = w.abs().unflatten(1, (shape[1], -1)).amax(-1) if shape[0] > 1 else w.abs().max().view(1, 1)
-    assert ((used <= top) & ((top < 2 * used) | (used == 0))).all()
+    largest = w.abs().unflatten(1, (shape[1], -1)).amax(-1) if shape[0] > 1 else w.abs().max().view(1, 1)
+    assert ((largest <= top) & ((top < 2 * largest) | (largest == 0))).all()
 
 
 def test_absmax_scale():
@@ -209,14 +184,14 @@ def test_scale_outside_float16_stays_float32():
 def test_sqnr_on_gaussian_weights():
     torch.manual_seed(0)
     w = torch.randn(512, 512)
-    found = {c: pot.sqnr(w, fake_quantize(w, pot.compute_scale(w, c), c)) for c in (PoTConfig(), PoTConfig(terms=2))}
-    assert [round(v) for v in found.values()] == [15, 20]
+    sqnrs = {c: pot.sqnr(w, fake_quantize(w, pot.compute_scale(w, c), c)) for c in (PoTConfig(), PoTConfig(terms=2))}
+    assert [round(v) for v in sqnrs.values()] == [15, 20]
 
 
 @pytest.mark.parametrize(
     "config",
     [PoTConfig(group_size=16), PoTConfig(granularity="channel", terms=2), PoTConfig(granularity="tensor")],
-    ids=ids,
+    ids=str,
 )
 def test_zero_rows_and_groups(config):
     w = torch.randn(6, 32)
@@ -237,20 +212,20 @@ def test_zero_rows_and_groups(config):
 
 def test_gradient_is_identity_up_to_the_edge():
     for config, edge in ((PoTConfig(), 1.25), (PoTConfig(terms=2), 14 / 12), (PoTConfig(grid="uniform"), 7.5 / 7)):
-        scale = torch.full((1, 1), config.top)  # unit 1: the edge is exact
+        scale = torch.full((1, 1), config.top)  # the unit is 1, so the edge is exact
         e = torch.tensor(edge * config.top)
         w = torch.tensor([[0.0, 0.3, -config.top, e, -e, e * 1.001, -e * 1.001, 1e9]], requires_grad=True)
         g = torch.randn_like(w)
         fake_quantize(w, scale, config).backward(g)
         assert torch.equal(w.grad, g * torch.tensor([1, 1, 1, 1, 1, 0, 0, 0.0]))
     w = torch.tensor([[1.0, 1e9]], requires_grad=True)
-    fake_quantize(w, torch.ones(1, 1), PAPERS[0]).sum().backward()
+    fake_quantize(w, torch.ones(1, 1), PAPER_CONFIGS[0]).sum().backward()
     assert torch.equal(w.grad, torch.ones(1, 2))
 
 
-def test_large_weights_are_quantized_in_blocks_like_small_ones():
+def test_blocks_of_a_large_weight_equal_single_rows():
     torch.manual_seed(0)
-    w = torch.randn(1000, 768, requires_grad=True)  # several blocks, the last one shorter
+    w = torch.randn(1000, 768, requires_grad=True)  # several blocks; the last is shorter
     g = torch.randn_like(w)
     for granularity in ("tensor", "channel", "group"):
         config = PoTConfig(granularity=granularity)
@@ -265,7 +240,7 @@ def test_large_weights_are_quantized_in_blocks_like_small_ones():
         w.grad = None
 
 
-def test_activations_are_uniform_affine_per_token():
+def test_activations_are_quantized_uniformly_per_token():
     torch.manual_seed(0)
     x = torch.cat(
         [
@@ -277,32 +252,31 @@ def test_activations_are_uniform_affine_per_token():
         ]
     )
     y = pot.fake_quantize_activations(x)
-    for row, got in zip(x.double(), y):
+    for row, actual in zip(x.double(), y):
         low, high = min(row.min().item(), 0), max(row.max().item(), 0)
         scale = (high - low) / 255 or 1.0
         zero = round(-low / scale)
         expected = [(min(max(round(v / scale) + zero, 0), 255) - zero) * scale for v in row.tolist()]
-        assert (got.double() - torch.tensor(expected, dtype=torch.float64)).abs().max() <= 1.001 * scale
-        assert (got.double() - torch.tensor(expected, dtype=torch.float64)).abs().median() < 1e-6 * max(high, -low, 1)
-        assert len(got.unique()) <= 256
+        error = (actual.double() - torch.tensor(expected, dtype=torch.float64)).abs()
+        assert error.max() <= 1.001 * scale
+        assert error.median() < 1e-6 * max(high, -low, 1)
+        assert len(actual.unique()) <= 256
     x.requires_grad_()
     pot.fake_quantize_activations(x).backward(g := torch.randn_like(x))
     assert torch.equal(x.grad, g)
-    assert pot.fake_quantize_activations(torch.tensor([[1.0, torch.nan], [1.0, 2.0]])).isnan().any(1).tolist() == [
-        True,
-        False,
-    ]
+    nan_rows = pot.fake_quantize_activations(torch.tensor([[1.0, torch.nan], [1.0, 2.0]])).isnan().any(1)
+    assert nan_rows.tolist() == [True, False]
 
 
-def test_nan_weights_are_not_hidden():
-    for config in (*OURS, PAPERS[0]):
+def test_nan_weights_stay_nan():
+    for config in (*CONFIGS, PAPER_CONFIGS[0]):
         assert fake_quantize(torch.tensor([[torch.nan, 1.0]]), torch.ones(1, 1), config)[0, 0].isnan()
 
 
 # --- layers ---
 
 
-def test_disabled_quantization_is_nn_linear_to_the_bit():
+def test_disabled_quantization_equals_torch_to_the_bit():
     torch.manual_seed(0)
     layer, table = PoTLinear(64, 48, config=PoTConfig(act_bits=8)), PoTEmbedding(10, 64)
     layer.quantizer.enabled = table.quantizer.enabled = False
@@ -314,7 +288,7 @@ def test_disabled_quantization_is_nn_linear_to_the_bit():
     assert not torch.equal(table(i), F.embedding(i, table.weight))
 
 
-def test_embedding_quantizes_the_rows_it_reads():
+def test_embedding_quantizes_the_rows_that_are_read():
     for config in (PoTConfig(group_size=16), PoTConfig(granularity="channel"), PoTConfig(granularity="tensor")):
         table = PoTEmbedding(20, 64, padding_idx=3, config=config)
         i = torch.randint(0, 20, (4, 7))
@@ -324,9 +298,8 @@ def test_embedding_quantizes_the_rows_it_reads():
         table(i).backward(g)
         expected = nn.Embedding(20, 64, padding_idx=3)
         expected(i).backward(g)
-        inside = table.weight.detach().view(
-            20, table.quantizer.scale.shape[1], -1
-        ).abs() <= 1.25 * table.quantizer.scale.float().unsqueeze(-1)
+        scale = table.quantizer.scale.float()
+        inside = table.weight.detach().view(20, scale.shape[1], -1).abs() <= 1.25 * scale.unsqueeze(-1)
         assert torch.allclose(table.weight.grad, expected.weight.grad * inside.view(20, 64), atol=1e-6)
 
 
@@ -382,7 +355,7 @@ def test_packed_bytes_are_the_documented_bit_stream(bits):
     assert bytes(pot.pack_codes(codes, bits)[0].tolist()) == stream.to_bytes(-(-n * bits // 8), "little")
 
 
-@pytest.mark.parametrize("config", [*OURS, *PAPERS], ids=ids)
+@pytest.mark.parametrize("config", [*CONFIGS, *PAPER_CONFIGS], ids=str)
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
 def test_prepared_equals_converted_to_the_bit(config, granularity):
     if config.grid == "paper" and granularity != "tensor":
@@ -400,7 +373,7 @@ def test_prepared_equals_converted_to_the_bit(config, granularity):
     assert packed.packed.codes.shape == (53, -(-77 * config.bits // 8))
 
 
-def test_code_of_a_power_is_its_shift():
+def test_code_of_a_power_is_the_shift():
     config = PoTConfig(granularity="tensor")
     w = torch.tensor([[0.0, 1, 2, 64, -1, -2, -64, 100]])
     packed = PackedWeight.pack(w, torch.full((1, 1), 64.0), config)
@@ -412,29 +385,27 @@ def test_code_of_a_power_is_its_shift():
 
 @pytest.mark.parametrize(
     "config",
-    [PoTConfig(), PoTConfig(bits=3, granularity="channel"), PoTConfig(act_bits=8, terms=2), PAPERS[2]],
-    ids=ids,
+    [PoTConfig(), PoTConfig(bits=3, granularity="channel"), PoTConfig(act_bits=8, terms=2), PAPER_CONFIGS[2]],
+    ids=str,
 )
-def test_the_way_of_a_model(config):
+def test_prepare_convert_save_and_load(config):
     torch.manual_seed(0)
     model, x = tiny_gpt().eval(), torch.randint(0, 65, (3, 16))
     before = dict(model.named_parameters())
     names = prepare(model, config)
-    assert all(p is before[n] for n, p in model.named_parameters())  # the very same Parameters, tie included
+    assert all(p is before[n] for n, p in model.named_parameters())  # the same Parameters, and the tie
     embeddings = 0 if config.grid == "paper" else 2
     assert len(names) == 9 + embeddings and prepare(model, config) == []
     y = model(x)
     clone = copy.deepcopy(model)
     assert torch.equal(clone(x), y)
     if embeddings:
-        assert (
-            clone.lm_head.quantizer is clone.transformer.wte.quantizer
-            and clone.lm_head.weight is clone.transformer.wte.weight
-        )
-    other = tiny_gpt().eval()
-    prepare(other, config)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(x), y)
+        assert clone.lm_head.quantizer is clone.transformer.wte.quantizer
+        assert clone.lm_head.weight is clone.transformer.wte.weight
+    loaded_state = tiny_gpt().eval()
+    prepare(loaded_state, config)
+    loaded_state.load_state_dict(model.state_dict())
+    assert torch.equal(loaded_state(x), y)
     assert convert(model) is model and torch.equal(model(x), y)
     assert torch.equal(copy.deepcopy(model)(x), y)
     tensors, metadata = pot.packed_state(model)
@@ -465,12 +436,12 @@ def test_tied_gradient_is_the_sum_of_both_uses():
     model, x = tiny_gpt(), torch.randint(0, 65, (2, 8))
     prepare(model, PoTConfig())
     model(x, x)[1].backward()
-    both = model.transformer.wte.weight.grad.clone()
+    tied_grad = model.transformer.wte.weight.grad.clone()
     untied = copy.deepcopy(model)
     untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
     untied.zero_grad()
     untied(x, x)[1].backward()
-    assert torch.allclose(both, untied.lm_head.weight.grad + untied.transformer.wte.weight.grad, atol=1e-6)
+    assert torch.allclose(tied_grad, untied.lm_head.weight.grad + untied.transformer.wte.weight.grad, atol=1e-6)
 
 
 def test_filter_fn_chooses_layers_and_configs():
@@ -494,7 +465,7 @@ def test_filter_fn_chooses_layers_and_configs():
     assert torch.equal(loaded(x), y) and loaded.lm_head.weight is loaded.transformer.wte.weight
 
 
-def test_bad_weights_are_refused_by_name_and_nothing_changes():
+def test_bad_weights_raise_by_name_and_change_nothing():
     def model(**kw):
         return nn.ModuleDict({"good": nn.Linear(64, 8), "bad": nn.Linear(kw.get("width", 64), kw.get("out", 8))})
 
@@ -535,12 +506,12 @@ def test_hooks_training_mode_and_shared_modules_survive():
     assert model["a"] is model["b"] and isinstance(model["a"], pot.PackedPoTLinear) and not model["a"].training
 
 
-def test_subclasses_are_left_alone():
+def test_subclasses_are_not_prepared():
     model = nn.MultiheadAttention(64, 2)  # reads out_proj.weight without calling out_proj
     assert prepare(model) == []
 
 
-def test_load_packed_refuses_what_does_not_fit():
+def test_load_packed_rejects_bad_tensors_and_metadata():
     model = tiny_gpt()
     pot.quantize_(model)
     tensors, metadata = pot.packed_state(model)
@@ -563,9 +534,9 @@ def test_load_packed_refuses_what_does_not_fit():
         with pytest.raises(ValueError, match="is torch.int32, expected torch.float32"):
             load(tensors | {name: tensors[name].int()})
     for alias in metadata["aliases"]:
-        others = {a: t for a, t in metadata["aliases"].items() if a != alias}
+        remaining = {a: t for a, t in metadata["aliases"].items() if a != alias}
         with pytest.raises(ValueError, match="is missing|Missing key"):
-            load(m=metadata | {"aliases": others | {"unknown." + alias: metadata["aliases"][alias]}})
+            load(m=metadata | {"aliases": remaining | {"unknown." + alias: metadata["aliases"][alias]}})
     with pytest.raises(ValueError, match='Unexpected key.* "stranger"'):
         load(tensors | {"stranger": torch.zeros(1)})
     with pytest.raises(ValueError, match="of shape"):
@@ -578,11 +549,11 @@ def test_load_packed_refuses_what_does_not_fit():
     ):
         with pytest.raises(ValueError):
             load(m=broken)
-    wider = {f"{key[:-6]}c_proj.packed.{part}": f"{key}.packed.{part}" for part in ("codes", "scale")}
-    shared = {n: t for n, t in tensors.items() if n not in wider}
+    wrong_aliases = {f"{key[:-6]}c_proj.packed.{part}": f"{key}.packed.{part}" for part in ("codes", "scale")}
+    without_c_proj = {n: t for n, t in tensors.items() if n not in wrong_aliases}
     with pytest.raises(ValueError, match="c_proj shares .*c_attn.packed.codes, which is of another shape"):
-        load(shared, metadata | {"aliases": metadata["aliases"] | wider})
-    for size in (48, 1000):  # more and fewer than the input features, and no divisor
+        load(without_c_proj, metadata | {"aliases": metadata["aliases"] | wrong_aliases})
+    for size in (48, 1000):  # fewer and more than the 64 input features, and no divisor of 64
         with pytest.raises(ValueError, match=f"groups of {size} do not divide the 64 input features"):
             load(m=metadata | {"configs": [metadata["configs"][0] | {"group_size": size}]})
     with pytest.raises(ValueError, match="unknown layout"):
@@ -592,7 +563,7 @@ def test_load_packed_refuses_what_does_not_fit():
         pot.packed_state(m)
 
 
-def test_learns():
+def test_training_lowers_the_loss():
     torch.manual_seed(0)
     model, x = tiny_gpt(), torch.randint(0, 65, (4, 16))
     prepare(model, PoTConfig())
@@ -607,15 +578,15 @@ def test_learns():
     assert losses[-1] < losses[0] / 2
 
 
-def test_papers_observer_follows_the_weights_in_training_only():
-    layer = PoTLinear(64, 64, config=PAPERS[2])
-    before = layer.weight.detach().aminmax()
+def test_paper_observer_updates_in_training_only():
+    layer = PoTLinear(64, 64, config=PAPER_CONFIGS[2])
+    old = layer.weight.detach().aminmax()
     with torch.no_grad():
         layer.weight.mul_(100)
     layer.eval()(torch.randn(1, 64))
-    assert layer.quantizer.scale.item() == pytest.approx(max(max(before).item(), 2**-5 * 128, -before.min.item()))
+    assert layer.quantizer.scale.item() == pytest.approx(max(max(old).item(), 2**-5 * 128, -old.min.item()))
     layer.train()(torch.randn(1, 64))
-    low, high = (0.99 * b.item() + 0.01 * n.item() for b, n in zip(before, layer.weight.aminmax()))
+    low, high = (0.99 * b.item() + 0.01 * n.item() for b, n in zip(old, layer.weight.aminmax()))
     assert layer.quantizer.minmax.tolist() == pytest.approx([low, high])
     assert layer.quantizer.scale.item() == pytest.approx(max(-low, high, 2**-5 * 128))
 
@@ -637,7 +608,7 @@ def test_float32_scales_survive_a_state_dict():
     assert torch.equal(packed(x), models[0](x))
 
 
-def test_weights_untied_after_prepare_are_packed_apart():
+def test_weights_untied_after_prepare_are_packed_separately():
     model = tiny_gpt()
     prepare(model)
     model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.02)
@@ -653,7 +624,7 @@ def test_preparing_a_tied_partner_later_shares_the_quantizer():
     assert model.lm_head.quantizer is model.transformer.wte.quantizer
 
 
-def test_transformer_encoder_layers_take_no_path_around_forward():
+def test_transformer_encoder_layer_does_not_bypass_forward():
     layer = nn.TransformerEncoderLayer(64, 2, 128, batch_first=True).eval()
     x = torch.randn(2, 5, 64)
     with torch.no_grad():
@@ -664,8 +635,8 @@ def test_transformer_encoder_layers_take_no_path_around_forward():
         assert torch.allclose(convert(layer)(x), prepared, atol=1e-6)
 
 
-def test_papers_layer_used_twice_and_cast():
-    layer = PoTLinear(64, 64, config=PAPERS[2]).train()
+def test_paper_layer_used_twice_and_cast():
+    layer = PoTLinear(64, 64, config=PAPER_CONFIGS[2]).train()
     layer(layer(torch.randn(1, 64))).sum().backward()
     layer.bfloat16()
     layer(torch.randn(1, 64, dtype=torch.bfloat16)).sum().backward()
@@ -683,18 +654,17 @@ def test_default_dtype_does_not_matter():
         torch.set_default_dtype(torch.float32)
 
 
-def test_an_outlier_does_not_spoil_a_tensors_scale():
+def test_scale_of_a_tensor_with_an_outlier():
     torch.manual_seed(0)
     w = torch.randn(256, 256)
     w[3, 5] = 40.0
     config = PoTConfig(grid="uniform", granularity="tensor")
-    best = max(
-        pot.sqnr(w, fake_quantize(w, torch.full((1, 1), s), config)) for s in torch.linspace(1, 40, 300).tolist()
-    )
+    scales = torch.linspace(1, 40, 300).tolist()
+    best = max(pot.sqnr(w, fake_quantize(w, torch.full((1, 1), s), config)) for s in scales)
     assert pot.sqnr(w, fake_quantize(w, pot.compute_scale(w, config), config)) > best - 0.2
 
 
-def test_any_shape_of_index():
+def test_embedding_index_shapes():
     table = PoTEmbedding(10, 64)
     packed = convert(copy.deepcopy(table))
     for index in (
@@ -714,10 +684,10 @@ def test_largest_float16_weights_stay_finite():
     assert layer.quantizer(layer.weight).isfinite().all()
 
 
-# --- compile, export, other people's models ---
+# --- compile, export, models of transformers ---
 
 
-def each_stage():
+def prepared_and_packed():
     torch.manual_seed(0)
     model = tiny_gpt(block_size=16, vocab_size=65, n_layer=1, n_head=2, n_embd=64).eval()
     prepare(model, PoTConfig(act_bits=8))
@@ -726,10 +696,10 @@ def each_stage():
 
 def test_compile():
     x = torch.randint(0, 65, (2, 16))
-    for model in each_stage():
+    for model in prepared_and_packed():
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         assert torch.allclose(compiled(x), model(x), atol=1e-6)
-    model = each_stage()[0].train()
+    model = prepared_and_packed()[0].train()
     model(x, x)[1].backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
@@ -738,7 +708,7 @@ def test_compile():
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
-def test_compile_by_inductor():
+def test_compile_with_inductor():
     w = torch.cat([torch.randn(4000), torch.tensor([-0.0, 0.5, 1.5, 3.0, 96.0])]).view(1, -1) * 20
     for config in (
         PoTConfig(granularity="tensor"),
@@ -752,7 +722,7 @@ def test_compile_by_inductor():
 
 def test_export():
     x = torch.randint(0, 65, (2, 16))
-    for model in each_stage():
+    for model in prepared_and_packed():
         exported = torch.export.export(model, (x,)).module()
         assert torch.allclose(exported(x), model(x), atol=1e-6)
 
@@ -774,11 +744,11 @@ def test_hugging_face_models(name):
     float_weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     names = prepare(model, PoTConfig())
     assert len(names) == (2 + 2 * 4 + 1 if name == "gpt2" else 1 + 2 * 7 + 1)
-    # The same numbers as the float model with every matrix rounded by hand.
+    # The reference is the float model with each matrix rounded.
     y = model(x).logits
-    by_hand = hugging_face(name)
+    reference = hugging_face(name)
     with torch.no_grad():
-        for n, p in by_hand.named_parameters():
+        for n, p in reference.named_parameters():
             w = float_weights[n]
             if w.dim() == 2:
                 conv1d = name == "gpt2" and "h." in n
@@ -786,14 +756,14 @@ def test_hugging_face_models(name):
                 w = fake_quantize(w, pot.compute_scale(w, PoTConfig()), PoTConfig())
                 w = w.t() if conv1d else w
             p.copy_(w)
-    assert torch.allclose(by_hand(x).logits, y, atol=1e-5)
+    assert torch.allclose(reference(x).logits, y, atol=1e-5)
     model.train()
     model(input_ids=x, labels=x).loss.backward()
     assert all(p.grad is not None for p in model.parameters())
     model.eval()
-    one = model(x[:1, :1]).logits
+    single_logits = model(x[:1, :1]).logits
     convert(model)
-    assert torch.equal(model(x).logits, y) and torch.equal(model(x[:1, :1]).logits, one)
+    assert torch.equal(model(x).logits, y) and torch.equal(model(x[:1, :1]).logits, single_logits)
     tensors, metadata = pot.packed_state(model)
     loaded = pot.load_packed(hugging_face(name), tensors, json.loads(json.dumps(metadata)))
     assert torch.equal(loaded(x).logits, y)
@@ -801,9 +771,9 @@ def test_hugging_face_models(name):
     assert torch.allclose(exported(input_ids=x, use_cache=False).logits, y, atol=1e-5)
 
 
-def test_every_combination_of_the_grid_and_the_granularity_runs():
+def test_every_grid_granularity_and_activation_setting_runs():
     x = torch.randn(2, 64)
-    for c, g, a in itertools.product(OURS, ("tensor", "channel", "group"), (None, 8)):
+    for c, g, a in itertools.product(CONFIGS, ("tensor", "channel", "group"), (None, 8)):
         fields = {f: getattr(c, f) for f in c.__dataclass_fields__}
         layer = PoTLinear(64, 3, config=PoTConfig(**fields | dict(granularity=g, act_bits=a)))
         y = layer(x)

@@ -1,4 +1,4 @@
-"""extras/pot_pt2e.py: PyTorch's export-mode flow gives the weights of pot.prepare and pot.convert."""
+"""extras/pot_pt2e.py: PyTorch's export flow (PT2E) gives the same weights as pot.prepare and pot.convert."""
 
 import copy
 import json
@@ -32,34 +32,34 @@ def pt2e():
 @pytest.mark.parametrize(
     "config", [PoTConfig(), PoTConfig(bits=3, granularity="tensor"), PoTConfig(terms=2, granularity="channel")], ids=str
 )
-def test_the_four_phases(pt2e, config, steps):
+def test_export_prepare_train_convert(pt2e, config, steps):
     torch.manual_seed(0)
     model, x = GPT(SHAPE), torch.randint(28, (3, 16))
-    ours = copy.deepcopy(model)
-    theirs = pt2e.prepare_qat_pt2e(torch.export.export(model, (x,)).module(), pt2e.PoTQuantizer(config))
-    pot.prepare(ours, config)
-    assert torch.equal(theirs(x), ours(x)) and theirs(x).shape == (3, 16, 28)  # every position
-    for either in (ours, theirs):
-        optimizer = torch.optim.SGD(either.parameters(), lr=0.1)
+    eager = copy.deepcopy(model)
+    exported = pt2e.prepare_qat_pt2e(torch.export.export(model, (x,)).module(), pt2e.PoTQuantizer(config))
+    pot.prepare(eager, config)
+    assert torch.equal(exported(x), eager(x)) and exported(x).shape == (3, 16, 28)  # every position
+    for trained in (eager, exported):
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
         for _ in range(steps):
-            F.cross_entropy(either(x).flatten(0, 1), x.flatten()).backward()
+            F.cross_entropy(trained(x).flatten(0, 1), x.flatten()).backward()
             optimizer.step()
             optimizer.zero_grad()
-    theirs = pt2e.convert_pt2e(theirs)
-    expected = pot.convert(ours)(x)
-    assert torch.equal(theirs(x), expected)
-    state = theirs.state_dict()
-    for name, module in ours.named_modules():
+    exported = pt2e.convert_pt2e(exported)
+    expected = pot.convert(eager)(x)
+    assert torch.equal(exported(x), expected)
+    state = exported.state_dict()
+    for name, module in eager.named_modules():
         if isinstance(module, pot.PackedPoTLinear | pot.PackedPoTEmbedding) and name != "transformer.wte":
             key = name.replace(".", "_") + "_weight"
             assert torch.equal(state[f"{key}_codes"], module.packed.codes), name
             assert torch.equal(state[f"{key}_scale"], module.packed.scale), name
     assert not [name for name, t in state.items() if t.ndim == 2 and t.is_floating_point() and "scale" not in name]
-    targets = {str(node.target) for node in theirs.graph.nodes}
+    targets = {str(node.target) for node in exported.graph.nodes}
     assert "nanopot.dequantize.default" in targets and not any("quantize_per" in t for t in targets)
 
 
-def test_layers_of_odd_width_and_computed_weights(pt2e):
+def test_odd_widths_and_computed_weights(pt2e):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -71,13 +71,13 @@ def test_layers_of_odd_width_and_computed_weights(pt2e):
     torch.manual_seed(0)
     net, x = Net(), torch.randn(4, 33)
     config = PoTConfig(granularity="channel")
-    theirs = pt2e.prepare_qat_pt2e(torch.export.export(net, (x,)).module(), pt2e.PoTQuantizer(config))
-    converted = pt2e.convert_pt2e(theirs)
+    prepared = pt2e.prepare_qat_pt2e(torch.export.export(net, (x,)).module(), pt2e.PoTQuantizer(config))
+    converted = pt2e.convert_pt2e(prepared)
     w = pot.fake_quantize(net.odd.weight, pot.compute_scale(net.odd.weight, config), config)
     assert torch.allclose(converted(x), F.linear(F.linear(x, w), net.factor * 2), atol=1e-6)
 
 
-def test_the_operator(pt2e):
+def test_operator(pt2e):
     w = torch.randn(6, 128)
     config = PoTConfig()
     packed = pot.PackedWeight.pack(w, pot.compute_scale(w, config), config)
@@ -87,25 +87,25 @@ def test_the_operator(pt2e):
 CONFIG = PoTConfig()
 
 
-def prepared(pt2e, model, x, config=CONFIG):
+def export_and_prepare(pt2e, model, x, config=CONFIG):
     return pt2e.prepare_qat_pt2e(torch.export.export(model, (x,)).module(), pt2e.PoTQuantizer(config))
 
 
-def test_training_goes_on_from_a_state_dict(pt2e):
+def test_training_continues_from_a_state_dict(pt2e):
     torch.manual_seed(0)
     model, x = GPT(SHAPE), torch.randint(28, (3, 16))
-    one = prepared(pt2e, model, x)
-    before = one(x)
-    another = prepared(pt2e, GPT(SHAPE), x)
-    another.load_state_dict(one.state_dict())
-    assert torch.equal(another(x), before)
+    trained = export_and_prepare(pt2e, model, x)
+    before = trained(x)
+    restored = export_and_prepare(pt2e, GPT(SHAPE), x)
+    restored.load_state_dict(trained.state_dict())
+    assert torch.equal(restored(x), before)
 
 
 def test_weights_that_cannot_be_quantized(pt2e):
-    odd, x = nn.Linear(48, 5), torch.randn(4, 48)
+    layer, x = nn.Linear(48, 5), torch.randn(4, 48)
     with pytest.raises(ValueError, match="group_size 64 does not divide its 48"):
-        prepared(pt2e, odd, x)(x)
-    model = prepared(pt2e, odd, x, PoTConfig(granularity="channel"))
+        export_and_prepare(pt2e, layer, x)(x)
+    model = export_and_prepare(pt2e, layer, x, PoTConfig(granularity="channel"))
     model(x)
     with torch.no_grad():
         next(model.parameters())[0] = torch.nan
@@ -113,7 +113,7 @@ def test_weights_that_cannot_be_quantized(pt2e):
         pt2e.convert_pt2e(model)
 
 
-def test_what_it_does_not_do(pt2e):
+def test_unsupported_configs(pt2e):
     for config in (
         PoTConfig(act_bits=8),
         PoTConfig(grid="paper", granularity="tensor", scale="absmax", bits=4, range=3),

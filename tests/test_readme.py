@@ -48,20 +48,20 @@ def test_the_two_commands_are_there():
 
 def test_commands(tmp_path, monkeypatch, capfd):
     """In the order of the pages, in a copy of the repository, as a new user would run them."""
-    house = tmp_path / "nanopot"
+    workdir = tmp_path / "nanopot"
     ignored = shutil.ignore_patterns(".*", "out*", "gpt2*", "*.bin", "meta.json", "__pycache__", "wandb")
-    shutil.copytree(ROOT, house, ignore=ignored)
+    shutil.copytree(ROOT, workdir, ignore=ignored)
     article = " = Title = \n\nFirst Citizen:\nBefore we proceed any further, hear me speak.\n\n"
     (tmp_path / "input.txt").write_text("".join(f"{article}{i}\n" for i in range(60)))
     (tmp_path / "documents.jsonl").write_text("".join(json.dumps({"text": f"{i} men " * 30}) + "\n" for i in range(60)))
-    gpt2(vocab_size=50257, n_positions=96).save_pretrained(house / "gpt2")
-    monkeypatch.chdir(house)
+    gpt2(vocab_size=50257, n_positions=96).save_pretrained(workdir / "gpt2")
+    monkeypatch.chdir(workdir)
     count = 0
     for line in COMMANDS:
         if NOT_HERE.match(line):
             continue
         words = shlex.split(line, comments=True)
-        assert words[0] == "python" and (house / words[1]).exists(), line
+        assert words[0] == "python" and (workdir / words[1]).exists(), line
         if Path(words[1]).parent.name in INPUTS:
             words += ["--input", str(tmp_path / INPUTS[Path(words[1]).parent.name])]
         given = {w.split("=")[0] for w in words}

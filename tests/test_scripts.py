@@ -24,101 +24,96 @@ import dataset
 import pot
 
 
-def rows_of(house, done):
-    """Rows of the JSON file that eval.py names in its last line."""
+def rows_of(workdir, done):
+    """Reads the rows of the JSON file that the last line of eval.py names."""
     path = done.stdout.splitlines()[-1].removeprefix("written to ")
-    return json.loads((house / path).read_text())["rows"]
+    return json.loads((workdir / path).read_text())["rows"]
 
 
-def weights(house, folder):
-    return checkpoint.load_training(str(house / folder)).model
+def weights(workdir, folder):
+    return checkpoint.load_training(str(workdir / folder)).model
 
 
 # --- train.py ---
 
 
-def test_training_learns_and_leaves_its_files(house, float_run, qat_run):
-    for folder, first in ((float_run, math.log(28)), (qat_run, None)):
-        names = {p.name for p in (house / folder).iterdir()}
+def test_training_lowers_the_loss_and_writes_files(workdir, float_run, qat_run):
+    for folder, initial_loss in ((float_run, math.log(28)), (qat_run, None)):
+        names = {p.name for p in (workdir / folder).iterdir()}
         assert names == {"ckpt.pt", "model.safetensors", "log.jsonl", "loss.png"}
-        log = [json.loads(line) for line in (house / folder / "log.jsonl").read_text().splitlines()]
+        log = [json.loads(line) for line in (workdir / folder / "log.jsonl").read_text().splitlines()]
         losses = [e["loss"] for e in log if "loss" in e]
         assert all(e["tokens_per_s"] > 0 for e in log if "loss" in e)
         assert log[-1]["seconds"] > 0 and log[-1]["peak_bytes"] > 2**26
-        if first:
-            assert losses[-1] < losses[0] < first + 0.3
-    _, info = checkpoint.load_model(str(house / qat_run))
+        if initial_loss:
+            assert losses[-1] < losses[0] < initial_loss + 0.3
+    _, info = checkpoint.load_model(str(workdir / qat_run))
     assert info.method == "QAT" and info.pot.bits == 4 and info.provenance["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize("kind", ["float", "QAT"])
-def test_a_run_that_was_killed_and_resumed_ends_with_the_same_weights(house, sh, float_run, kind):
-    start = (
-        TINY
-        if kind == "float"
-        else f"--dataset=tiny --init_from={float_run} --pot_bits=4 --batch_size=4 --eval_interval=10 --log_interval=5"
-    )
+def test_killed_and_resumed_run_ends_with_the_same_weights(workdir, sh, float_run, kind):
+    qat = f"--dataset=tiny --init_from={float_run} --pot_bits=4 --batch_size=4 --eval_interval=10 --log_interval=5"
+    start = TINY if kind == "float" else qat
     command = f"train.py {start} --dropout=0.1 --gradient_accumulation_steps=2 --max_iters=60"
     whole, cut = f"out-whole-{kind}", f"out-cut-{kind}"
     sh(f"{command} --out_dir={whole}", process=True)
     args = [sys.executable, *f"{command} --out_dir={cut}".split()]
-    process = subprocess.Popen(
-        args, cwd=house, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"}
-    )
+    env = os.environ | {"OMP_NUM_THREADS": "2"}
+    process = subprocess.Popen(args, cwd=workdir, stdout=subprocess.PIPE, text=True, env=env)
     for line in process.stdout:
         if line.startswith("step 35/"):
             process.kill()
             break
     assert process.wait() == -signal.SIGKILL
-    assert not (house / cut / "model.safetensors").exists()
+    assert not (workdir / cut / "model.safetensors").exists()
     sh(f"{command} --out_dir={cut} --init_from=resume", process=True)
-    a, b = weights(house, whole), weights(house, cut)
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    logs = [[e["step"] for e in map(json.loads, open(house / f / "log.jsonl"))] for f in (whole, cut)]
+    expected, actual = weights(workdir, whole), weights(workdir, cut)
+    assert expected.keys() == actual.keys() and all(torch.equal(expected[k], actual[k]) for k in expected)
+    logs = [[e["step"] for e in map(json.loads, open(workdir / f / "log.jsonl"))] for f in (whole, cut)]
     assert logs[0] == logs[1]
-    files = [(house / f / "model.safetensors").read_bytes() for f in (whole, cut)]
+    files = [(workdir / f / "model.safetensors").read_bytes() for f in (whole, cut)]
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_asked_to_stop_keeps_its_step(house, sh, number):
-    command, whole, cut = f"train.py {TINY} --max_iters=40", f"out-unasked-{number}", f"out-asked-{number}"
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal_stops_a_run_that_then_resumes(workdir, sh, signum):
+    command, whole, cut = f"train.py {TINY} --max_iters=40", f"out-unasked-{signum}", f"out-asked-{signum}"
     args = [sys.executable, *f"{command} --out_dir={cut} --eval_interval=1000".split()]
     env = os.environ | {"OMP_NUM_THREADS": "2"}
-    process = subprocess.Popen(args, cwd=house, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    process = subprocess.Popen(args, cwd=workdir, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     lines = []
     for line in process.stdout:
         lines.append(line)
         if line.startswith("step 15/"):
-            process.send_signal(number)
-    assert process.wait() == 128 + number
+            process.send_signal(signum)
+    assert process.wait() == 128 + signum
     assert lines[-1].startswith("stopped at step ") and "Traceback" not in "".join(lines)
-    stopped = checkpoint.load_training(str(house / cut)).info.step
-    assert 15 <= stopped < 40
+    assert 15 <= checkpoint.load_training(str(workdir / cut)).info.step < 40
     sh(f"{command} --out_dir={cut} --init_from=resume --eval_interval=1000", process=True)
     sh(f"{command} --out_dir={whole} --eval_interval=1000", process=True)
-    a, b = weights(house, whole), weights(house, cut)
+    a, b = weights(workdir, whole), weights(workdir, cut)
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_folder_is_one_runs_at_a_time(house, sh, float_run):
-    lock = checkpoint.Lock(str(house / "out-held"))
+def test_lock_of_a_run_folder(workdir, sh, float_run):
+    lock = checkpoint.Lock(str(workdir / "out-held"))
     lock.acquire()
     done = sh(f"train.py {TINY} --max_iters=1 --out_dir=out-held", ok=False)
-    assert "out-held is in use by another run" in done.stderr and not list((house / "out-held").iterdir())
+    assert "out-held is in use by another run" in done.stderr and not list((workdir / "out-held").iterdir())
     lock.__exit__()
     sh(f"train.py {TINY} --max_iters=1 --out_dir=out-held")
 
 
-@pytest.mark.parametrize("room", ["none", "of the log", "half the checkpoint"])
-def test_a_full_disk(house, sh, float_run, room):
-    """A limit to the size of files stands for it: the failed write is a real one."""
-    folder = house / f"out-full-{room.split()[0]}"
+@pytest.mark.parametrize("room", ["none", "log", "half the checkpoint"])
+def test_full_disk(workdir, sh, float_run, room):
+    """A limit on the size of files stands in for a full disk, so a real write fails."""
+    folder = workdir / f"out-full-{room.split()[0]}"
     folder.mkdir()
     for name in ("ckpt.pt", "log.jsonl"):
-        shutil.copy(house / float_run / name, folder)
+        shutil.copy(workdir / float_run / name, folder)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    sizes = {"none": 0, "of the log": len(before["log.jsonl"]), "half the checkpoint": len(before["ckpt.pt"]) // 2}
+    sizes = {"none": 0, "log": len(before["log.jsonl"]), "half the checkpoint": len(before["ckpt.pt"]) // 2}
     command = f"train.py {TINY} --init_from=resume --max_iters=40 --out_dir={folder.name}"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[room], limits[1]))
@@ -129,15 +124,14 @@ def test_a_full_disk(house, sh, float_run, room):
     assert len(done.stderr.splitlines()) == 1, done.stderr
     name = "ckpt.pt" if room.startswith("half") else "log.jsonl"
     assert f"cannot write {folder.name}/{name}" in done.stderr and "is untouched" in done.stderr
-    assert (folder / "ckpt.pt").read_bytes() == before["ckpt.pt"] and before.keys() == {
-        p.name for p in folder.iterdir()
-    }
-    sh(command)  # there is room again
+    assert (folder / "ckpt.pt").read_bytes() == before["ckpt.pt"]
+    assert before.keys() == {p.name for p in folder.iterdir()}
+    sh(command)  # the disk has room again
 
 
-def test_a_folder_that_cannot_be_written_to(house, sh, float_run):
-    folder = house / "out-read-only"
-    shutil.copytree(house / float_run, folder)
+def test_read_only_folder(workdir, sh, float_run):
+    folder = workdir / "out-read-only"
+    shutil.copytree(workdir / float_run, folder)
     before = {p: p.read_bytes() for p in folder.iterdir()}
     folder.chmod(0o500)
     if os.access(folder, os.W_OK):
@@ -147,72 +141,69 @@ def test_a_folder_that_cannot_be_written_to(house, sh, float_run):
     assert f"cannot write {folder.name}/log.jsonl" in done.stderr and {p: p.read_bytes() for p in before} == before
 
 
-def test_one_step_equals_plain_torch(house, sh):
-    """Two micro-batches, clipping and AdamW against a loop written out here."""
-    sh(f"train.py {TINY} --max_iters=1 --learning_rate=0 --out_dir=out-zero")  # the initial weights
-    command = f"train.py {TINY} --max_iters=2 --gradient_accumulation_steps=2 --weight_decay=0.3 --learning_rate=0.01 --out_dir=out-two"
-    sh(command)
-    model, _ = checkpoint.load_model(str(house / "out-zero"))
-    data, _ = dataset.load(str(house / "data" / "tiny"), "train")
+def test_one_step_equals_plain_torch(workdir, sh):
+    """Two micro-batches, clipping and AdamW against a plain loop."""
+    sh(f"train.py {TINY} --max_iters=1 --learning_rate=0 --out_dir=out-zero")  # saves the initial weights
+    options = "--max_iters=2 --gradient_accumulation_steps=2 --weight_decay=0.3 --learning_rate=0.01"
+    sh(f"train.py {TINY} {options} --out_dir=out-two")
+    model, _ = checkpoint.load_model(str(workdir / "out-zero"))
+    data, _ = dataset.load(str(workdir / "data" / "tiny"), "train")
     model.requires_grad_(True).train()
     matrices = [p for p in model.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p.dim() != 2]
-    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0}]
+    vectors = [p for p in model.parameters() if p.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), fused=False)
     for step in range(2):
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = (
-            0.01 * 0.5 * (1 + math.cos(math.pi * step / 2))
-        )
-        places = np.random.default_rng([1337, step]).integers(len(data) - 32, size=8)
-        rows = torch.tensor(np.stack([data[p : p + 33] for p in places]).astype(np.int64))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * 0.5 * (1 + math.cos(math.pi * step / 2))
+        starts = np.random.default_rng([1337, step]).integers(len(data) - 32, size=8)
+        rows = torch.tensor(np.stack([data[p : p + 33] for p in starts]).astype(np.int64))
         F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    for name, w in weights(house, "out-two").items():
+    for name, w in weights(workdir, "out-two").items():
         assert torch.allclose(model.state_dict()[name], w, atol=1e-5), name
 
 
 @pytest.mark.parametrize("last_position", [False, True])
-def test_distillation_against_plain_torch(house, sh, float_run, last_position):
-    """Half the text's loss, half the cross entropy with the float model's predictions: one step, written out."""
+def test_distillation_against_plain_torch(workdir, sh, float_run, last_position):
+    """One step against a plain loop: half text loss, half cross entropy with the float model's predictions."""
     out = f"out-distilled-{last_position}"
     start = f"train.py --dataset=tiny --init_from={float_run} --batch_size=4 --weight_decay=0 --learning_rate=0.01"
     sh(f"{start} --pot_bits=4 --distill=0.5 --last_position={last_position} --max_iters=1 --out_dir={out}")
-    teacher, _ = checkpoint.load_float(str(house / float_run))
-    student, _ = checkpoint.load_float(str(house / float_run))
+    teacher, _ = checkpoint.load_float(str(workdir / float_run))
+    student, _ = checkpoint.load_float(str(workdir / float_run))
     student.requires_grad_(True).train()
     pot.prepare(student, pot.PoTConfig())
-    data, _ = dataset.load(str(house / "data" / "tiny"), "train")
-    places = np.random.default_rng([1337, 0]).integers(len(data) - 32, size=4)
-    rows = torch.tensor(np.stack([data[p : p + 33] for p in places]).astype(np.int64))
+    data, _ = dataset.load(str(workdir / "data" / "tiny"), "train")
+    starts = np.random.default_rng([1337, 0]).integers(len(data) - 32, size=4)
+    rows = torch.tensor(np.stack([data[p : p + 33] for p in starts]).astype(np.int64))
     keep = slice(-1, None) if last_position else slice(None)
-    logits, theirs = student(rows[:, :-1])[:, keep], teacher(rows[:, :-1])[:, keep].detach()
+    logits, teacher_logits = student(rows[:, :-1])[:, keep], teacher(rows[:, :-1])[:, keep].detach()
     hard = F.nll_loss(logits.log_softmax(-1).flatten(0, 1), rows[:, 1:][:, keep].flatten())
-    (0.5 * hard - 0.5 * (theirs.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()).backward()
+    (0.5 * hard - 0.5 * (teacher_logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()).backward()
     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
     torch.optim.AdamW(student.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0).step()
-    kept = weights(house, out)
+    trained = weights(workdir, out)
     for name, w in student.state_dict().items():
         if "quantizer" not in name:
-            # Adam's first step is the gradient's sign, whatever its size: tiny ones may have either.
-            assert (kept[name] - w).abs().lt(1e-4).float().mean() > 0.99, name
-    plain = sh(
-        f"{start} --max_iters=1 --out_dir={out}-control --distill=0.5"
-    ).stdout  # without pot_ keys: a float control
-    assert plain.startswith("float")
+            # Adam's first step is the sign of the gradient. Tiny gradients may have either sign.
+            assert (trained[name] - w).abs().lt(1e-4).float().mean() > 0.99, name
+    control = sh(f"{start} --max_iters=1 --out_dir={out}-control --distill=0.5")  # no pot_ keys: a float control
+    assert control.stdout.startswith("float")
     assert "pass --init_from" in sh(f"train.py {TINY} --distill=0.5 --out_dir=out-none", ok=False).stderr
     assert "from 0 to 1" in sh(f"{start} --pot_bits=4 --distill=2 --out_dir=out-none", ok=False).stderr
 
 
-def test_nothing_to_distil_from(house, sh):
+def test_distillation_without_a_float_model(workdir, sh):
     command = "train.py --dataset=tiny --batch_size=4 --pot_bits=4"
     sh(f"{command} --n_layer=1 --n_head=1 --n_embd=64 --block_size=16 --max_iters=1 --out_dir=out-scratch-qat")
     done = sh(f"{command} --init_from=out-scratch-qat --distill=0.5 --out_dir=x", ok=False)
-    assert "comes from no float model to learn from: leave distill out" in done.stderr and not (house / "x").exists()
+    assert "comes from no float model to learn from: leave distill out" in done.stderr and not (workdir / "x").exists()
 
 
-def test_control_sees_the_batches_of_qat():
+def test_batches_depend_on_seed_and_step_alone():
     from train import Settings, batch
 
     data = np.arange(5000, dtype=np.uint16)
@@ -224,163 +215,186 @@ def test_control_sees_the_batches_of_qat():
     assert not torch.equal(batch(data, 16, a, 0)[0], batch(data, 16, Settings(seed=4), 0)[0])
 
 
-def test_zero_steps_are_ptq(house, sh, float_run):
+def test_zero_steps_give_ptq(workdir, sh, float_run):
     done = sh(f"train.py --dataset=tiny --init_from={float_run} --out_dir=out-ptq0 --pot_bits=3 --max_iters=0")
     assert done.stdout.startswith("PTQ, PoT 3 bits, groups of 64: ") and "validation loss" in done.stdout
-    assert [p.name for p in (house / "out-ptq0").iterdir()] == ["model.safetensors"]
-    model, info = checkpoint.load_model(str(house / "out-ptq0"))
+    assert [p.name for p in (workdir / "out-ptq0").iterdir()] == ["model.safetensors"]
+    model, info = checkpoint.load_model(str(workdir / "out-ptq0"))
     assert (info.method, info.step, info.origin, info.pot.bits) == ("PTQ", 0, float_run, 3)
-    expected, _ = checkpoint.load_float(str(house / float_run))
+    expected, _ = checkpoint.load_float(str(workdir / float_run))
     pot.quantize_(expected, pot.PoTConfig(bits=3))
     assert all(torch.equal(model.state_dict()[k], v) for k, v in expected.state_dict().items())
-    ids = dataset.load(str(house / "data" / "tiny"), "val")[0].astype(np.int64)
+    ids = dataset.load(str(workdir / "data" / "tiny"), "val")[0].astype(np.int64)
     assert info.val_loss == pytest.approx(brute_loss(model, ids, 32), abs=1e-5)
 
 
-def test_zero_steps_from_a_finished_float_model(house, sh, float_run):
-    """A float model.safetensors alone is enough, for PTQ and for fine-tuning. A packed one is not."""
+def test_ptq_of_a_broken_model(workdir, sh, float_run):
+    model, info = checkpoint.load_model(str(workdir / float_run))
+    torch.nn.init.constant_(model.transformer.ln_f.weight, torch.nan)
+    checkpoint.save_model(str(workdir / "out-nan-float"), model, info)
+    command = "train.py --dataset=tiny --init_from=out-nan-float --pot_bits=4 --max_iters=0 --out_dir=out-nan-ptq"
+    assert "the validation loss is nan" in sh(command, ok=False).stderr
+    assert not (workdir / "out-nan-ptq" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ptq_ends_at_a_signal(workdir, float_run, number):
+    """GPTQ takes minutes on a large model. A signal ends it at once and leaves nothing."""
+    out = f"out-ptq-signal-{number}"
+    command = f"train.py --dataset=tiny --init_from={float_run} --out_dir={out} --pot_bits=4 --max_iters=0"
+    args = [sys.executable, *f"{command} --calibrate_tokens=2000000".split()]
+    process = subprocess.Popen(args, cwd=workdir, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout.readline().startswith("PTQ, ")
+    time.sleep(1)
+    process.send_signal(number)
+    assert process.wait(60) == (130 if number == signal.SIGINT else -signal.SIGTERM)
+    assert not (workdir / out).exists()
+
+
+def test_a_signal_after_the_last_step_is_not_lost(workdir, sh, monkeypatch):
+    """The run finishes first. Then the signal ends the process, and with it a sweep that called train.py."""
+    import train
+
+    finish = train.finish
+    monkeypatch.setattr(train, "finish", lambda job: os.kill(os.getpid(), signal.SIGINT) or finish(job))
+    done = sh(f"train.py {TINY} --max_iters=1 --out_dir=out-late-signal", ok=False)
+    assert done.returncode == 130 and (workdir / "out-late-signal" / "model.safetensors").exists()
+
+
+def test_training_from_a_finished_model(workdir, sh, float_run):
+    """PTQ and fine-tuning need no more than a float model.safetensors. A packed file is not enough."""
     for name, run in (("out-alone", float_run), ("out-alone-packed", "out-ptq-alone")):
-        (house / name).mkdir()
-        (house / name / "model.safetensors").write_bytes((house / run / "model.safetensors").read_bytes())
+        (workdir / name).mkdir()
+        (workdir / name / "model.safetensors").write_bytes((workdir / run / "model.safetensors").read_bytes())
         if name == "out-alone":
             sh("train.py --dataset=tiny --init_from=out-alone --out_dir=out-ptq-alone --pot_bits=3 --max_iters=0")
             command = "train.py --dataset=tiny --init_from=out-alone --batch_size=4 --max_iters=1 --learning_rate=0"
             sh(f"{command} --out_dir=out-tuned-alone")
-    a, b = (checkpoint.load_float(str(house / f))[0].state_dict() for f in ("out-tuned-alone", float_run))
-    assert all(torch.equal(a[k], b[k]) for k in b)
+    tuned, expected = (checkpoint.load_float(str(workdir / f))[0].state_dict() for f in ("out-tuned-alone", float_run))
+    assert all(torch.equal(tuned[k], expected[k]) for k in expected)
     done = sh("train.py --dataset=tiny --init_from=out-alone-packed --pot_bits=3 --max_iters=0 --out_dir=x", ok=False)
-    assert "out-alone-packed holds model.safetensors alone, which cannot be trained on" in done.stderr
+    assert "out-alone-packed holds packed weights only: pass the float model" in done.stderr
 
 
-def test_wandb_offline(house, sh):
+def test_wandb_offline(workdir, sh):
     pytest.importorskip("wandb")
     command = f"train.py {TINY} --max_iters=10 --out_dir=out-wandb --wandb_log=True --pot_terms=2"
     done = sh(command, WANDB_MODE="offline")
-    (run,) = (house / "wandb").glob("offline-run-*")
+    (run,) = (workdir / "wandb").glob("offline-run-*")
     (file,) = run.glob("*.wandb")
     content = file.read_bytes()
     for setting in (b"learning_rate", b"group_size", b"out-wandb"):
         assert setting in content
-    log = [json.loads(line) for line in (house / "out-wandb" / "log.jsonl").read_text().splitlines()]
-    found = [str(e[key]).encode() for e in log for key in ("loss", "val_loss") if key in e]
-    assert len(found) == 3 and all(value in content for value in found)
+    log = [json.loads(line) for line in (workdir / "out-wandb" / "log.jsonl").read_text().splitlines()]
+    logged = [str(e[key]).encode() for e in log for key in ("loss", "val_loss") if key in e]
+    assert len(logged) == 3 and all(value in content for value in logged)
     (table,) = (run / "files" / "media" / "table").iterdir()
     table = dict(json.loads(table.read_text())["data"])
     assert "validation loss" in table and all(value in done.stdout for value in table.values())
 
 
-def test_wandb_that_cannot_start(house, sh, monkeypatch):
+def test_wandb_that_cannot_start(workdir, sh, monkeypatch):
     def init(**kwargs):
         raise RuntimeError("no API key")
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     done = sh(f"train.py {TINY} --max_iters=1 --out_dir=out-no-wandb --wandb_log=True", ok=False)
-    assert "cannot log to wandb (RuntimeError)" in done.stderr and not (house / "out-no-wandb").exists()
+    assert "cannot log to wandb (RuntimeError)" in done.stderr and not (workdir / "out-no-wandb").exists()
 
 
-def test_two_processes_take_the_steps_of_one_with_twice_the_batch(house, sh, float_run):
+def test_two_processes_equal_one_with_twice_the_batch(workdir, sh, float_run):
     common = f"train.py --dataset=tiny --init_from={float_run} --pot_bits=4 --gradient_accumulation_steps=2"
     common += " --max_iters=6 --eval_interval=3 --log_interval=2 --learning_rate=1e-3"
     sh(f"{common} --batch_size=4 --out_dir=out-process")
-    two = "-m torch.distributed.run --standalone --nproc_per_node=2 "
-    done = sh(two + f"{common} --batch_size=2 --out_dir=out-processes", OMP_NUM_THREADS="1")
-    a, b = (weights(house, f) for f in ("out-process", "out-processes"))
-    start = weights(house, float_run)
-    moved = max((a[k] - start[k]).abs().max() for k in start)
-    assert moved > 1e-3 and all(torch.allclose(a[k], b[k], atol=1e-2 * moved) for k in a)
-    logs = [[json.loads(line) for line in open(house / f / "log.jsonl")] for f in ("out-process", "out-processes")]
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2 "
+    done = sh(launcher + f"{common} --batch_size=2 --out_dir=out-processes", OMP_NUM_THREADS="1")
+    a, b = (weights(workdir, f) for f in ("out-process", "out-processes"))
+    start = weights(workdir, float_run)
+    largest_change = max((a[k] - start[k]).abs().max() for k in start)
+    assert largest_change > 1e-3 and all(torch.allclose(a[k], b[k], atol=1e-2 * largest_change) for k in a)
+    logs = [[json.loads(line) for line in open(workdir / f / "log.jsonl")] for f in ("out-process", "out-processes")]
     assert [e["step"] for e in logs[0]] == [e["step"] for e in logs[1]]
     for key in ("loss", "val_loss"):
-        ours, theirs = ([e[key] for e in log if key in e] for log in logs)
-        assert ours == pytest.approx(theirs, abs=1e-4) and ours
-    assert {p.name for p in (house / "out-processes").iterdir()} == {
-        "ckpt.pt",
-        "model.safetensors",
-        "log.jsonl",
-        "loss.png",
-    }
-    assert (
-        done.stdout.count("validation loss") == 3 and "cpu x 2" in done.stdout
-    )  # one process speaks: twice and the table
-    # It goes on, with another number of processes if need be.
+        expected, actual = ([e[key] for e in log if key in e] for log in logs)
+        assert expected == pytest.approx(actual, abs=1e-4) and expected
+    files = {p.name for p in (workdir / "out-processes").iterdir()}
+    assert files == {"ckpt.pt", "model.safetensors", "log.jsonl", "loss.png"}
+    # One process prints: two evaluations and the final table.
+    assert done.stdout.count("validation loss") == 3 and "cpu x 2" in done.stdout
+    # A run may resume with another number of processes.
     sh(f"{common} --batch_size=4 --out_dir=out-processes --init_from=resume".replace("max_iters=6", "max_iters=8"))
 
 
-def test_one_seed_gives_the_same_bytes(house, sh, float_run):
+def test_one_seed_gives_the_same_file(workdir, sh, float_run):
     command = f"train.py --dataset=tiny --init_from={float_run} --pot_bits=4 --calibrate_tokens=500 --max_iters=6"
-    found = []
+    contents = []
     for out in ("out-same", "out-same-too"):
         sh(f"{command} --batch_size=4 --out_dir={out}")
-        found.append((house / out / "model.safetensors").read_bytes())
-    assert found[0] == found[1]
+        contents.append((workdir / out / "model.safetensors").read_bytes())
+    assert contents[0] == contents[1]
 
 
-@pytest.mark.skipif(not os.path.exists("/proc"), reason="finds the workers under /proc")
-def test_a_worker_that_dies_takes_the_job_down(house, sh):
+@pytest.mark.skipif(not os.path.exists("/proc"), reason="needs /proc to find the workers")
+def test_job_ends_when_a_worker_dies(workdir, sh):
     command = f"train.py {TINY} --max_iters=100000 --out_dir=out-dying"
     args = [sys.executable, *f"-m torch.distributed.run --standalone --nproc_per_node=2 {command}".split()]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen(args, cwd=house, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    job = subprocess.Popen(args, cwd=workdir, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     for line in job.stdout:
         if line.startswith("step 15/"):
             break
-    found = [p for p in map(str, os.listdir("/proc")) if p.isdigit()]
-    parents = {
-        p: open(f"/proc/{p}/stat").read().rpartition(")")[2].split()[1]
-        for p in found
-        if os.path.exists(f"/proc/{p}/stat")
-    }
+    processes = [p for p in os.listdir("/proc") if p.isdigit() and os.path.exists(f"/proc/{p}/stat")]
+    parents = {p: open(f"/proc/{p}/stat").read().rpartition(")")[2].split()[1] for p in processes}
     workers = sorted((p for p in parents if parents[p] == str(job.pid)), key=int)
     os.kill(int(workers[-1]), signal.SIGKILL)
     start = time.time()
     job.communicate(timeout=60)
     assert job.returncode and time.time() - start < 60
     assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
-    step = checkpoint.load_training(str(house / "out-dying")).info.step
+    step = checkpoint.load_training(str(workdir / "out-dying")).info.step
     assert step >= 10
     sh(f"{command} --init_from=resume".replace("100000", str(step + 5)))
 
 
-def test_learning_from_the_last_position_alone():
+def test_loss_of_the_last_position_alone():
+    from model import GPT, GPTConfig
     from train import Settings, batch
 
     data = np.arange(5000, dtype=np.uint16)
     (x, y), (_, last) = (batch(data, 16, Settings(last_position=p), 0) for p in (False, True))
     assert torch.equal(last[:, -1], y[:, -1]) and (last[:, :-1] == -100).all()
-    from model import GPT, GPTConfig
-
     model = GPT(GPTConfig(vocab_size=5000, n_layer=1, n_head=1, n_embd=8, block_size=16))
     assert torch.allclose(model(x, last)[1], F.cross_entropy(model(x)[:, -1], y[:, -1]))
 
 
-def test_calibrated_training_starts_from_gptq(house, sh, float_run):
+def test_calibrated_training_starts_from_gptq(workdir, sh, float_run):
     tokens = "--pot_bits=3 --calibrate_tokens=1000"
     done = sh(f"train.py --dataset=tiny --init_from={float_run} --out_dir=out-gptq0 {tokens} --max_iters=0")
     assert "mean relative output error of the layers" in done.stdout
-    # A learning rate of 0 leaves the weights that QAT starts from.
+    # With a learning rate of 0, QAT ends with the weights that it starts from.
     start = f"train.py --dataset=tiny --init_from={float_run} --batch_size=4 --max_iters=1 --learning_rate=0"
     sh(f"{start} --out_dir=out-gptq1 {tokens}")
     sh(f"train.py --dataset=tiny --init_from={float_run} --out_dir=out-rtn {tokens} --calibrate_tokens=0 --max_iters=0")
-    rows = rows_of(house, sh(f"eval.py --ckpt={float_run},out-rtn,out-gptq0"))
+    rows = rows_of(workdir, sh(f"eval.py --ckpt={float_run},out-rtn,out-gptq0"))
     assert [r["method"] for r in rows] == ["float", "PTQ", "PTQ, GPTQ on 992 tokens"]
     assert rows[0]["loss"] < rows[2]["loss"] < rows[1]["loss"]
-    a, b = (checkpoint.load_model(str(house / f"out-gptq{i}"))[0].state_dict() for i in (0, 1))
-    assert all(torch.equal(a[k], v) for k, v in b.items())
+    ptq, qat = (checkpoint.load_model(str(workdir / f"out-gptq{i}"))[0].state_dict() for i in (0, 1))
+    assert all(torch.equal(ptq[k], v) for k, v in qat.items())
 
 
 # --- eval.py ---
 
 
-def test_eval_of_every_kind(house, sh, float_run, qat_run):
+def test_eval_of_float_and_qat(workdir, sh, float_run, qat_run):
     done = sh(f"eval.py --ckpt={float_run},{qat_run}/")
-    rows = rows_of(house, done)
+    rows = rows_of(workdir, done)
     assert [r["method"] for r in rows] == ["float", "QAT"]
     assert [r["steps"] for r in rows] == [30, 20]
-    assert json.loads((house / qat_run / "eval.json").read_text())["rows"] == rows
-    ids, _ = dataset.load(str(house / "data" / "tiny"), "test")
+    assert json.loads((workdir / qat_run / "eval.json").read_text())["rows"] == rows
+    ids, _ = dataset.load(str(workdir / "data" / "tiny"), "test")
     for row in rows:
-        # Loss in float64, token by token, with nothing but the model's logits.
-        model, _ = checkpoint.load_model(str(house / row["ckpt"]))
+        # The reference sums the loss in float64, token by token.
+        model, _ = checkpoint.load_model(str(workdir / row["ckpt"]))
         total = 0.0
         for i in range(0, len(ids) - 1, 32):
             x = torch.tensor(ids[i : i + 32].astype(np.int64))[: len(ids) - 1 - i]
@@ -388,7 +402,7 @@ def test_eval_of_every_kind(house, sh, float_run, qat_run):
             total -= model(x[None])[0].double().log_softmax(-1)[torch.arange(len(y)), y].sum().item()
         assert row["loss"] == pytest.approx(total / (len(ids) - 1), abs=1e-5)
         assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
-        size = (house / row["ckpt"] / "model.safetensors").stat().st_size
+        size = (workdir / row["ckpt"] / "model.safetensors").stat().st_size
         assert row["bytes"] == size
     assert rows[1]["bytes"] < rows[0]["bytes"] / 4
     assert 0 < rows[1]["kl"] < 1 and 0 < rows[1]["top1_agreement"] <= 1 and "kl" not in rows[0]
@@ -396,52 +410,52 @@ def test_eval_of_every_kind(house, sh, float_run, qat_run):
         assert word in done.stdout
 
 
-def test_kl_against_float64(house, float_run, qat_run):
+def test_kl_against_float64(workdir, float_run, qat_run):
     from metrics import evaluate
 
-    (a, _), (b, _) = (checkpoint.load_model(str(house / f)) for f in (qat_run, float_run))
-    ids, _ = dataset.load(str(house / "data" / "tiny"), "val")
+    (quantized, _), (float_model, _) = (checkpoint.load_model(str(workdir / f)) for f in (qat_run, float_run))
+    ids, _ = dataset.load(str(workdir / "data" / "tiny"), "val")
     ids = ids[:129]  # four whole windows
-    found = evaluate(a, ids, reference=b)
+    result = evaluate(quantized, ids, reference=float_model)
     x = torch.tensor(ids[:128].astype(np.int64)).view(4, 32)
-    p, q = (m(x).double().log_softmax(-1) for m in (b, a))
-    assert found["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
-    assert found["top1_agreement"] == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
-    assert evaluate(b, ids, reference=b)["kl"] == pytest.approx(0, abs=1e-7)
+    p, q = (model(x).double().log_softmax(-1) for model in (float_model, quantized))
+    assert result["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+    assert result["top1_agreement"] == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+    assert evaluate(float_model, ids, reference=float_model)["kl"] == pytest.approx(0, abs=1e-7)
 
 
-def test_evaluating_disturbs_nothing(house, float_run):
+def test_evaluate_keeps_mode_and_random_state(workdir, float_run):
     from metrics import evaluate
 
-    model, _ = checkpoint.load_model(str(house / float_run))
-    ids, _ = dataset.load(str(house / "data" / "tiny"), "val")
+    model, _ = checkpoint.load_model(str(workdir / float_run))
+    ids, _ = dataset.load(str(workdir / "data" / "tiny"), "val")
     before = torch.get_rng_state()
     losses = {evaluate(model.train(mode), ids)["loss"] for mode in (True, False, True)}
     assert len(losses) == 1 and model.training and torch.equal(torch.get_rng_state(), before)
 
 
-def test_qat_in_training_evaluates_like_its_packed_file(house, sh, qat_run):
-    half = house / "out-half"
-    half.mkdir()
-    (half / "ckpt.pt").write_bytes((house / qat_run / "ckpt.pt").read_bytes())
+def test_qat_checkpoint_evaluates_like_the_packed_file(workdir, sh, qat_run):
+    folder = workdir / "out-half"
+    folder.mkdir()
+    (folder / "ckpt.pt").write_bytes((workdir / qat_run / "ckpt.pt").read_bytes())
     done = sh(f"eval.py --ckpt=out-half,{qat_run} --sqnr=True")
-    a, b = rows_of(house, done)
-    assert a["loss"] == b["loss"] and abs(a["bytes"] - b["bytes"]) < 1000
+    training_row, packed_row = rows_of(workdir, done)
+    assert training_row["loss"] == packed_row["loss"] and abs(training_row["bytes"] - packed_row["bytes"]) < 1000
     assert done.stdout.count(" dB\n") == 11
-    assert "no SQNR" in done.stdout  # the packed file of a QAT run has no float weights to compare with
+    assert "no SQNR" in done.stdout  # the packed file of a QAT run has no float weights
 
 
-def test_eval_of_ptq(house, sh, float_run):
+def test_eval_of_ptq(workdir, sh, float_run):
     pot_keys = "--pot_bits=2 --pot_granularity=tensor --max_iters=0"
     sh(f"train.py --dataset=tiny --init_from={float_run} {pot_keys} --out_dir=out-ptq2")
     done = sh(f"eval.py --ckpt={float_run},out-ptq2 --sqnr=True --json=a/b.json")
     assert done.stdout.endswith("written to a/b.json\n") and "{" not in done.stdout
-    rows = rows_of(house, done)
+    rows = rows_of(workdir, done)
     assert rows[1]["method"] == "PTQ" and rows[1]["loss"] > rows[0]["loss"] and rows[1]["kl"] > 0
     assert rows[1]["bits_per_weight"] < rows[0]["bits_per_weight"] / 4
-    assert not (house / "out-ptq2" / "eval.json").exists()
-    # The ratio of a PTQ model is that of its weights to the float model's.
-    floats, packed = (checkpoint.load_model(str(house / f))[0] for f in (float_run, "out-ptq2"))
+    assert not (workdir / "out-ptq2" / "eval.json").exists()
+    # The SQNR of a PTQ model compares its weights with those of the float model.
+    floats, packed = (checkpoint.load_model(str(workdir / f))[0] for f in (float_run, "out-ptq2"))
     w, q = floats.transformer.wpe.weight.detach().double(), packed.transformer.wpe.weight.double()
     ratio = 10 * math.log10((w**2).sum() / ((w - q) ** 2).sum())
     assert f"{'transformer.wpe':<40} {ratio:6.2f} dB\n" in done.stdout
@@ -452,12 +466,12 @@ def test_mean_over_seeds():
 
     row = {"method": "QAT", "weights": "PoT", "steps": 5, "dataset": "d", "split": "test"}
     rows = [row | {"seed": 1, "loss": 1.0}, row | {"seed": 2, "loss": 2.0}, row | {"seed": 1, "loss": 9.0, "steps": 6}]
-    (found,) = over_seeds(rows)
-    assert found["loss_mean"] == 1.5 and found["loss_std"] == pytest.approx(0.5**0.5) and found["seeds"] == [1, 2]
+    (summary,) = over_seeds(rows)
+    assert summary["loss_mean"] == 1.5 and summary["loss_std"] == pytest.approx(0.5**0.5) and summary["seeds"] == [1, 2]
 
 
 def brute_loss(model, ids, window):
-    """Mean loss in float64, token by token."""
+    """Mean loss, summed in float64 token by token."""
     total = 0.0
     for i in range(0, len(ids) - 1, window):
         x = torch.tensor(ids[i : i + window])[: len(ids) - 1 - i]
@@ -467,71 +481,69 @@ def brute_loss(model, ids, window):
 
 
 @torch.no_grad()
-def test_perplexity_of_any_text(house, sh):
-    """At the model's own context, without overlap, or at another; nothing but the model and the text is needed."""
+def test_perplexity_of_a_text_file(workdir, sh):
+    """Windows do not overlap and have the model's context or --block_size. A text file needs no data set."""
     text = "It was a dark and stormy night; \N{SNOWMAN} the rain fell in torrents.\n" * 5
-    (house / "night.txt").write_text(text, encoding="utf-8")
-    model, _ = checkpoint.load_model(str(house / "gpt2"))
-    ids = list(text.encode())  # a token a byte
-    rows = [rows_of(house, sh(f"eval.py --ckpt=gpt2 --text=night.txt{more}"))[0] for more in ("", " --block_size=40")]
+    (workdir / "night.txt").write_text(text, encoding="utf-8")
+    model, _ = checkpoint.load_model(str(workdir / "gpt2"))
+    ids = list(text.encode())  # the stand-in tokenizer maps each byte to a token
+    rows = [rows_of(workdir, sh(f"eval.py --ckpt=gpt2 --text=night.txt{more}"))[0] for more in ("", " --block_size=40")]
     for row, window in zip(rows, (96, 40)):
         assert row["block_size"] == window and row["tokens"] == len(ids) - 1
         assert row["loss"] == pytest.approx(brute_loss(model, ids, window), rel=1e-5)
 
 
 @torch.no_grad()
-def test_protocol_of_the_papers(house):
+def test_papers_protocol(workdir):
     from metrics import evaluate_last_position
     from model import GPT, GPTConfig
 
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=80, vocab_size=30, n_layer=2, n_head=2, n_embd=16)).eval()
-    ids, _ = dataset.load(str(house / "data" / "tiny"), "train")
-    found = evaluate_last_position(model, ids, 7, "cpu")
-    assert found == evaluate_last_position(model, ids, 7, "cpu")
-    assert found["loss"] != evaluate_last_position(model, ids, 8, "cpu")["loss"]
+    ids, _ = dataset.load(str(workdir / "data" / "tiny"), "train")
+    result = evaluate_last_position(model, ids, 7, "cpu")
+    assert result == evaluate_last_position(model, ids, 7, "cpu")
+    assert result["loss"] != evaluate_last_position(model, ids, 8, "cpu")["loss"]
     x = dataset.random_windows(ids, 65, 1200, 7)
     losses = [F.cross_entropy(model(row[None, :64])[0, -1:].double(), row[64:]).item() for row in x]
-    assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
-    assert found["loss_se"] == pytest.approx(np.std(losses, ddof=1) / 1200**0.5, rel=1e-4)
+    assert result["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert result["loss_se"] == pytest.approx(np.std(losses, ddof=1) / 1200**0.5, rel=1e-4)
 
 
 # --- GPT-2 ---
 
 
-def test_gpt2_by_its_configs(house, sh):
-    """The way of a user, on a small GPT-2 in Hugging Face's format that lies where its name says."""
-    few = "--max_iters=4 --eval_interval=2 --log_interval=2 --gradient_accumulation_steps=1 --batch_size=2 --eval_tokens=300"
+def test_configs_of_gpt2(workdir, sh):
+    """Trains, evaluates and samples by the configs for GPT-2. A small GPT-2 in the folder `gpt2` replaces the hub's."""
+    steps = "--max_iters=4 --eval_interval=2 --log_interval=2 --eval_tokens=300"
+    few = f"{steps} --gradient_accumulation_steps=1 --batch_size=2"
     sh(f"train.py config/finetune_gpt2_pot4.py {few} --calibrate_tokens=200")
     sh(f"train.py config/paper_gpt2_pot4.py {few}")
     done = sh("eval.py config/eval_gpt2.py --ckpt=gpt2,out-gpt2-pot4,out-gpt2-paper --tokens=300")
-    rows = rows_of(house, done)
+    rows = rows_of(workdir, done)
     assert [r["method"] for r in rows] == ["float", "QAT", "QAT"] and [r["block_size"] for r in rows] == [96] * 3
-    assert [r["weights"] for r in rows] == [
-        "float32",
-        "PoT 4 bits, groups of 64",
-        "paper PoT 5 bits, per tensor, range 2^7",
-    ]
+    weights = ["float32", "PoT 4 bits, groups of 64", "paper PoT 5 bits, per tensor, range 2^7"]
+    assert [r["weights"] for r in rows] == weights
     assert rows[1]["kl"] > 0 and rows[1]["bytes"] < 0.15 * rows[0]["bytes"]
-    assert (house / "eval.json").exists() or (house / "out-gpt2-paper" / "eval.json").exists()
+    assert (workdir / "eval.json").exists() or (workdir / "out-gpt2-paper" / "eval.json").exists()
     sh("train.py config/ptq_gpt2_pot4.py --eval_tokens=300 --calibrate_tokens=200")
     done = sh("eval.py --ckpt=out-gpt2-paper,out-gpt2-ptq4 --dataset=openwebtext --protocol=paper --split=train")
-    rows = rows_of(house, done)
+    rows = rows_of(workdir, done)
     assert rows[1]["method"] == "PTQ, GPTQ on 192 tokens"
     assert all(r["loss_se"] > 0 and r["block_size"] == 64 for r in rows)
     for folder in ("gpt2", "out-gpt2-ptq4"):
         done = sh(f"sample.py --ckpt={folder} --prompt=Hello --max_new_tokens=5 --top_k=256")
         assert done.stdout.startswith("Hello")
-    model, info = checkpoint.load_model(str(house / "out-gpt2-pot4"))
-    assert model.config.block_size == 96 and info.origin == "gpt2"  # trained on windows of 64, with the same context
+    model, info = checkpoint.load_model(str(workdir / "out-gpt2-pot4"))
+    assert model.config.block_size == 96 and info.origin == "gpt2"  # windows of 64 keep the context of 96
 
 
-def test_letters_of_several_tokens_are_streamed_whole(house, monkeypatch, capsys):
+def test_multi_byte_letters_are_streamed_whole(workdir, monkeypatch, capsys):
     import sample
     from model import GPT
 
-    monkeypatch.chdir(house)
-    ids = [*"ä\N{SNOWMAN}".encode(), 50256, 50300, 0xC3]  # the last letter is cut short
+    monkeypatch.chdir(workdir)
+    ids = [*"ä\N{SNOWMAN}".encode(), 50256, 50300, 0xC3]  # the last byte starts a letter that never ends
     monkeypatch.setattr(GPT, "generate", lambda *args, **kwargs: (torch.tensor([[i]]) for i in ids))
     sample.main(sample.Settings(ckpt="gpt2", prompt="a", max_new_tokens=len(ids)))
     assert capsys.readouterr().out == "aä\N{SNOWMAN}<|endoftext|>\N{REPLACEMENT CHARACTER}\n"
@@ -540,8 +552,8 @@ def test_letters_of_several_tokens_are_streamed_whole(house, monkeypatch, capsys
 # --- sample.py ---
 
 
-def test_sampling_from_every_kind(house, sh, float_run, qat_run):
-    (house / "prompt.txt").write_text("the lazy ")
+def test_sampling_from_float_and_qat(workdir, sh, float_run, qat_run):
+    (workdir / "prompt.txt").write_text("the lazy ")
     texts = {}
     for folder in (float_run, qat_run, "out-half"):
         command = f"sample.py --ckpt={folder} --max_new_tokens=60 --seed=5"
@@ -550,24 +562,22 @@ def test_sampling_from_every_kind(house, sh, float_run, qat_run):
         assert "60 tokens" in done.stderr and "tokens/s" in done.stderr
         assert sh(f"{command} --prompt_file=prompt.txt").stdout == done.stdout
         texts[folder] = done.stdout
-    assert texts[qat_run] == texts["out-half"]  # packed and fake-quantized are one model
-    greedy = [
-        sh(f"sample.py --ckpt={float_run} --temperature=0 --max_new_tokens=20 --prompt=the --seed={s}").stdout
-        for s in (1, 2)
-    ]
+    assert texts[qat_run] == texts["out-half"]  # the packed and the fake-quantized model give the same text
+    command = f"sample.py --ckpt={float_run} --temperature=0 --max_new_tokens=20 --prompt=the"
+    greedy = [sh(f"{command} --seed={s}").stdout for s in (1, 2)]
     assert greedy[0] == greedy[1]
 
 
-def test_text_is_streamed(house, float_run):
+def test_text_is_streamed(workdir, float_run):
     args = [sys.executable, "sample.py", f"--ckpt={float_run}", "--max_new_tokens=100000", "--prompt=the"]
-    process = subprocess.Popen(args, cwd=house, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(args, cwd=workdir, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     start = time.time()
     assert process.stdout.read(10) and time.time() - start < 60
     process.kill()
     process.wait()
 
 
-# --- errors: one line, exit status 2, nothing overwritten ---
+# --- errors: each prints one line, exits with status 2 and overwrites nothing ---
 
 
 @pytest.mark.parametrize(
@@ -580,23 +590,32 @@ def test_text_is_streamed(house, float_run):
         ("train.py --dataset=empty", "make it with `python data/empty/prepare.py`"),
         ("train.py --dataset=tiny --out_dir={float}", "holds a checkpoint already: --init_from=resume"),
         ("train.py --dataset=tiny --init_from=resume --out_dir=out-nowhere", "no folder out-nowhere"),
-        ("train.py --dataset=tiny --init_from={float} --n_layer=3 --out_dir=x", "n_layer=3, but out-float was trained with n_layer=2"),
+        ("train.py --dataset=tiny --init_from={float} --n_layer=3 --out_dir=x",
+         "n_layer=3, but out-float was trained with n_layer=2"),
         ("train.py --dataset=tiny --init_from=resume --out_dir={float} --pot_bits=4", "resume with the same"),
         ("train.py --dataset=other --init_from={float} --out_dir=x", "another vocabulary"),
         ("train.py --dataset=tiny --block_size=100000 --out_dir=x", "lower block_size"),
         ("train.py --dataset=tiny --n_embd=65 --out_dir=x", "n_embd=65 must be a multiple"),
-        ("train.py --dataset=tiny --n_embd=32 --n_head=2 --n_layer=1 --block_size=8 --pot_bits=4 --out_dir=x", "transformer.wte: group_size 64 does not divide its 32"),
+        ("train.py --dataset=tiny --n_embd=32 --n_head=2 --n_layer=1 --block_size=8 --pot_bits=4 --out_dir=x",
+         "transformer.wte: group_size 64 does not divide its 32"),
         ("train.py --dataset=tiny --max_iters=-1 --out_dir=x", "max_iters=-1 must be at least 0"),
-        ("train.py --dataset=tiny --init_from=resume --out_dir={float} --max_iters=10", "out-float is at step 30 already"),
-        ("train.py --dataset=tiny --init_from=packed --out_dir=x", "packed holds model.safetensors alone"),
-        ("train.py --dataset=tiny --init_from={float} --max_iters=0 --out_dir=x", "max_iters=0 only quantizes (PTQ): pass a pot_ setting"),
-        ("train.py --dataset=tiny --init_from={float} --max_iters=0 --pot_bits=4 --out_dir={qat}", "out-qat holds a checkpoint already"),
-        ("train.py --dataset=tiny --init_from={float} --pot_bits=4 --calibrate_tokens=-5 --out_dir=x", "calibrate_tokens=-5 must be at least 0"),
+        ("train.py --dataset=tiny --init_from=resume --out_dir={float} --max_iters=10",
+         "out-float is at step 30 already"),
+        ("train.py --dataset=tiny --init_from=packed --out_dir=x", "packed holds packed weights only: pass the float model that they come from (out-float)"),
+        ("train.py --dataset=tiny --init_from=resume --out_dir=packed", "packed holds model.safetensors only"),
+        ("train.py --dataset=tiny --init_from={float} --max_iters=0 --out_dir=x",
+         "max_iters=0 only quantizes (PTQ): pass a pot_ setting"),
+        ("train.py --dataset=tiny --init_from={float} --max_iters=0 --pot_bits=4 --out_dir={qat}",
+         "out-qat holds a checkpoint already"),
+        ("train.py --dataset=tiny --init_from={float} --pot_bits=4 --calibrate_tokens=-5 --out_dir=x",
+         "calibrate_tokens=-5 must be at least 0"),
         ("eval.py --ckpt={float} --pot_bits=4", "unknown key --pot_bits"),
         ("train.py --dataset=foreign --out_dir=x", "train.bin holds the token 500"),
         ("train.py --dataset=cut --out_dir=x", "train.bin is cut short"),
-        ("train.py --dataset=short --block_size=32 --out_dir=x", "data/short/val.bin holds 20 tokens, a context of 32 needs more"),
-        ("train.py --dataset=void --block_size=8 --out_dir=x", "data/void/train.bin holds 0 tokens, a context of 8 needs more"),
+        ("train.py --dataset=short --block_size=32 --out_dir=x",
+         "data/short/val.bin holds 20 tokens, a context of 32 needs more"),
+        ("train.py --dataset=void --block_size=8 --out_dir=x",
+         "data/void/train.bin holds 0 tokens, a context of 8 needs more"),
         ("train.py --dataset=tiny --device=meta --out_dir=x", "not one of cpu, cuda and mps"),
         ("eval.py --ckpt=,", "at least one folder"),
         ("eval.py --ckpt={qat} --reference=typo", "no folder typo"),
@@ -615,9 +634,11 @@ def test_text_is_streamed(house, float_run):
         ("sample.py --ckpt={float} --prompt=", "the prompt is empty"),
         ("sample.py --ckpt={float} --prompt_file=nowhere.txt", "nowhere.txt"),
         ("sample.py --ckpt={float} --temperature=-1", "temperature must be at least 0"),
-        ("train.py --dataset=openwebtext --init_from=gpt2 --block_size=97 --out_dir=x", "block_size=97 is more than the context of gpt2, 96"),
+        ("train.py --dataset=openwebtext --init_from=gpt2 --block_size=97 --out_dir=x",
+         "block_size=97 is more than the context of gpt2, 96"),
         ("train.py --dataset=tiny --init_from=gpt2 --out_dir=x", "another vocabulary"),
-        ("train.py --dataset=openwebtext --init_from=gpt2 --n_layer=3 --out_dir=x", "n_layer=3, but gpt2 was trained with n_layer=2"),
+        ("train.py --dataset=openwebtext --init_from=gpt2 --n_layer=3 --out_dir=x",
+         "n_layer=3, but gpt2 was trained with n_layer=2"),
         ("train.py --dataset=openwebtext --init_from=gpt5 --out_dir=x", "no folder gpt5"),
         ("eval.py --ckpt=gpt2", "pass --dataset=openwebtext or --text FILE"),
         ("eval.py --ckpt=gpt2 --text=nowhere.txt", "nowhere.txt"),
@@ -635,32 +656,31 @@ def test_text_is_streamed(house, float_run):
         ("train.py --dataset=tiny --learning_rate=-1 --out_dir=x", "learning_rate=-1.0 must be at least 0"),
         ("train.py --dataset=tiny --beta2=1 --out_dir=x", "beta2=1.0 must be below 1"),
         ("train.py --dataset=tiny --dropout=1.5 --out_dir=x", "dropout=1.5 must be at least 0 and below 1"),
-        ("train.py --dataset=tiny --init_from={float} --dropout=1.5 --out_dir=x", "dropout=1.5 must be at least 0 and below 1"),
+        ("train.py --dataset=tiny --init_from={float} --dropout=1.5 --out_dir=x",
+         "dropout=1.5 must be at least 0 and below 1"),
     ],
 )  # fmt: skip
-def test_errors(house, float_run, qat_run, monkeypatch, capsys, command, message):
+def test_errors(workdir, float_run, qat_run, monkeypatch, capsys, command, message):
     for name in ("empty", "other"):
-        (house / "data" / name).mkdir(exist_ok=True)
-        (house / "data" / name / "prepare.py").touch()
-    if not (house / "data" / "other" / "test.bin").exists():
-        dataset.write_chars(house / "data" / "other", dict.fromkeys(dataset.SPLITS, "0123456789" * 20))
+        (workdir / "data" / name).mkdir(exist_ok=True)
+        (workdir / "data" / name / "prepare.py").touch()
+    if not (workdir / "data" / "other" / "test.bin").exists():
+        dataset.write_chars(workdir / "data" / "other", dict.fromkeys(dataset.SPLITS, "0123456789" * 20))
         for name in ("foreign", "cut", "short", "void"):
-            dataset.write_chars(
-                (house / "data" / name).mkdir() or house / "data" / name, dict.fromkeys(dataset.SPLITS, "ab" * 100)
-            )
-        np.full(100, 500, dtype=np.uint16).tofile(house / "data" / "foreign" / "train.bin")
-        (house / "data" / "cut" / "train.bin").write_bytes(b"odd")
-        (house / "data" / "short" / "val.bin").write_bytes(bytes(40))
-        (house / "data" / "void" / "train.bin").write_bytes(b"")
-        (house / "latin.txt").write_bytes("Käse".encode("latin-1"))
-        (house / "packed").mkdir()
-        (house / "packed" / "model.safetensors").write_bytes((house / qat_run / "model.safetensors").read_bytes())
-        (house / "truncated").mkdir()
-        (house / "truncated" / "model.safetensors").write_bytes(
-            (house / float_run / "model.safetensors").read_bytes()[:5000]
-        )
-    before = {p: p.read_bytes() for f in (float_run, qat_run) for p in (house / f).iterdir()}
-    monkeypatch.chdir(house)
+            (workdir / "data" / name).mkdir()
+            dataset.write_chars(workdir / "data" / name, dict.fromkeys(dataset.SPLITS, "ab" * 100))
+        np.full(100, 500, dtype=np.uint16).tofile(workdir / "data" / "foreign" / "train.bin")
+        (workdir / "data" / "cut" / "train.bin").write_bytes(b"odd")
+        (workdir / "data" / "short" / "val.bin").write_bytes(bytes(40))
+        (workdir / "data" / "void" / "train.bin").write_bytes(b"")
+        (workdir / "latin.txt").write_bytes("Käse".encode("latin-1"))
+        (workdir / "packed").mkdir()
+        (workdir / "packed" / "model.safetensors").write_bytes((workdir / qat_run / "model.safetensors").read_bytes())
+        (workdir / "truncated").mkdir()
+        content = (workdir / float_run / "model.safetensors").read_bytes()
+        (workdir / "truncated" / "model.safetensors").write_bytes(content[:5000])
+    before = {p: p.read_bytes() for f in (float_run, qat_run) for p in (workdir / f).iterdir()}
+    monkeypatch.chdir(workdir)
     monkeypatch.setattr(sys, "argv", command.format(float=float_run, qat=qat_run).split(" "))
     script = importlib.import_module(command.split(".")[0])
     with pytest.raises(SystemExit) as e:
@@ -668,18 +688,16 @@ def test_errors(house, float_run, qat_run, monkeypatch, capsys, command, message
     error = capsys.readouterr().err
     assert e.value.code == 2
     assert len(error.splitlines()) == 1 and "error: " in error and message in error, error
-    assert not (house / "x").exists() and {p: p.read_bytes() for p in before} == before
+    assert not (workdir / "x").exists() and {p: p.read_bytes() for p in before} == before
 
 
 @pytest.mark.parametrize("log_interval", [5, 1000])
-def test_diverged_training_stops_and_keeps_the_checkpoint(house, sh, float_run, log_interval):
-    folder = house / f"out-nan-{log_interval}"
+def test_diverged_run_stops_and_keeps_the_checkpoint(workdir, sh, float_run, log_interval):
+    folder = workdir / f"out-nan-{log_interval}"
     folder.mkdir()
-    (folder / "ckpt.pt").write_bytes(before := (house / float_run / "ckpt.pt").read_bytes())
-    command = (
-        f"train.py {TINY} --init_from=resume --out_dir={folder.name} --max_iters=200 --learning_rate=1e30 --grad_clip=0"
-    )
-    done = sh(f"{command} --log_interval={log_interval}", ok=False)
+    (folder / "ckpt.pt").write_bytes(before := (workdir / float_run / "ckpt.pt").read_bytes())
+    options = "--init_from=resume --max_iters=200 --learning_rate=1e30 --grad_clip=0"
+    done = sh(f"train.py {TINY} {options} --out_dir={folder.name} --log_interval={log_interval}", ok=False)
     assert done.returncode == 2 and "lower learning_rate" in done.stderr and "keeps the last checkpoint" in done.stderr
     assert (folder / "ckpt.pt").read_bytes() == before
 
@@ -687,74 +705,73 @@ def test_diverged_training_stops_and_keeps_the_checkpoint(house, sh, float_run, 
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda its: its.update(exp_avg=torch.zeros(3)),
-        lambda its: its.update(exp_avg=torch.zeros(1).expand(its["exp_avg"].shape)),
-        lambda its: its.update(step=torch.ones(2)),
-        lambda its: its.pop("exp_avg"),
-        lambda its: its.update(exp_avg="x"),
+        lambda state: state.update(exp_avg=torch.zeros(3)),
+        lambda state: state.update(exp_avg=torch.zeros(1).expand(state["exp_avg"].shape)),
+        lambda state: state.update(step=torch.ones(2)),
+        lambda state: state.pop("exp_avg"),
+        lambda state: state.update(exp_avg="x"),
     ],
 )
-def test_moments_that_do_not_fit(house, sh, float_run, damage):
-    """The fused step would write beyond them."""
-    folder = house / "out-moments"
+def test_damaged_optimizer_state(workdir, sh, float_run, damage):
+    """Without a check, the fused step writes out of bounds."""
+    folder = workdir / "out-moments"
     folder.mkdir(exist_ok=True)
-    state = torch.load(house / float_run / "ckpt.pt", weights_only=True)
+    state = torch.load(workdir / float_run / "ckpt.pt", weights_only=True)
     damage(state["optimizer"]["state"][0])
     torch.save(state, folder / "ckpt.pt")
     done = sh(f"train.py {TINY} --init_from=resume --out_dir=out-moments --max_iters=32", ok=False)
     assert "the optimizer's state in this checkpoint is damaged" in done.stderr
 
 
-def test_a_diverged_run_that_is_asked_to_stop(house, sh, float_run, monkeypatch):
-    """Nor does what stops it save what came of a loss that is not finite; and the step is that of the loss."""
+def test_signal_to_a_diverged_run(workdir, sh, float_run, monkeypatch):
+    """A run saves no weights after a loss that is not finite, even if a signal stops it. The error names the step."""
     import train
 
-    folder = house / "out-nan-stop"
+    folder = workdir / "out-nan-stop"
     folder.mkdir()
-    (folder / "ckpt.pt").write_bytes(before := (house / float_run / "ckpt.pt").read_bytes())
+    (folder / "ckpt.pt").write_bytes(before := (workdir / float_run / "ckpt.pt").read_bytes())
     monkeypatch.setattr(train.Stop, "asked", lambda self, world: setattr(self, "signal", 15) or asked())
     steps = iter(range(100))
 
     def asked():
         return next(steps) == 40
 
-    command = (
-        f"train.py {TINY} --init_from=resume --out_dir=out-nan-stop --max_iters=200 --learning_rate=1e30 --grad_clip=0"
-    )
-    done = sh(f"{command} --eval_interval=1000 --log_interval=1000", ok=False)
+    options = "--init_from=resume --max_iters=200 --learning_rate=1e30 --grad_clip=0"
+    intervals = "--eval_interval=1000 --log_interval=1000"
+    done = sh(f"train.py {TINY} {options} {intervals} --out_dir=out-nan-stop", ok=False)
     assert "the loss is" in done.stderr and (folder / "ckpt.pt").read_bytes() == before
     step = int(done.stderr.partition("at step ")[2].partition(":")[0])
     assert 30 < step < 40
 
 
-def test_a_model_of_nan_is_told_from_one_that_writes(house, sh, float_run, monkeypatch):
-    model, info = checkpoint.load_model(str(house / float_run))
+def test_sampling_from_a_model_with_nan(workdir, sh, float_run, monkeypatch):
+    model, info = checkpoint.load_model(str(workdir / float_run))
     torch.nn.init.constant_(model.transformer.ln_f.weight, torch.nan)
-    checkpoint.save_model(str(house / "out-nan-model"), model, info)
+    checkpoint.save_model(str(workdir / "out-nan-model"), model, info)
     done = sh("sample.py --ckpt=out-nan-model --prompt=the --max_new_tokens=2", ok=False)
     assert "the model's logits are not finite" in done.stderr
 
 
-def test_a_finished_run_stays_as_it_is(house, sh, float_run):
-    files = {p: p.read_bytes() for p in (house / float_run).iterdir()}
+def test_resuming_a_finished_run_changes_nothing(workdir, sh, float_run):
+    files = {p: p.read_bytes() for p in (workdir / float_run).iterdir()}
     done = sh(f"train.py {TINY} --init_from=resume --out_dir={float_run} --max_iters=30")
     assert "is finished: step 30 of 30" in done.stdout and {p: p.read_bytes() for p in files} == files
 
 
-def test_float_control_and_its_float_model(house, sh, float_run):
+def test_float_control(workdir, sh, float_run):
     command = f"train.py --dataset=tiny --init_from={float_run} --out_dir=out-control --batch_size=4 --eval_interval=10"
     sh(f"{command} --max_iters=10")
-    with open(house / "out-control" / "log.jsonl", "a") as f:
-        f.write('{"step": 1')  # a run that was killed while it wrote
+    with open(workdir / "out-control" / "log.jsonl", "a") as f:
+        f.write('{"step": 1')  # a killed run leaves half a line
     sh(f"{command.replace(f'init_from={float_run}', 'init_from=resume')} --max_iters=20")
-    (row,) = rows_of(house, sh("eval.py --ckpt=out-control"))
+    (row,) = rows_of(workdir, sh("eval.py --ckpt=out-control"))
     assert row["method"] == "float control" and row["steps"] == 20 and row["kl"] > 0
 
 
-def test_settings_of_the_optimizer_hold_after_resume(house, sh, float_run):
-    folder = house / "out-decay"
+def test_resume_applies_optimizer_settings(workdir, sh, float_run):
+    folder = workdir / "out-decay"
     folder.mkdir()
-    (folder / "ckpt.pt").write_bytes((house / float_run / "ckpt.pt").read_bytes())
+    (folder / "ckpt.pt").write_bytes((workdir / float_run / "ckpt.pt").read_bytes())
     sh(f"train.py {TINY} --init_from=resume --out_dir=out-decay --max_iters=40 --weight_decay=0.7 --beta1=0.5")
     groups = checkpoint.load_training(str(folder)).optimizer["param_groups"]
     assert [g["weight_decay"] for g in groups] == [0.7, 0.0] and groups[0]["betas"] == (0.5, 0.95)

@@ -1,4 +1,4 @@
-"""sweep.py as a user runs it. Its rows equal those of train.py and eval.py."""
+"""sweep.py as a user runs it. The rows equal those of train.py and eval.py."""
 
 import json
 import math
@@ -31,70 +31,70 @@ weights = [
 
 
 @pytest.fixture(scope="module")
-def swept(house, sh, float_run):
-    (house / "finetune.py").write_text('dataset = "tiny"\nbatch_size = 4\nlearning_rate = 1e-3\neval_interval = 4\n')
-    (house / "sweep_tiny.py").write_text(CONFIG)
+def sweep_run(workdir, sh, float_run):
+    (workdir / "finetune.py").write_text('dataset = "tiny"\nbatch_size = 4\nlearning_rate = 1e-3\neval_interval = 4\n')
+    (workdir / "sweep_tiny.py").write_text(CONFIG)
     done = sh("sweep.py sweep_tiny.py")
-    return done, json.loads((house / "kept" / "sweep.json").read_text())
+    return done, json.loads((workdir / "kept" / "sweep.json").read_text())
 
 
-def test_rows_are_those_of_eval_and_train(house, sh, swept):
-    found = {r["name"]: r for r in swept[1]["rows"]}
-    # The float model and rounding to nearest do not depend on the seed.
-    assert len(found) == 1 + 3 + (1 + 1) + 2 * (3 + 1)
+def test_rows_equal_those_of_train_and_eval(workdir, sh, sweep_run):
+    rows = {r["name"]: r for r in sweep_run[1]["rows"]}
+    # The float model and RTN have one seed.
+    assert len(rows) == 1 + 3 + (1 + 1) + 2 * (3 + 1)
     ptq = "train.py finetune.py --init_from=out-float --seed=2 --pot_bits=4 --pot_group_size=32 --max_iters=0"
     for kind, tokens in (("rtn", 0), ("gptq", 512)):
         sh(f"{ptq} --calibrate_tokens={tokens} --out_dir=out-alone-{kind}")
         sh(f"eval.py --ckpt=out-alone-{kind} --json=one.json")
-        theirs = json.loads((house / "one.json").read_text())["rows"][-1]
-        row = found[f"pot-4-bits-groups-of-32-{kind}-s{1 if kind == 'rtn' else 2}"]
-        assert {k: row[k] for k in ("loss", "kl", "bytes", "method")} == {
-            k: theirs[k] for k in ("loss", "kl", "bytes", "method")
-        }
-    for name, pot in (("qat", "--pot_bits=4 --pot_group_size=32"), ("control", "")):
+        expected = json.loads((workdir / "one.json").read_text())["rows"][-1]
+        row = rows[f"pot-4-bits-groups-of-32-{kind}-s{1 if kind == 'rtn' else 2}"]
+        for key in ("loss", "kl", "bytes", "method"):
+            assert row[key] == expected[key], key
+    for name, pot_options in (("qat", "--pot_bits=4 --pot_group_size=32"), ("control", "")):
         out = f"out-alone-{name}"
-        sh(f"train.py finetune.py --init_from=out-float --max_iters=6 --seed=2 --out_dir={out} {pot}")
+        sh(f"train.py finetune.py --init_from=out-float --max_iters=6 --seed=2 --out_dir={out} {pot_options}")
         sh(f"eval.py --ckpt={out} --json=one.json")
-        theirs = json.loads((house / "one.json").read_text())["rows"][0]
-        row = found["pot-4-bits-groups-of-32-qat6-s2" if name == "qat" else "float-control6-s2"]
-        assert (row["loss"], row["steps"]) == (theirs["loss"], 6)
-        assert not (house / row["ckpt"] / "ckpt.pt").exists()
+        expected = json.loads((workdir / "one.json").read_text())["rows"][0]
+        row = rows["pot-4-bits-groups-of-32-qat6-s2" if name == "qat" else "float-control6-s2"]
+        assert (row["loss"], row["steps"]) == (expected["loss"], 6)
+        assert not (workdir / row["ckpt"] / "ckpt.pt").exists()
 
 
-def test_the_table_pairs_seeds(house, swept):
-    done, result = swept
-    found = {(r["kind"], r["weights"], r["seed"]): r["loss"] for r in result["rows"]}
-    table = {(t["kind"], t["weights"]): t for t in result["table"]}
-    for kind, other in (("gptq", "float"), ("qat", "control")):
-        its = (1, 1, 1) if other == "float" else (1, 2, 3)
-        above = [
-            found[kind, "PoT 4 bits, groups of 32", s] - found[other, "float32", o] for s, o in zip((1, 2, 3), its)
-        ]
-        t, key = table[kind, "PoT 4 bits, groups of 32"], "above_control" if other == "control" else "above"
-        assert t[key] == pytest.approx(statistics.mean(above), abs=1e-12)
-        # 97.5 % quantile of Student's t with two degrees of freedom: p = 1/2 + t / (2 sqrt(2 + t^2)), solved for t
+def test_table_pairs_seeds(workdir, sweep_run):
+    done, result = sweep_run
+    losses_by_row = {(r["kind"], r["weights"], r["seed"]): r["loss"] for r in result["rows"]}
+    table = {(row["kind"], row["weights"]): row for row in result["table"]}
+    for kind, baseline in (("gptq", "float"), ("qat", "control")):
+        baseline_seeds = (1, 1, 1) if baseline == "float" else (1, 2, 3)
+        losses = [losses_by_row[kind, "PoT 4 bits, groups of 32", s] for s in (1, 2, 3)]
+        above = [loss - losses_by_row[baseline, "float32", s] for loss, s in zip(losses, baseline_seeds)]
+        row, key = table[kind, "PoT 4 bits, groups of 32"], "above_control" if baseline == "control" else "above"
+        assert row[key] == pytest.approx(statistics.mean(above), abs=1e-12)
+        # The 97.5 % quantile of Student's t with 2 degrees of freedom solves p = 1/2 + t / (2 sqrt(2 + t^2)).
         quantile = math.sqrt(2 * 0.95**2 / (1 - 0.95**2))
-        assert t[f"{key}_interval"] == pytest.approx(quantile * statistics.stdev(above) / math.sqrt(3), rel=1e-3)
+        assert row[f"{key}_interval"] == pytest.approx(quantile * statistics.stdev(above) / math.sqrt(3), rel=1e-3)
     assert table["rtn", "uniform 3 bits, per channel"]["above_interval"] is None
-    own = [found["qat", "PoT 4 bits, groups of 32", s] - found["float", "float32", 1] for s in (1, 2, 3)]
-    assert table["qat", "PoT 4 bits, groups of 32"]["above"] == pytest.approx(statistics.mean(own), abs=1e-12)
-    text = (house / "kept" / "sweep.md").read_text()
+    above_float = [
+        losses_by_row["qat", "PoT 4 bits, groups of 32", s] - losses_by_row["float", "float32", 1] for s in (1, 2, 3)
+    ]
+    assert table["qat", "PoT 4 bits, groups of 32"]["above"] == pytest.approx(statistics.mean(above_float), abs=1e-12)
+    text = (workdir / "kept" / "sweep.md").read_text()
     assert text in done.stdout and text.endswith("\nRows of 32 bits.\n")
     (line,) = [line for line in text.splitlines() if line.startswith("| PoT 4 bits, groups of 32 | qat | 768 |")]
     assert line.endswith("| 1.5 |")
-    assert (house / "kept" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert (workdir / "kept" / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_sweep_that_was_cut_goes_on(house, sh, swept):
-    path = house / "out-sweep" / "rows.jsonl"
+def test_interrupted_sweep_resumes(workdir, sh, sweep_run):
+    path = workdir / "out-sweep" / "rows.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:-1]) + lines[-1][:40])  # killed while it wrote a row
+    path.write_text("".join(lines[:-1]) + lines[-1][:40])  # a killed sweep leaves part of a row
     done = sh("sweep.py sweep_tiny.py")
     assert done.stdout.count("\n---") + done.stdout.startswith("---") == 1
     assert [r["loss"] for r in sweep.read(path).values()] == [json.loads(line)["loss"] for line in lines]
 
 
-def test_kinds_of_weights_have_lines_and_names_of_their_own(swept, tmp_path, monkeypatch):
+def test_kinds_of_weights_have_distinct_labels_and_names(sweep_run, tmp_path, monkeypatch):
     import matplotlib.pyplot as plt
 
     kinds = [
@@ -107,35 +107,35 @@ def test_kinds_of_weights_have_lines_and_names_of_their_own(swept, tmp_path, mon
     ]
     paper = dict(grid="paper", granularity="tensor", scale="absmax")
     kinds += [paper, paper | {"eps": 2.0**-12}]
-    (row,) = [t for t in swept[1]["table"] if t["kind"] == "qat" and t["config"]["bits"] == 4]
-    table = [swept[1]["table"][0]] + [row | {"config": vars(PoTConfig(**k))} for k in kinds]
-    shown = []
-    monkeypatch.setattr(plt, "close", lambda fig: shown.append(fig))
+    (row,) = [t for t in sweep_run[1]["table"] if t["kind"] == "qat" and t["config"]["bits"] == 4]
+    table = [sweep_run[1]["table"][0]] + [row | {"config": vars(PoTConfig(**k))} for k in kinds]
+    figures = []
+    monkeypatch.setattr(plt, "close", lambda fig: figures.append(fig))
     plot.draw_sweep(table, str(tmp_path / "x.png"))
-    labels = [t.get_text() for t in shown[0].legends[0].get_texts()]
-    assert len(labels) == len(set(labels)) == len(kinds) - 1 + 1  # range 2^5 is a point on another's line; and float
-    assert [t.get_text() for t in shown[0].axes[0].texts] == ["$2^{5}$"]
+    labels = [t.get_text() for t in figures[0].legends[0].get_texts()]
+    # Range 2^5 is a point on the line of another kind; float has a label too.
+    assert len(labels) == len(set(labels)) == len(kinds) - 1 + 1
+    assert [t.get_text() for t in figures[0].axes[0].texts] == ["$2^{5}$"]
     names = [sweep.name_of(sweep.Settings(), "rtn", PoTConfig(**k), 1) for k in kinds]
     assert len(names) == len(set(names))
 
 
-def test_intervals_are_students():
-    """Beside a large sample of normal means."""
+def test_intervals_follow_students_t():
+    """The intervals agree with quantiles of simulated t statistics."""
     for n in range(2, 12):
         t = torch.randn(400_000, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
         t = t.mean(1) / (t.std(1) / n**0.5)
         expected = t.abs().quantile(0.95) if n < 11 else 2.262
-        rows = [dict(kind=k, weights=k, seed=0, config=None, loss=0.0) for k in ("float",)]
-        same = dict.fromkeys(("steps", "tokens_seen", "bits_per_weight", "bytes", "papers", "seconds"), 1)
+        common = dict.fromkeys(("steps", "tokens_seen", "bits_per_weight", "bytes", "papers", "seconds"), 1)
         losses = [float(x) for x in range(n)]
-        rows = [r | same for r in rows] + [
-            same | dict(kind="gptq", weights="w", seed=i, config={"bits": 4}, loss=x) for i, x in enumerate(losses)
-        ]
+        rows = [common | dict(kind="float", weights="float", seed=0, config=None, loss=0.0)]
+        for i, x in enumerate(losses):
+            rows.append(common | dict(kind="gptq", weights="w", seed=i, config={"bits": 4}, loss=x))
         interval = sweep.summary(rows)[1]["above_interval"]
         assert interval == pytest.approx(float(expected) * statistics.stdev(losses) / n**0.5, rel=0.01)
 
 
-def test_a_float_model_a_seed():
+def test_float_model_per_seed():
     s = sweep.Settings(init_from="out-s{seed}", seeds="1,2", weights=[{}])
     kinds = [(method, seed) for method, *_, seed in sweep.plan_of(s, ["rtn", "qat"])]
     assert kinds == [(kind, seed) for kind in ("float", "control", "rtn", "qat") for seed in (1, 2)]
@@ -149,14 +149,15 @@ def test_a_float_model_a_seed():
         ("--init_from=nowhere", "nowhere"),
         ("--split=val", "out-sweep holds rows that were measured with"),
         ("--weights=4", "expected a list, by a config file or None"),
+        ("--max_iters=0", "QAT takes at least 1 step"),
     ],
 )
-def test_bad_settings(sh, swept, change, message):
+def test_bad_settings(sh, sweep_run, change, message):
     assert message in sh(f"sweep.py sweep_tiny.py {change}", ok=False).stderr
 
 
-def test_rows_of_another_way_of_training_are_not_mixed(house, sh, swept):
-    path = house / "finetune.py"
+def test_rows_of_another_finetuning_config_are_not_mixed(workdir, sh, sweep_run):
+    path = workdir / "finetune.py"
     before = path.read_text()
     path.write_text(before + "distill = 1.0\n")
     try:
@@ -166,7 +167,7 @@ def test_rows_of_another_way_of_training_are_not_mixed(house, sh, swept):
     assert "measured with {'finetune.distill': 0.0}, the settings say {'finetune.distill': 1.0}" in error
 
 
-def test_bad_weights(house, sh, float_run):
+def test_bad_weights(workdir, sh, float_run):
     for weights, message in (
         ('[{"bit": 4}]', "'bit'"),
         ('[{"bits": 9}]', "bits=9"),
@@ -174,14 +175,15 @@ def test_bad_weights(house, sh, float_run):
         ("[4]", "weights: 4 is no dict"),
         ('[{"papers": "1.5"}]', "is no dict"),
     ):
-        (house / "bad.py").write_text(f'init_from = "out-float"\nweights = {weights}\n')
+        (workdir / "bad.py").write_text(f'init_from = "out-float"\nweights = {weights}\n')
         assert message in sh("sweep.py bad.py", ok=False).stderr
 
 
-@pytest.mark.parametrize(
-    "path", sorted(p.name for pattern in ("sweep", "table") for p in ROOT.glob(f"config/{pattern}_*.py"))
-)
-def test_configs_name_each_row_once(path):
+CONFIGS = sorted(p.name for pattern in ("sweep", "table") for p in ROOT.glob(f"config/{pattern}_*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_configs_give_each_row_a_unique_name(path):
     s = configurator.configure(sweep.Settings, [str(ROOT / "config" / path)])
     plan = sweep.plan_of(s, list(sweep.METHODS))
     names = [sweep.name_of(s, method, config, seed) for method, config, _, seed in plan]
