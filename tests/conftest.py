@@ -1,3 +1,5 @@
+"""Fixtures of all tests: a folder with small data sets and models, and `sh`, which runs a script in it."""
+
 import contextlib
 import importlib
 import io
@@ -16,14 +18,14 @@ ROOT = Path(__file__).parent.parent
 STAND_IN = str(ROOT / "tests" / "stand_in")
 sys.path[:0] = [STAND_IN, str(ROOT)]
 torch.set_num_threads(2)
-os.environ["NANOPOT_KERNEL"] = "off"  # only test_kernel.py uses the kernel, because it sums in another order
-os.environ["HF_HUB_OFFLINE"] = "1"  # set before huggingface_hub is imported, so that no test waits for a network
+os.environ["NANOPOT_KERNEL"] = "off"  # the kernel sums in another order; only test_kernel.py uses it
+os.environ["HF_HUB_OFFLINE"] = "1"  # must precede the import of huggingface_hub; no test waits for a network
 
 
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory):
-    """A folder to run commands in: a copy of the scripts, a small character data set `tiny`, a small OpenWebText, and a small
-    GPT-2 in Hugging Face's format in `gpt2`. A folder of that name takes precedence over the hub."""
+    """A folder to run scripts in. It has copies of the scripts, a small character data set `tiny`, a small OpenWebText,
+    and a small GPT-2 in Hugging Face's format in `gpt2`, which takes precedence over the hub's model."""
     import dataset
 
     folder = tmp_path_factory.mktemp("workdir")
@@ -44,7 +46,7 @@ def workdir(tmp_path_factory):
 
 
 def gpt2(**config):
-    """A small GPT-2 of transformers, with random tensors."""
+    """Returns a small GPT-2 of transformers with random weights."""
     import transformers
 
     torch.manual_seed(0)
@@ -55,10 +57,10 @@ def gpt2(**config):
     return model
 
 
-def anonymous(setup, code, **env):
-    """Bytes of memory, without mapped files, that `code` takes in a new process after `setup`."""
+def added_memory(setup, code, **env):
+    """Runs `setup` and `code` in a new process. Returns the bytes of memory that `code` adds, without mapped files."""
     if not os.path.exists("/proc/self/status"):
-        pytest.skip("only Linux separates the memory of mapped files")
+        pytest.skip("needs Linux, which counts mapped files separately")
     read = "machine.process_memory('RssAnon')"
     script = "\n".join(["import machine", setup, f"before = {read}", code, f"print({read} - before)"])
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""} | env
@@ -67,15 +69,16 @@ def anonymous(setup, code, **env):
     return int(done.stdout)
 
 
-TINY = "--dataset=tiny --n_layer=2 --n_head=2 --n_embd=64 --block_size=32 --batch_size=4 --eval_interval=10 --log_interval=5"
+TINY = "--dataset=tiny --n_layer=2 --n_head=2 --n_embd=64 --block_size=32 --batch_size=4"
+TINY += " --eval_interval=10 --log_interval=5"
 
 
 @pytest.fixture(scope="session")
 def sh(workdir):
-    """sh("train.py --key=value", ok=True) -> returncode, stdout and stderr.
+    """sh("train.py --key=value", ok=True) runs a script in `workdir` and returns returncode, stdout and stderr.
 
-    The script runs in this process, in the folder workdir, because importing torch takes longer than most scripts. It runs in
-    a new process if process=True or if environment variables are given.
+    The script runs in this process, because importing torch takes longer than most scripts. It runs in a new process
+    if process=True or if environment variables are given.
     """
 
     def run(command, ok=True, process=False, **env):
@@ -84,17 +87,18 @@ def sh(workdir):
             args = [sys.executable, *command.split()]
             done = subprocess.run(args, cwd=workdir, capture_output=True, text=True, timeout=600, env=env)
         else:
-            done = _run_here(command.split(), workdir)
+            done = run_in_this_process(command.split(), workdir)
         assert (done.returncode == 0) == ok, done.stdout + done.stderr
         return done
 
     return run
 
 
-def _run_here(argv, folder):
+def run_in_this_process(argv, folder):
     import configurator
 
-    script, code = importlib.import_module(argv[0].removesuffix(".py").replace("/", ".")), 0
+    script = importlib.import_module(argv[0].removesuffix(".py").replace("/", "."))
+    code = 0
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(io.StringIO()) as out,
@@ -111,15 +115,14 @@ def _run_here(argv, folder):
 
 @pytest.fixture(scope="session")
 def float_run(sh):
-    """Folder of a float model that was trained for 30 steps."""
+    """Folder of a float model after 30 steps."""
     sh(f"train.py {TINY} --max_iters=30 --out_dir=out-float")
     return "out-float"
 
 
 @pytest.fixture(scope="session")
 def qat_run(sh, float_run):
-    """Folder of a model that was fine-tuned from float_run at 4 bits."""
-    sh(
-        f"train.py --dataset=tiny --init_from={float_run} --out_dir=out-qat --pot_bits=4 --max_iters=20 --batch_size=4 --eval_interval=10"
-    )
+    """Folder of a 4-bit model, fine-tuned from float_run for 20 steps."""
+    options = "--pot_bits=4 --max_iters=20 --batch_size=4 --eval_interval=10"
+    sh(f"train.py --dataset=tiny --init_from={float_run} --out_dir=out-qat {options}")
     return "out-qat"

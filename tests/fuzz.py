@@ -1,7 +1,7 @@
 """
-Damages packed files and checkpoints at random and loads them. Each is either refused with one clear line, or gives a model
-that runs and an optimizer that steps. A crash, a hang, another exception or too much memory ends the run and prints the seed
-that repeats it.
+Damages packed files and checkpoints at random and loads them. Each file must either raise an error of one line, or give
+a model that runs and an optimizer that steps. After a crash, a hang, another exception or too much memory, the script
+stops and prints the seed that repeats the failure.
 
     python tests/fuzz.py --packed=5000 --checkpoints=1000 --seed=0
 """
@@ -30,8 +30,8 @@ from train import Settings as TrainSettings
 from train import load_optimizer, make_optimizer
 
 CHUNK = 250  # mutations per process
-SECONDS = 20  # most time for a mutation; the slowest here takes 0.1 s
-MEMORY = 16 << 20  # most memory beyond twice the file: for the interpreter and a forward pass
+SECONDS = 20  # limit per mutation; the slowest takes 0.1 s
+MEMORY = 16 << 20  # bytes allowed beyond twice the file size, for the interpreter and a forward pass
 
 
 @dataclass
@@ -39,35 +39,35 @@ class Settings:
     packed: int = 5000  # mutations of model.safetensors
     checkpoints: int = 1000  # mutations of ckpt.pt
     seed: int = 0
-    worker: str | None = None  # the script sets it for its workers: the folder to work in
+    worker: str | None = None  # folder of a worker process; set by the script
 
 
 def main(s: Settings):
     if s.worker:
-        return work(s)
+        return run_worker(s)
     counts = {}
     with tempfile.TemporaryDirectory() as folder:
-        make(folder)
+        write_originals(folder)
         for kind, total in (("packed", s.packed), ("checkpoints", s.checkpoints)):
             for start in range(0, total, CHUNK):
                 n, seed = min(CHUNK, total - start), s.seed + start
-                others = {"packed": 0, "checkpoints": 0} | {kind: n}
+                sizes = {"packed": 0, "checkpoints": 0} | {kind: n}
                 command = [sys.executable, "-W", "ignore", __file__, f"--worker={folder}", f"--seed={seed}"]
-                command += [f"--{k}={v}" for k, v in others.items()]
+                command += [f"--{k}={v}" for k, v in sizes.items()]
                 try:
-                    done = subprocess.run(command, capture_output=True, text=True, timeout=60 + n * 2)
+                    result = subprocess.run(command, capture_output=True, text=True, timeout=60 + n * 2)
                 except subprocess.TimeoutExpired as e:
                     raise ValueError(f"{kind}: hangs at {(e.stdout or b'nothing').decode().splitlines()[-1]}") from None
-                last = done.stdout.splitlines()[-1:] or ["nothing"]
-                if done.returncode:
-                    raise ValueError(f"{kind}: exit {done.returncode} at {last[0]}: {done.stderr[-3000:]}")
+                last = result.stdout.splitlines()[-1:] or ["nothing"]
+                if result.returncode:
+                    raise ValueError(f"{kind}: exit {result.returncode} at {last[0]}: {result.stderr[-3000:]}")
                 for outcome, count in json.loads(last[0]).items():
                     counts[outcome] = counts.get(outcome, 0) + count
                 print(f"{kind} {start + n} of {total}: {counts}", flush=True)
 
 
-def make(folder):
-    """Writes the files to damage: two packed models, a float model of 11 MB, and a QAT checkpoint."""
+def write_originals(folder):
+    """Writes the original files: two packed models, a float model of 11 MB, and a QAT checkpoint."""
     torch.manual_seed(0)
     shape = GPTConfig(block_size=16, vocab_size=20, n_layer=2, n_head=2, n_embd=64)
     large = GPTConfig(block_size=16, vocab_size=5000, n_layer=2, n_head=2, n_embd=256)
@@ -87,23 +87,24 @@ def make(folder):
     checkpoint.save_training(os.path.join(folder, "d"), model, info, optimizer.state_dict(), scaler={})
 
 
-def work(s):
+def run_worker(s):
     kind = "packed" if s.packed else "checkpoints"
     name = checkpoint.MODEL if kind == "packed" else checkpoint.TRAINING
     counts, folder = {"loaded": 0, "refused": 0}, os.path.join(s.worker, f"mutant-{os.getpid()}")
     os.makedirs(folder)
     path = os.path.join(folder, name)
-    load(os.path.join(s.worker, "a" if kind == "packed" else "d"), kind)(torch.zeros(1, 5, dtype=torch.long))  # warm up
+    model = load_and_step(os.path.join(s.worker, "a" if kind == "packed" else "d"), kind)
+    model(torch.zeros(1, 5, dtype=torch.long))  # warm up
     for seed in range(s.seed, s.seed + (s.packed or s.checkpoints)):
-        r = random.Random(f"{kind} {seed}")
-        source = os.path.join(s.worker, r.choice("abc") if kind == "packed" else "d", name)
+        rng = random.Random(f"{kind} {seed}")
+        source = os.path.join(s.worker, rng.choice("abc") if kind == "packed" else "d", name)
         data = Path(source).read_bytes()
-        how = r.choice(PACKED if kind == "packed" else CHECKPOINTS)
-        Path(path).write_bytes(how(r, data))
-        print(f"seed {seed}, {how.__name__}", flush=True)
+        mutation = rng.choice(PACKED if kind == "packed" else CHECKPOINTS)
+        Path(path).write_bytes(mutation(rng, data))
+        print(f"seed {seed}, {mutation.__name__}", flush=True)
         before, start = reset_peak(), time.time()
         try:
-            model = load(folder, kind)
+            model = load_and_step(folder, kind)
         except (ValueError, OSError) as e:
             assert 20 < len(str(e)) < 2000 and "\n" not in str(e), e
             counts["refused"] += 1
@@ -114,16 +115,16 @@ def work(s):
         assert time.time() - start < SECONDS, "too slow"
         grown = (machine.process_memory("VmHWM") or 0) - before
         assert grown < 2 * len(data) + MEMORY, f"{grown} bytes of memory for {len(data)}"
-        assert not os.path.exists("/tmp/nanopot-fuzz-was-here"), "code ran"
+        assert not os.path.exists("/tmp/nanopot-fuzz-was-here"), "the file ran code"
     print(json.dumps(counts))
 
 
-def load(folder, kind):
+def load_and_step(folder, kind):
     model, _ = checkpoint.load_model(folder)
     if kind == "checkpoints":
-        state = checkpoint.load_training(folder)
+        training = checkpoint.load_training(folder)
         optimizer = make_optimizer(model, TrainSettings(), "cpu")
-        load_optimizer(optimizer, torch.amp.GradScaler(enabled=False), state)
+        load_optimizer(optimizer, torch.amp.GradScaler(enabled=False), training)
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         optimizer.step()
@@ -131,102 +132,102 @@ def load(folder, kind):
 
 
 def reset_peak():
-    """Resets the peak memory of this process. Returns its memory now in bytes; 0 where Linux is not."""
+    """Resets the peak memory of this process. Returns the current memory in bytes, or 0 without Linux."""
     if not os.path.exists("/proc/self/clear_refs"):
         return 0
     Path("/proc/self/clear_refs").write_text("5")
     return machine.process_memory("VmRSS")
 
 
-def flip(r, data):
+def flip_bytes(rng, data):
     data = bytearray(data)
-    for _ in range(r.choice((1, 1, 1, 2, 9))):
-        data[r.randrange(r.choice((8, 300, len(data) // 4, len(data))))] ^= r.randrange(1, 256)
+    for _ in range(rng.choice((1, 1, 1, 2, 9))):
+        data[rng.randrange(rng.choice((8, 300, len(data) // 4, len(data))))] ^= rng.randrange(1, 256)
     return bytes(data)
 
 
-def cut(r, data):
-    return data[: r.randrange(len(data))] if r.random() < 0.8 else data + bytes(r.randrange(1, 99))
+def change_length(rng, data):
+    return data[: rng.randrange(len(data))] if rng.random() < 0.8 else data + bytes(rng.randrange(1, 99))
 
 
-def strange(r):
+def random_value(rng):
     numbers = [-1, 0, 1, 3, 2**31, 10**9, 10**18, -(10**18), 1e300, 0.5]
-    return r.choice([None, True, *numbers, "", "x", "load", "int8", [], [1], {}, {"a": 1}])
+    return rng.choice([None, True, *numbers, "", "x", "load", "int8", [], [1], {}, {"a": 1}])
 
 
-def one_leaf(r, value):
-    """value with a part replaced, removed or doubled."""
-    if isinstance(value, dict) and value and r.random() < 0.9:
-        key = r.choice(list(value))
-        if r.random() < 0.1:
+def mutate(rng, value):
+    """Returns `value` with a random part replaced, removed or duplicated."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(list(value))
+        if rng.random() < 0.1:
             return {k: v for k, v in value.items() if k != key}
-        if r.random() < 0.1:
+        if rng.random() < 0.1:
             return value | {key + "x" if isinstance(key, str) else 7: value[key]}
-        return value | {key: one_leaf(r, value[key])}
-    if isinstance(value, list) and value and r.random() < 0.9:
-        i = r.randrange(len(value))
-        return value[:i] + [one_leaf(r, value[i])] + value[i + 1 :]
+        return value | {key: mutate(rng, value[key])}
+    if isinstance(value, list) and value and rng.random() < 0.9:
+        i = rng.randrange(len(value))
+        return value[:i] + [mutate(rng, value[i])] + value[i + 1 :]
     if isinstance(value, torch.Tensor):
         changed = [value.flatten()[:-1], value.int(), value.double(), value * torch.nan, -value, value.flatten()]
         changed += [value[None], value.as_strided(value.shape, [0] * value.dim()), value.flatten()[:1].expand(10**9)]
-        return r.choice([*changed, 7])
-    return strange(r)
+        return rng.choice([*changed, 7])
+    return random_value(rng)
 
 
-def header(r, data):
-    """safetensors' own header: shapes, dtypes, offsets, names."""
+def change_header(rng, data):
+    """Changes the header of safetensors: shapes, dtypes, offsets, names."""
     (n,) = struct.unpack("<Q", data[:8])
     fields = json.loads(data[8 : 8 + n])
-    key = r.choice([k for k in fields if k != "__metadata__"])
-    text = json.dumps(fields | {key: one_leaf(r, fields[key])}).encode()
-    if r.random() < 0.1:
-        return struct.pack("<Q", r.choice((0, n + 1, 2**40, 2**63))) + data[8:]
+    key = rng.choice([k for k in fields if k != "__metadata__"])
+    text = json.dumps(fields | {key: mutate(rng, fields[key])}).encode()
+    if rng.random() < 0.1:
+        return struct.pack("<Q", rng.choice((0, n + 1, 2**40, 2**63))) + data[8:]
     return struct.pack("<Q", len(text)) + text + data[8 + n :]
 
 
-def metadata(r, data):
+def change_metadata(rng, data):
     (n,) = struct.unpack("<Q", data[:8])
     fields = json.loads(data[8 : 8 + n])
     info = json.loads(fields["__metadata__"]["nanopot"])
-    part = r.choice(["packed", "model_args", None])
-    info = one_leaf(r, info) if part is None else info | {part: one_leaf(r, info[part])}
+    part = rng.choice(["packed", "model_args", None])
+    info = mutate(rng, info) if part is None else info | {part: mutate(rng, info[part])}
     fields["__metadata__"]["nanopot"] = json.dumps(info)
     text = json.dumps(fields).encode()
     return struct.pack("<Q", len(text)) + text + data[8 + n :]
 
 
-def scales(r, data):
-    """A scale, or a value of another tensor, that is no number."""
+def change_value(rng, data):
+    """Writes NaN, inf, -inf, zero or a tiny negative number into a scale, or into another tensor without scales."""
     (n,) = struct.unpack("<Q", data[:8])
     fields, data = json.loads(data[8 : 8 + n]), bytearray(data)
     keys = [k for k in fields if k.endswith("scale")] or [k for k in fields if k != "__metadata__"]
-    start, end = fields[r.choice(keys)]["data_offsets"]
-    at = 8 + n + r.randrange(start, end - 3) // 2 * 2
-    data[at : at + 2] = r.choice((b"\x00\x7e", b"\x00\x7c", b"\x00\xfc", b"\x00\x00", b"\x01\x80"))
+    start, end = fields[rng.choice(keys)]["data_offsets"]
+    offset = 8 + n + rng.randrange(start, end - 3) // 2 * 2
+    data[offset : offset + 2] = rng.choice((b"\x00\x7e", b"\x00\x7c", b"\x00\xfc", b"\x00\x00", b"\x01\x80"))
     return bytes(data)
 
 
-class Evil:
+class RunsCode:
     def __reduce__(self):
         return os.system, ("touch /tmp/nanopot-fuzz-was-here",)
 
 
-def state(r, data):
+def change_checkpoint(rng, data):
     import io
 
     content = torch.load(io.BytesIO(data), weights_only=True)
-    part = r.choice(["model", "info", "info", "optimizer", None])
-    content = one_leaf(r, content) if part is None else content | {part: one_leaf(r, content[part])}
-    if r.random() < 0.1:
-        content = {"model": Evil(), "info": content}
-    out, bomb = io.BytesIO(), r.random() < 0.05
+    part = rng.choice(["model", "info", "info", "optimizer", None])
+    content = mutate(rng, content) if part is None else content | {part: mutate(rng, content[part])}
+    if rng.random() < 0.1:
+        content = {"model": RunsCode(), "info": content}
+    out, bomb = io.BytesIO(), rng.random() < 0.05
     if bomb:
         content["padding"] = torch.zeros(64 << 20, dtype=torch.uint8)
     torch.save(content, out)
-    return deflated(out.getvalue()) if bomb else out.getvalue()
+    return deflate(out.getvalue()) if bomb else out.getvalue()
 
 
-def deflated(data):
+def deflate(data):
     import io
     import zipfile
 
@@ -237,8 +238,8 @@ def deflated(data):
     return out.getvalue()
 
 
-PACKED = [flip, cut, header, metadata, scales]
-CHECKPOINTS = [flip, flip, cut, state, state]
+PACKED = [flip_bytes, change_length, change_header, change_metadata, change_value]
+CHECKPOINTS = [flip_bytes, flip_bytes, change_length, change_checkpoint, change_checkpoint]
 
 if __name__ == "__main__":
     run(main, Settings)

@@ -9,8 +9,8 @@ from dataclasses import replace
 import huggingface_hub.constants
 import pytest
 import torch
-from conftest import anonymous, gpt2
-from fuzz import deflated
+from conftest import added_memory, gpt2
+from fuzz import deflate
 from safetensors.torch import load_file, save, save_file
 
 import checkpoint
@@ -166,7 +166,7 @@ def test_loading_copies_no_weights(tmp_path):
     size = checkpoint.save_model(str(tmp_path), quantize_(model, PoTConfig(scale="absmax")), info)
     assert size > 15e6
     load = f"m, _ = checkpoint.load_model({str(tmp_path)!r})"
-    assert anonymous("import checkpoint", load) < 5e6  # importing torch's compiler would take 70 MB
+    assert added_memory("import checkpoint", load) < 5e6  # importing torch's compiler would take 70 MB
 
 
 def test_loaded_weights_are_writable(tmp_path, packed):
@@ -223,7 +223,7 @@ def test_small_file_cannot_hold_a_large_model(tmp_path):
         torch.nn.init.zeros_(p)
     path = tmp_path / "ckpt.pt"
     checkpoint.save_training(str(tmp_path), model, INFO, optimizer={}, scaler={})
-    path.write_bytes(deflated(good := path.read_bytes()))
+    path.write_bytes(deflate(good := path.read_bytes()))
     assert path.stat().st_size < len(good) / 4
     with pytest.raises(ValueError, match="ckpt.pt is truncated, damaged"):
         checkpoint.load_model(str(tmp_path))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import anonymous
+from conftest import added_memory
 
 import dataset
 
@@ -247,7 +247,7 @@ def test_real_byte_pairs():
         pytest.skip("no network and no tiktoken cache")
     assert done.stdout == "[15496, 995, 50256, 34719, 225] Hello world<|endoftext|> \N{SNOWMAN} True\n", done.stderr
     # tiktoken's table in Rust takes most of this. A copy in Python would add 8 MB.
-    assert anonymous("import dataset, tiktoken", "t = dataset.BPETokenizer()", **cache_env) < 19e6
+    assert added_memory("import dataset, tiktoken", "t = dataset.BPETokenizer()", **cache_env) < 19e6
 
 
 def test_byte_pairs_without_network(monkeypatch):

@@ -1,4 +1,4 @@
-"""Short runs of tests/fuzz.py and tests/kills.py, and a check that fuzz.py notices errors."""
+"""Short runs of tests/fuzz.py and tests/kills.py, and a check that fuzz.py reports unexpected errors."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ def run(script, *args):
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
-def test_damaged_files_are_refused_or_run():
+def test_damaged_files_are_rejected_or_run():
     done = run("fuzz.py", "--packed=80", "--checkpoints=40", "--seed=100000")
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
@@ -22,7 +22,7 @@ def test_damaged_files_are_refused_or_run():
 
 
 @pytest.mark.parametrize("error", ["KeyError('x')", "MemoryError()", "IndexError('out of range')"])
-def test_it_notices_an_error_of_another_kind(tmp_path, monkeypatch, error):
+def test_fuzz_reports_unexpected_errors(tmp_path, monkeypatch, error):
     import fuzz as module
 
     load = checkpoint.load_model
@@ -33,12 +33,12 @@ def test_it_notices_an_error_of_another_kind(tmp_path, monkeypatch, error):
         return load(folder)
 
     monkeypatch.setattr(checkpoint, "load_model", broken)
-    module.make(str(tmp_path))
+    module.write_originals(str(tmp_path))
     with pytest.raises((LookupError, MemoryError)):
         module.main(module.Settings(packed=2, checkpoints=0, worker=str(tmp_path)))
 
 
-def test_a_run_that_is_killed_goes_on():
+def test_killed_run_resumes():
     done = run("kills.py", "--kills=2")
     assert done.returncode == 0, done.stderr
-    assert "the weights are those of a run in one piece" in done.stdout
+    assert "the weights equal those of an uninterrupted run" in done.stdout

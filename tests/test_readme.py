@@ -1,4 +1,4 @@
-"""The commands and the Python of README.md, docs/ and results/README.md run, if they need no network and no hours."""
+"""Runs the commands and the Python code of README.md, docs/ and results/README.md that are fast and need no network."""
 
 import json
 import re
@@ -23,31 +23,31 @@ BLOCKS = [
 COMMANDS = [line for _, kind, block in BLOCKS if kind == "sh" for line in block.splitlines() if line and line[0] != "#"]
 CODE = [(f"{page}-{i}", block) for i, (page, kind, block) in enumerate(BLOCKS) if kind == "python"]
 
-# Shorter versions of the commands.
+# Options that shorten the commands.
 STEPS = "--eval_interval=2 --batch_size=2 --gradient_accumulation_steps=1 --max_iters=4"
-FEWER = {
+SHORTER = {
     "train.py": "--eval_tokens=500 --calibrate_tokens=200",
     "eval.py": "--tokens=500",
     "sample.py": "--max_new_tokens=20",
     "sweep.py": "--max_iters=2 --tokens=500 --calibrate_tokens=200 --methods=rtn",
     "bench.py": "--ckpt=gpt2 --compile=False --rounds=2 --new_tokens=4 --prompt_tokens=20 --steps=1 --block_size=16",
 }
-# Other tests run these; or they take minutes, a compiler for another processor, or an encoder from the hub.
-NOT_HERE = re.compile(
+# Other tests cover these, or they need minutes, a compiler for another processor, or an encoder from the hub.
+SKIPPED = re.compile(
     "make |git |cd |pip |.*[.]gguf|sudo |aarch64|sh results/|torchrun |.*--wandb_log|.*--encoder=roberta-base"
-    "|.*--protocol=paper|.*papers-(ptq(3|5|15|20|30)|uniform|qat|ours|control)"  # a row of the papers is enough
+    "|.*--protocol=paper|.*papers-(ptq(3|5|15|20|30)|uniform|qat|ours|control)"  # one row of the papers runs here
 )
-# Texts that data scripts would download; `gpt2` is a folder here, which takes precedence over the hub.
+# Inputs for the data scripts, which would download them. For `gpt2`, the test writes a folder of that name.
 INPUTS = {"shakespeare_char": "input.txt", "openwebtext": "documents.jsonl", "wikitext2": "input.txt"}
 
 
-def test_the_two_commands_are_there():
+def test_readme_names_make_demo_and_make_test():
     assert "make demo" in COMMANDS and "make test" in COMMANDS
     assert len((ROOT / "README.md").read_text().splitlines()) <= 220
 
 
 def test_commands(tmp_path, monkeypatch, capfd):
-    """In the order of the pages, in a copy of the repository, as a new user would run them."""
+    """Runs the commands in the order of the pages, in a copy of the repository."""
     workdir = tmp_path / "nanopot"
     ignored = shutil.ignore_patterns(".*", "out*", "gpt2*", "*.bin", "meta.json", "__pycache__", "wandb")
     shutil.copytree(ROOT, workdir, ignore=ignored)
@@ -58,17 +58,17 @@ def test_commands(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(workdir)
     count = 0
     for line in COMMANDS:
-        if NOT_HERE.match(line):
+        if SKIPPED.match(line):
             continue
         words = shlex.split(line, comments=True)
         assert words[0] == "python" and (workdir / words[1]).exists(), line
         if Path(words[1]).parent.name in INPUTS:
             words += ["--input", str(tmp_path / INPUTS[Path(words[1]).parent.name])]
         given = {w.split("=")[0] for w in words}
-        shorter = FEWER.get(words[1], "")
+        options = SHORTER.get(words[1], "")
         if words[1] == "train.py" and "config/ptq_" not in line:
-            shorter += f" {STEPS}"
-        words += [w for w in shorter.split() if w.split("=")[0] not in given]
+            options += f" {STEPS}"
+        words += [w for w in options.split() if w.split("=")[0] not in given]
         start = time.time()
         monkeypatch.setattr(sys, "argv", words[1:])
         try:  # in this process, because importing torch takes longer than most commands
@@ -81,33 +81,33 @@ def test_commands(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("code", [block for _, block in CODE], ids=[name for name, _ in CODE])
-def test_python(code, tmp_path):
-    for name in ("pot.py", "calibrate.py"):  # as a user copies them, into an empty folder
+def test_python_code(code, tmp_path):
+    for name in ("pot.py", "calibrate.py"):  # the files that a user copies into another project
         shutil.copy(ROOT / name, tmp_path)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
-def test_demo_script_names_real_files():
+def test_demo_script_names_existing_files():
     text = (ROOT / "demo.sh").read_text()
     for path in set(re.findall(r"(?:config/|data/)?\w+(?:/\w+)*\.py", text)):
         assert (ROOT / path).exists(), path
 
 
-def test_links_lead_somewhere():
+def test_links_have_targets():
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert link.startswith("http") or (page.parent / link).exists(), f"{page}: {link}"
 
 
-def test_files_to_copy_need_nothing_but_torch():
-    for name, others in (("pot.py", {"pot_kernel"}), ("calibrate.py", {"pot"}), ("pot_kernel/__init__.py", set())):
+def test_files_to_copy_need_torch_alone():
+    for name, allowed in (("pot.py", {"pot_kernel"}), ("calibrate.py", {"pot"}), ("pot_kernel/__init__.py", set())):
         imports = re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / name).read_text(), re.MULTILINE)
-        assert set(imports) <= {"torch", *others, *sys.stdlib_module_names}, name
+        assert set(imports) <= {"torch", *allowed, *sys.stdlib_module_names}, name
 
 
 def test_imports_run_one_way():
-    """No circle, and no script imports a script, but sweep.py."""
+    """Imports have no cycle, only sweep.py imports scripts, and no module uses private names of another."""
     scripts = {"train", "eval", "sample", "bench", "sweep"}
     files = {str(p.relative_to(ROOT)): p.read_text() for pattern in ("*.py", "*/*.py") for p in ROOT.glob(pattern)}
     modules = {n.removesuffix(".py").removesuffix("/__init__").replace("/", "."): text for n, text in files.items()}
@@ -125,5 +125,5 @@ def test_imports_run_one_way():
         assert not private, f"{name} uses {private}"
     while imports:
         leaves = {name for name in imports if not imports[name] & imports.keys()}
-        assert leaves, f"a circle among {sorted(imports)}"
-        imports = {name: others for name, others in imports.items() if name not in leaves}
+        assert leaves, f"import cycle among {sorted(imports)}"
+        imports = {name: imported for name, imported in imports.items() if name not in leaves}

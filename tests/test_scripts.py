@@ -237,21 +237,21 @@ def test_ptq_of_a_broken_model(workdir, sh, float_run):
     assert not (workdir / "out-nan-ptq" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ptq_ends_at_a_signal(workdir, float_run, number):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_ptq_ends_at_a_signal(workdir, float_run, signum):
     """GPTQ takes minutes on a large model. A signal ends it at once and leaves nothing."""
-    out = f"out-ptq-signal-{number}"
+    out = f"out-ptq-signal-{signum}"
     command = f"train.py --dataset=tiny --init_from={float_run} --out_dir={out} --pot_bits=4 --max_iters=0"
     args = [sys.executable, *f"{command} --calibrate_tokens=2000000".split()]
     process = subprocess.Popen(args, cwd=workdir, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout.readline().startswith("PTQ, ")
     time.sleep(1)
-    process.send_signal(number)
-    assert process.wait(60) == (130 if number == signal.SIGINT else -signal.SIGTERM)
+    process.send_signal(signum)
+    assert process.wait(60) == (130 if signum == signal.SIGINT else -signal.SIGTERM)
     assert not (workdir / out).exists()
 
 
-def test_a_signal_after_the_last_step_is_not_lost(workdir, sh, monkeypatch):
+def test_signal_after_the_last_step_is_not_lost(workdir, sh, monkeypatch):
     """The run finishes first. Then the signal ends the process, and with it a sweep that called train.py."""
     import train
 
@@ -601,7 +601,8 @@ def test_text_is_streamed(workdir, float_run):
         ("train.py --dataset=tiny --max_iters=-1 --out_dir=x", "max_iters=-1 must be at least 0"),
         ("train.py --dataset=tiny --init_from=resume --out_dir={float} --max_iters=10",
          "out-float is at step 30 already"),
-        ("train.py --dataset=tiny --init_from=packed --out_dir=x", "packed holds packed weights only: pass the float model that they come from (out-float)"),
+        ("train.py --dataset=tiny --init_from=packed --out_dir=x",
+         "packed holds packed weights only: pass the float model that they come from (out-float)"),
         ("train.py --dataset=tiny --init_from=resume --out_dir=packed", "packed holds model.safetensors only"),
         ("train.py --dataset=tiny --init_from={float} --max_iters=0 --out_dir=x",
          "max_iters=0 only quantizes (PTQ): pass a pot_ setting"),

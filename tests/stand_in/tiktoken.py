@@ -1,5 +1,5 @@
-"""Stands in for tiktoken where its files cannot be downloaded: a token a byte, pairs of bytes that it never encodes to, and
-GPT-2's end-of-text token."""
+"""Replaces tiktoken in the tests, because tiktoken downloads its files. Each byte is a token. Tokens from 256 on decode
+to pairs of bytes, but no text encodes to them. 50256 is GPT-2's end-of-text token."""
 
 END = "<|endoftext|>"
 
