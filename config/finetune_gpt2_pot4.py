@@ -7,8 +7,8 @@
 #        The float control, trained on the same batches: --pot=None --out_dir=out-gpt2-control
 # Needs: `python data/openwebtext/prepare.py`, and GPT-2 from the Hugging Face hub or in a folder.
 # Gives: out-gpt2-pot4 with model.safetensors (packed, 66.6 MB instead of 498 MB) and ckpt.pt (to resume).
-# Takes: 500 steps of 24,576 tokens. On 2 cores a step takes about 2.8 minutes, so all of them about a day; a fifth of
-#        that time goes to the float model's predictions. Estimated from short runs.
+# Takes: 500 steps of 24,576 tokens. On 2 cores a step takes about 3.4 minutes, so all of them a bit more than a day; a
+#        third of that time goes to the float model's predictions. Estimated from `python bench.py --what=qat`.
 # Not run on GPT-2's own weights, only for some steps on random weights of its shape.
 init_from = "gpt2"
 out_dir = "out-gpt2-pot4"
