@@ -104,7 +104,8 @@ def load() -> ctypes.CDLL | None:
     library.pot_row_sums.argtypes = [weight, pointer]
     library.pot_quantize.argtypes = [pointer, i64, pointer, pointer, pointer]
     library.pot_read.argtypes = [pointer, i64, ctypes.c_int]
-    library.pot_linear.restype = library.pot_row_sums.restype = library.pot_read.restype = None
+    library.pot_linear.restype = library.pot_row_sums.restype = None
+    library.pot_read.restype = ctypes.c_uint64
     library.pot_instruction_sets.restype = ctypes.c_char_p
     if choice and library.pot_choose(choice.encode()):
         available = library.pot_instruction_sets().decode().replace(" ", ", ")
@@ -218,9 +219,10 @@ def row_sums(weight: Weight) -> torch.Tensor:
     return sums
 
 
-def read_once(buffer: torch.Tensor) -> None:
-    """Reads a contiguous buffer once with all threads, to measure the bandwidth of memory."""
-    load().pot_read(buffer.data_ptr(), buffer.nbytes // 8, torch.get_num_threads())
+def read_once(buffer: torch.Tensor) -> int:
+    """Reads a contiguous buffer once with all threads, to measure the bandwidth of memory. Returns the sum of its 64-bit
+    words, modulo 2^64."""
+    return load().pot_read(buffer.data_ptr(), buffer.nbytes // 8, torch.get_num_threads())
 
 
 @torch.library.custom_op("nanopot::linear", mutates_args=(), device_types="cpu")

@@ -1079,16 +1079,24 @@ int pot_quantize(const float* x, int64_t columns, uint8_t* q, float* scale, int3
     return quantize(x, columns, q, scale, zero) ? 0 : -1;
 }
 
-// Reads a buffer (n) as fast as possible, so that bench.py can measure memory bandwidth. The xor of its words that it
-// returns only keeps the compiler from removing the loop.
+// Reads a buffer (n) as fast as possible, so that bench.py can measure memory bandwidth. The sum of its words that it
+// returns keeps the compiler from removing the loop. Eight sums in registers: a single one would make each addition wait
+// for the one before it, and sums in an array would be loaded and stored again for each word.
 uint64_t pot_read(const uint64_t* buffer, int64_t n, int threads) {
+    typedef uint64_t Vector __attribute__((vector_size(32), aligned(8), may_alias));
     std::atomic<uint64_t> total{0};
     team().run(threads, [&](int part, int parts) {
-        const Share share(n, 64, part, parts);
-        uint64_t sum[64] = {};
-        for (int64_t i = share.from; i + 64 <= share.to; i += 64)
-            for (int k = 0; k < 64; k++) sum[k] ^= buffer[i + k];
-        for (uint64_t value : sum) total ^= value;
+        const Share share(n, 32, part, parts);
+        Vector sum[8] = {};
+        int64_t i = share.from;
+        for (; i + 32 <= share.to; i += 32) {
+            const Vector* words = reinterpret_cast<const Vector*>(buffer + i);
+            UNROLL for (int k = 0; k < 8; k++) sum[k] += words[k];
+        }
+        uint64_t part_sum = 0;
+        for (; i < share.to; i++) part_sum += buffer[i];
+        for (const Vector& vector : sum) part_sum += vector[0] + vector[1] + vector[2] + vector[3];
+        total += part_sum;
     });
     return total;
 }

@@ -11,6 +11,7 @@ def test_speed(workdir, sh, monkeypatch):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    monkeypatch.setattr("bench.check_read", lambda read, reference: None)  # a timing, which other processes disturb
     settings = torch.get_float32_matmul_precision(), torch.backends.quantized.engine
     done = sh("bench.py --ckpt=gpt2 --rounds=2 --new_tokens=4 --prompt_tokens=20 --vocab_multiple=64 --json=speed.json")
     assert settings == (torch.get_float32_matmul_precision(), torch.backends.quantized.engine)
@@ -89,3 +90,11 @@ def test_errors(sh, qat_run, command, message):
     done = sh(command.format(qat=qat_run), ok=False)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "error: " in done.stderr and message in done.stderr
+
+
+def test_a_slow_read_is_refused():
+    import bench
+
+    bench.check_read([9e9, 10e9, 11e9], [10e9, 10e9, 11e9])
+    with pytest.raises(ValueError, match="reads memory at 9.0 GB/s, torch.sum at 30.0 GB/s"):
+        bench.check_read([9e9, 9e9], [30e9, 30e9])

@@ -681,6 +681,17 @@ def test_kernel_rejects_weights_that_it_would_misread(kernel):
 
 
 @needs_compiler
+@pytest.mark.parametrize("words", [0, 1, 31, 32, 33, 1000, 100_003])
+def test_read_once_reads_every_word(kernel, words):
+    assert kernel()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        buffer = torch.randint(-(2**62), 2**62, (words,))
+        assert pot_kernel.read_once(buffer) == int(buffer.numpy().view(np.uint64).sum(dtype=np.uint64))
+    torch.set_num_threads(2)
+
+
+@needs_compiler
 def test_unknown_instruction_set(kernel):
     with pytest.raises(ValueError, match="NANOPOT_KERNEL=sse: this machine has .*portable; or off"):
         kernel("sse")
