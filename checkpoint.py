@@ -368,7 +368,7 @@ def _tensors(folder):
 
 
 def _check_layers(info, tensors):
-    """Refuses a number of layers that the tensors cannot hold, before so many are built."""
+    """Refuses a number of layers that the tensors cannot hold, before any layer is built."""
     if info.model_args.n_layer > len(tensors):
         raise ValueError(f"{info.model_args.n_layer} layers cannot be in {len(tensors)} tensors")
 

@@ -160,7 +160,7 @@ class GPT(nn.Module):
         except KeyError as e:
             raise ValueError(f"its config.json has no {e.args[0]}") from None
         shape = GPTConfig(**shape)
-        if shape.n_layer > len(tensors):  # refuse before building so many
+        if shape.n_layer > len(tensors):  # refused before any layer is built
             raise ValueError(f"its config.json says {shape.n_layer} layers, it holds {len(tensors)} tensors")
         model = cls.meta(shape)
         state = {}
