@@ -239,7 +239,7 @@ def model_of(state: TrainingState, quantized: bool = True) -> GPT:
         for name in expected.keys() ^ weights.keys():
             raise ValueError(f"{name} is {'missing' if name in expected else 'not in such a model'}")
         for name, t in weights.items():
-            is_scale = name.endswith("quantizer.scale")
+            is_scale = name.endswith("quantizer.unit")
             dtypes = (torch.float32, torch.float16) if is_scale else (torch.float32,)
             if t.dtype not in dtypes or t.is_sparse or t.is_meta or t.nbytes > t.untyped_storage().nbytes():
                 raise TypeError(f"{name} is {t.dtype}, or has more elements than its storage")

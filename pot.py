@@ -2,8 +2,8 @@
 Power-of-two (PoT) weights for PyTorch, in one file that needs torch alone: copy it into your project.
 
 A weight is `sign x level x unit`. With single powers the levels are 0, 1, 2, 4, 8, ..., so 4 bits store a weight (a
-sign and an exponent) and a shift multiplies by it. These are the 15 values of a weight at 4 bits, as multiples of its
-scale, for single powers and for the two other grids of this file:
+sign and an exponent) and a shift multiplies by it. The unit is a scale that neighbouring weights share. These are the 15
+values of a weight at 4 bits, as multiples of the top level, for single powers and for the two other grids of this file:
 
     single powers  |                   |         |    |  |||||  |    |         |                   |
     two terms      |            |      |      |  |  |   |  |  |   |  |  |      |      |            |
@@ -148,10 +148,6 @@ class PoTConfig:
         half = [float(levels[min(i, len(levels) - 1)]) for i in range(2 ** (self.bits - 1))]
         return torch.tensor(half + [-v + 0.0 for v in half], dtype=torch.float32)
 
-    def unit(self, scale: torch.Tensor) -> torch.Tensor:
-        """scale (out or 1, groups) -> value of the smallest level (out or 1, groups, 1), float32."""
-        return (scale.float() / self.top).unsqueeze(-1)
-
     def round_(self, x: torch.Tensor) -> torch.Tensor:
         """x (float32, any shape, in units of the smallest level) rounded to the nearest level. May overwrite x. NaN
         stays NaN.
@@ -192,16 +188,16 @@ def _check_choice(key, value, choices, where=""):
 
 
 # -----------------------------------------------------------------------------
-# Scale: the value of the top level, shared by a tensor, a channel or a group
+# Scale: the unit, which is the value of the smallest level, shared by a tensor, a channel or a group
 #
-# A weight is a matrix (out, in). Its scale is (1, 1), (out, 1) or (out, in / group_size). Arithmetic is float32 and the
-# value of a weight is level * unit with unit = scale / top. Fake quantization and unpacking do the same operations, so
-# they agree to the bit.
+# A weight is a matrix (out, in). Its unit is (1, 1), (out, 1) or (out, in / group_size). The value of a weight is
+# level * unit in float32. Fake quantization and unpacking do the same operations, so they agree to the bit.
 
 
 def row_blocks(unit: torch.Tensor, *matrices: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
     """Cuts matrices (out, in) and their unit into blocks of rows that fit the cache: ten passes over a block cost
-    little more than one. Yields views: unit (rows or 1, groups, 1) and (rows, groups, size) of each matrix."""
+    little more than one. Yields unit (rows or 1, groups, 1) in float32, and views (rows, groups, size) of each matrix."""
+    unit = unit.float().unsqueeze(-1)
     matrices = [m.unflatten(-1, (unit.shape[1], -1)) for m in matrices]
     first = matrices[0]
     if first.device.type != "cpu" or torch.compiler.is_compiling() or first.numel() <= _BLOCK:
@@ -214,13 +210,13 @@ def row_blocks(unit: torch.Tensor, *matrices: torch.Tensor) -> Iterable[tuple[to
 _BLOCK = 2**18  # weights in a block: 1 MiB of float32
 
 
-def compute_scale(w: torch.Tensor, config: PoTConfig, importance: torch.Tensor | None = None) -> torch.Tensor:
-    """Scale of w (out, in): (1, 1), (out, 1) or (out, in / group_size).
+def compute_unit(w: torch.Tensor, config: PoTConfig, importance: torch.Tensor | None = None) -> torch.Tensor:
+    """Unit of w (out, in): (1, 1), (out, 1) or (out, in / group_size).
 
     scale="mse" minimizes the squared error. importance, positive and broadcastable to w, weights the squares.
-    The result is float16. It is float32 for grid "paper", or where one scale lies outside float16's normal range. With
-    scale_format "e8m0" it is the top level times a power of two. An all-zero group gets the tensor's largest scale, so
-    that training can still move it.
+    The result is float16. It is float32 for grid "paper", or where one unit lies outside float16's normal range. With
+    scale_format "e8m0" it is a power of two. An all-zero group gets the tensor's largest unit, so that training can
+    still move it.
     """
     w = w.detach()
     groups = w.shape[-1] // config.group_size if config.granularity == "group" else 1
@@ -230,32 +226,35 @@ def compute_scale(w: torch.Tensor, config: PoTConfig, importance: torch.Tensor |
         absmax = w.abs().amax().float().view(1, 1)
     else:
         absmax = w.abs().unflatten(-1, (groups, -1)).amax(-1).float()
+    unit = absmax / config.top
     if config.grid == "paper":
-        return absmax.clamp(min=config.eps * config.top)
-    if config.scale_format == "e8m0":  # round the unit up to a power of two
-        mantissa, exponent = torch.frexp(absmax / config.top)
-        absmax = torch.ldexp(torch.full_like(absmax, config.top), exponent - (mantissa == 0.5).int()) * (absmax > 0)
-    scale = absmax if config.scale == "absmax" else _search_scale(w, absmax, config, importance)
-    fallback = scale.max() if absmax.any() else torch.ones_like(scale.max())
-    scale = torch.where(absmax > 0, scale, fallback)
-    # The unit must not underflow, and the top level must not overflow the weight's dtype.
-    single = torch.finfo(torch.float32)
-    scale = scale.clamp(config.top * single.tiny, min(torch.finfo(w.dtype).max, single.max))
-    half = torch.finfo(torch.float16)
-    return scale.half() if scale.min() >= half.tiny and scale.max() <= half.max else scale
+        return unit.clamp(min=config.eps)
+    if config.scale_format == "e8m0":  # round up to a power of two
+        mantissa, exponent = torch.frexp(unit)
+        unit = torch.ldexp(torch.ones_like(unit), exponent - (mantissa == 0.5).int()) * (absmax > 0)
+    if config.scale == "mse":
+        unit = _search_unit(w, unit, config, importance)
+    # An all-zero tensor gets levels up to about 1.
+    fallback = unit.max() if absmax.any() else 0.5 ** (int(config.top) - 1).bit_length()
+    unit = torch.where(absmax > 0, unit, fallback)
+    # The unit must not underflow, and the top level must not overflow the weight's dtype. Float16 may round the unit up
+    # by a factor of 1 + 2**-11.
+    single, half = torch.finfo(torch.float32), torch.finfo(torch.float16)
+    unit = unit.clamp(single.tiny, min(torch.finfo(w.dtype).max, single.max) / config.top * (1 - 2**-11))
+    return unit.half() if unit.min() >= half.tiny and unit.max() <= half.max else unit
 
 
-def _search_scale(w, absmax, config, importance):
-    """The scale of the least squared error: a coarse search below absmax, then three rounds of least squares."""
+def _search_unit(w, largest, config, importance):
+    """The unit of the least squared error: a coarse search below `largest`, then three rounds of least squares."""
     weights = () if importance is None else (importance.float().expand(w.shape),)
 
-    def moments(scale):
-        """(3, *scale.shape): squared error, <w, level>, <level, level>."""
+    def moments(unit):
+        """(3, *unit.shape): squared error, <w, level>, <level, level>."""
         parts = []
-        for unit, b, *h in row_blocks(config.unit(scale), w, *weights):
+        for u, b, *h in row_blocks(unit, w, *weights):
             b = b.float()
-            level = config.round_(b / unit)
-            error = (b - level * unit).square_()
+            level = config.round_(b / u)
+            error = (b - level * u).square_()
             weighted = level
             if h:
                 error.mul_(h[0])
@@ -264,21 +263,22 @@ def _search_scale(w, absmax, config, importance):
         parts = torch.cat(parts, dim=1)
         return parts.sum((1, 2)).view(3, 1, 1) if config.granularity == "tensor" else parts
 
-    # Many weights under one scale want it far below the largest weight. Few weights make the error bumpy in the scale.
+    # Many weights under one unit want the top level far below the largest weight. Few weights make the error bumpy in
+    # the unit.
     steps, per_octave = (15, 8) if config.granularity == "group" else (25, 4)
     refinements = 3
     if config.scale_format == "e8m0":  # powers of two only
         steps, per_octave, refinements = 10, 1, 0
-    best, best_moments = absmax, torch.full((3, *absmax.shape), torch.inf, device=w.device)
+    best, best_moments = largest, torch.full((3, *largest.shape), torch.inf, device=w.device)
     for step in range(steps + refinements):
         if step < steps:
-            scale = absmax * 2 ** ((2 - step) / per_octave)
-        else:  # the best scale for the best levels so far
-            scale = best_moments[1] / best_moments[2] * config.top
-        scale = torch.where(scale > 0, scale, 1.0)  # an all-zero group must not divide by zero
-        candidate = moments(scale)
+            unit = largest * 2 ** ((2 - step) / per_octave)
+        else:  # the best unit for the best levels so far
+            unit = best_moments[1] / best_moments[2]
+        unit = torch.where(unit > 0, unit, 1.0)  # an all-zero group must not divide by zero
+        candidate = moments(unit)
         better = candidate[0] < best_moments[0]
-        best, best_moments = torch.where(better, scale, best), torch.where(better, candidate, best_moments)
+        best, best_moments = torch.where(better, unit, best), torch.where(better, candidate, best_moments)
     return best
 
 
@@ -296,11 +296,11 @@ class FakeQuantize(torch.autograd.Function):
     """Rounding with a straight-through gradient. `w + (q - w).detach()` is shorter but sometimes off by an ulp."""
 
     @staticmethod
-    def forward(ctx, w, scale, config):
-        ctx.save_for_backward(w, scale)
+    def forward(ctx, w, unit, config):
+        ctx.save_for_backward(w, unit)
         ctx.config = config
-        unit = config.unit(scale)
         if torch.compiler.is_compiling():  # torch.export has no gradient for out=
+            unit = unit.float().unsqueeze(-1)
             w = w.unflatten(1, (unit.shape[1], -1))
             return (config.round_(w.float() / unit) * unit).flatten(1).to(w.dtype).contiguous()
         # Contiguous even if w is a transposed view: then products sum in the same order as with the packed layer.
@@ -311,7 +311,7 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        w, scale = ctx.saved_tensors
+        w, unit = ctx.saved_tensors
         config = ctx.config
         if config.grid == "paper":  # the papers' gradient has no mask
             return grad, None, None
@@ -319,18 +319,18 @@ class FakeQuantize(torch.autograd.Function):
         # hardtanh's gradient kernel takes a tenth of the time of comparing and masking. It keeps |x| < edge, but the
         # edge itself belongs to the cell. So the edge is one ulp higher.
         edge = config.edge * config.top * (1 + 2**-23)
-        for per_unit, b, g, o in row_blocks(1 / config.unit(scale), w, grad, out):
+        for per_unit, b, g, o in row_blocks(1 / unit.float(), w, grad, out):
             torch.ops.aten.hardtanh_backward.grad_input(g.float(), b.float() * per_unit, -edge, edge, grad_input=o)
         return out, None, None
 
 
-def fake_quantize(w: torch.Tensor, scale: torch.Tensor, config: PoTConfig) -> torch.Tensor:
-    """w (out, in) rounded to the nearest level, in w's dtype. scale is a result of compute_scale.
+def fake_quantize(w: torch.Tensor, unit: torch.Tensor, config: PoTConfig) -> torch.Tensor:
+    """w (out, in) rounded to the nearest level, in w's dtype. unit is a result of compute_unit.
 
-    Straight-through estimator: the gradient to w is the identity up to the outer edge of the top level's cell (1.25 x
-    scale for single powers) and zero beyond. Grid "paper" has no such mask.
+    Straight-through estimator: the gradient to w is the identity up to the outer edge of the top level's cell (1.25
+    times the top level for single powers) and zero beyond. Grid "paper" has no such mask.
     """
-    return FakeQuantize.apply(w, scale, config)
+    return FakeQuantize.apply(w, unit, config)
 
 
 def fake_quantize_activations(x: torch.Tensor) -> torch.Tensor:
@@ -361,9 +361,9 @@ class _FakeQuantizeActivations(torch.autograd.Function):
 # Layers for training: float weights that every forward pass fake-quantizes
 
 
-class _Scaled(nn.Module):
-    """A module with a scale that keeps its dtype in .half() and .bfloat16(), because a cast of the scale would change
-    every weight. It takes the dtype of a state_dict's scale."""
+class _WithUnit(nn.Module):
+    """A module with a unit that keeps its dtype in .half() and .bfloat16(), because a cast of the unit would change
+    every weight. It takes the dtype of a state_dict's unit."""
 
     def _apply(self, fn, recurse=True):
         before = {n: b for n, b in self._buffers.items() if b is not None and b.is_floating_point() and n != "_like"}
@@ -374,14 +374,14 @@ class _Scaled(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        if prefix + "scale" in state_dict:
-            dtype = state_dict[prefix + "scale"].dtype
-            self.scale = self.scale.to(dtype if dtype == torch.float16 else torch.float32)
+        if prefix + "unit" in state_dict:
+            dtype = state_dict[prefix + "unit"].dtype
+            self.unit = self.unit.to(dtype if dtype == torch.float16 else torch.float32)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class PoTQuantizer(_Scaled):
-    """Config and scale of a weight. Layers that share a weight share this object.
+class PoTQuantizer(_WithUnit):
+    """Config and unit of a weight. Layers that share a weight share this object.
 
     enabled=False makes the layer compute with its float weight and inputs. convert packs it all the same.
     """
@@ -390,7 +390,7 @@ class PoTQuantizer(_Scaled):
         super().__init__()
         self.config = config
         self.enabled = True
-        self.register_buffer("scale", compute_scale(weight, config))
+        self.register_buffer("unit", compute_unit(weight, config))
         if config.grid == "paper":
             self.register_buffer("minmax", torch.stack(weight.detach().float().aminmax()))
 
@@ -400,14 +400,14 @@ class PoTQuantizer(_Scaled):
             return w
         if self.config.grid == "paper" and self.training:
             self._observe(w.detach())
-        return fake_quantize(w, self.scale, self.config)
+        return fake_quantize(w, self.unit, self.config)
 
     def rows(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Fake-quantizes rows (*index.shape, in), which are the rows `index` of a weight."""
         if not self.enabled:
             return rows
-        scale = self.scale if len(self.scale) == 1 else self.scale[index.flatten()]
-        return fake_quantize(rows.reshape(-1, rows.shape[-1]), scale, self.config).view(rows.shape)
+        unit = self.unit if len(self.unit) == 1 else self.unit[index.flatten()]
+        return fake_quantize(rows.reshape(-1, rows.shape[-1]), unit, self.config).view(rows.shape)
 
     def inputs(self, x: torch.Tensor) -> torch.Tensor:
         """Layer inputs x (..., in), in 8 bits if the config says so."""
@@ -417,7 +417,7 @@ class PoTQuantizer(_Scaled):
         # torch's moving-average observer with its default constant, which the papers keep running during training. It
         # makes new tensors because a later backward pass may still need the old ones.
         self.minmax = self.minmax.lerp(torch.stack(w.float().aminmax()), 0.01)
-        self.scale = self.minmax.abs().amax().clamp(min=self.config.eps * self.config.top).view(1, 1)
+        self.unit = (self.minmax.abs().amax() / self.config.top).clamp(min=self.config.eps).view(1, 1)
 
     def extra_repr(self):
         return str(self.config)
@@ -426,7 +426,7 @@ class PoTQuantizer(_Scaled):
 class PoTLinear(nn.Linear):
     """nn.Linear whose forward quantizes the weight to signed exponents (or to another grid of PoTConfig).
 
-    weight (out, in) and bias (out) are nn.Linear's. The scale is computed once: here, from the random weight, or in
+    weight (out, in) and bias (out) are nn.Linear's. The unit is computed once: here, from the random weight, or in
     `prepare`, which turns an existing nn.Linear into this class. So load weights first, then prepare.
     """
 
@@ -507,28 +507,28 @@ def _levels_of_bytes(config):
     return torch.tensor([[table[byte >> k & (2**bits - 1)] for k in range(0, 8, bits)] for byte in range(256)])
 
 
-class PackedWeight(_Scaled):
-    """Codes and scale of a weight (out, in). Layers that share a weight share this object.
+class PackedWeight(_WithUnit):
+    """Codes and unit of a weight (out, in). Layers that share a weight share this object.
 
-    codes: (out, ceil(in * bits / 8)) uint8; scale: a result of compute_scale; dtype: that of the unpacked weight.
+    codes: (out, ceil(in * bits / 8)) uint8; unit: a result of compute_unit; dtype: that of the unpacked weight.
     on_kernel: pot_kernel multiplies by this weight where its inputs are float32 on the CPU.
     """
 
     def __init__(
-        self, codes: torch.Tensor, scale: torch.Tensor, in_features: int, dtype: torch.dtype, config: PoTConfig
+        self, codes: torch.Tensor, unit: torch.Tensor, in_features: int, dtype: torch.dtype, config: PoTConfig
     ):
         super().__init__()
         self.in_features, self.config = in_features, config
         self.bfloat16 = False  # see allow_bfloat16
         self.register_buffer("codes", codes.contiguous())
-        self.register_buffer("scale", scale.contiguous())
+        self.register_buffer("unit", unit.contiguous())
         self.register_buffer("_like", codes.new_empty(0, dtype=dtype), persistent=False)  # .half() changes the dtype
         self.register_buffer("_bytes", None, persistent=False)
         self.register_buffer("_row_sums", None, persistent=False)
         self._refresh()
 
     def _refresh(self):
-        """Computes what follows from codes and scale, which may be new: moved, loaded, or unpickled on this machine."""
+        """Computes what follows from codes and unit, which may be new: moved, loaded, or unpickled on this machine."""
         device, config = self.codes.device, self.config
         self._like = torch.empty(0, dtype=self.dtype, device=device)
         if 8 % config.bits == 0:
@@ -564,16 +564,16 @@ class PackedWeight(_Scaled):
 
     @classmethod
     @torch.no_grad()
-    def pack(cls, w: torch.Tensor, scale: torch.Tensor, config: PoTConfig) -> "PackedWeight":
-        """w (out, in) float; scale is a result of compute_scale."""
+    def pack(cls, w: torch.Tensor, unit: torch.Tensor, config: PoTConfig) -> "PackedWeight":
+        """w (out, in) float; unit is a result of compute_unit."""
         levels = torch.tensor(config.levels(), dtype=torch.float32, device=w.device)
         packed = []
-        for unit, b in row_blocks(config.unit(scale), w):
-            level = config.round_(b.float() / unit).flatten(1)
+        for u, b in row_blocks(unit, w):
+            level = config.round_(b.float() / u).flatten(1)
             index = torch.searchsorted(levels, level.abs().contiguous())
             codes = torch.where(level < 0, index + 2 ** (config.bits - 1), index)
             packed.append(pack_codes(codes.to(torch.uint8), config.bits))
-        return cls(torch.cat(packed), scale, w.shape[1], w.dtype, config)
+        return cls(torch.cat(packed), unit, w.shape[1], w.dtype, config)
 
     def forward(self, index: torch.Tensor | None = None) -> torch.Tensor:
         """The weight (out, in) in its dtype, or only its rows `index` (an int tensor): (*index.shape, in)."""
@@ -582,13 +582,13 @@ class PackedWeight(_Scaled):
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if self.on_kernel and not traced:
             return pot_kernel.unpack(self.kernel_weight(), index).to(self.dtype)
-        codes, scale = self.codes, self.scale
+        codes, unit = self.codes, self.unit
         if index is not None:
-            codes, scale = codes[index.flatten()], scale if len(scale) == 1 else scale[index.flatten()]
+            codes, unit = codes[index.flatten()], unit if len(unit) == 1 else unit[index.flatten()]
         out = self._like.new_empty(len(codes), self.in_features)
         start = 0
-        for unit, o in row_blocks(self.config.unit(scale), out):
-            torch.mul(self._levels(codes[start : start + len(o)]).reshape(o.shape), unit, out=o)
+        for u, o in row_blocks(unit, out):
+            torch.mul(self._levels(codes[start : start + len(o)]).reshape(o.shape), u, out=o)
             start += len(o)
         return out if index is None else out.view(*index.shape, self.in_features)
 
@@ -612,18 +612,18 @@ class PackedWeight(_Scaled):
             return F.linear(fake_quantize_activations(x) if self.config.act_bits else x, self(), bias)
         bias = None if bias is None else bias.float().contiguous()
         if torch.compiler.is_compiling():
-            tensors = self.codes, self.scale, self._row_sums, self._bytes[:16, 0]
-            return torch.ops.nanopot.linear(x, *tensors, self.config.top, bias, self.bfloat16)
+            tensors = self.codes, self.unit, self._row_sums, self._bytes[:16, 0]
+            return torch.ops.nanopot.linear(x, *tensors, 1.0, bias, self.bfloat16)
         return pot_kernel.linear(self.kernel_weight(), x, bias, self.bfloat16)
 
     def kernel_weight(self) -> "pot_kernel.Weight":
         """This weight as pot_kernel takes it, where on_kernel is true. It is kept: making it takes as long as a product."""
         kept = self._kernel_weight
         # load_state_dict(assign=True) and `.data =` put other tensors in place of these.
-        if kept is None or kept.pointers != (self.codes.data_ptr(), self.scale.data_ptr()):
+        if kept is None or kept.pointers != (self.codes.data_ptr(), self.unit.data_ptr()):
             table = self.config.table().tolist()
             self._kernel_weight = kept = pot_kernel.Weight(
-                self.codes, self.scale, self._row_sums, self.in_features, table, self.config.top
+                self.codes, self.unit, self._row_sums, self.in_features, table, 1.0
             )
         return kept
 
@@ -719,8 +719,8 @@ def prepare(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn: Filter
 
     The layers keep their Parameters, so an optimizer that holds them stays valid. Returns the names of the layers.
     filter_fn(name, module) returns False (leave it), True, or a PoTConfig for this layer. Grid "paper" leaves
-    embeddings in float, as the papers' code does. On a meta model no scale is computed; load_state_dict brings the
-    scales.
+    embeddings in float, as the papers' code does. On a meta model no unit is computed; load_state_dict brings the
+    units.
 
     Raises ValueError, and changes nothing, for a weight that is empty, holds NaN or inf, or does not divide into
     groups, and for layers that share a weight but not a config.
@@ -775,7 +775,7 @@ def convert(model: nn.Module) -> nn.Module:
             key = id(q), id(module.weight)  # both, because a tie may have been cut since
             if key not in packed:
                 check_weight(name or type(module).__name__, w, q.config)
-                packed[key] = PackedWeight.pack(w, q.scale, q.config)
+                packed[key] = PackedWeight.pack(w, q.unit, q.config)
             is_embedding = isinstance(module, PoTEmbedding)
             layer = PackedPoTEmbedding(packed[key]) if is_embedding else PackedPoTLinear(packed[key], module.bias)
             layers[module] = layer.train(module.training)
@@ -908,17 +908,17 @@ def _empty_packed(name, rows, columns, dtype, config):
         )
     w = torch.empty(rows, columns, dtype=dtype, device="meta")
     codes = w.new_empty(rows, -(-columns * config.bits // 8), dtype=torch.uint8)
-    return PackedWeight(codes, compute_scale(w, config), columns, dtype, config)
+    return PackedWeight(codes, compute_unit(w, config), columns, dtype, config)
 
 
 def _check_tensor(name, tensor, expected):
-    """Checks what load_state_dict(assign=True) does not: dtype, memory layout, and that scales are positive numbers."""
+    """Checks what load_state_dict(assign=True) does not: dtype, memory layout, and that units are positive numbers."""
     if tensor.shape != expected.shape:
         raise ValueError(
             f"{name} is {tuple(tensor.shape)}, expected {tuple(expected.shape)}: the file is damaged or of another model"
         )
-    is_scale = name.endswith(".packed.scale")
-    if is_scale:
+    is_unit = name.endswith(".packed.unit")
+    if is_unit:
         fits = tensor.dtype in (torch.float16, torch.float32)
     elif expected.is_floating_point():
         fits = tensor.is_floating_point()
@@ -930,7 +930,7 @@ def _check_tensor(name, tensor, expected):
         )
     if ".packed." in name and not tensor.is_contiguous():
         raise ValueError(f"{name} is not contiguous: pass tensors as packed_state and safetensors give them")
-    if is_scale:
+    if is_unit:
         low, high = tensor.aminmax()  # NaN if there is one
         if not (low > 0 and high < torch.inf):
             raise ValueError(f"{name} holds a value that is no positive number: the file is damaged")

@@ -131,7 +131,7 @@ def packed(tmp_path_factory):
         (b'\\"dtype\\":\\"float32\\"', b'\\"dtype\\":\\"float64\\"'),
         (b'n_layer\\":2', b'n_layer\\":3'),
         (b'lm_head.packed.codes\\"', b'lm_heat.packed.codes\\"'),
-        (b'lm_head.packed.scale\\"', b'lm_heat.packed.scale\\"'),
+        (b'lm_head.packed.unit\\"', b'lm_heat.packed.unit\\"'),
     ],
 )
 def test_damaged_packed_files(tmp_path, packed, old, new):
