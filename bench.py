@@ -31,7 +31,7 @@ import pot_kernel
 from checkpoint import CheckpointInfo
 from configurator import check_minimum, run
 from model import GPT, GPTConfig, KVCache
-from pot import PoTConfig, PoTQuantizer, allow_bfloat16, convert, packed_state, prepare
+from pot import PoTConfig, PoTQuantizer, allow_int8_activations, convert, packed_state, prepare
 
 SHAPES = {  # n_layer, n_head, n_embd
     "gpt2": (12, 12, 768),
@@ -207,7 +207,7 @@ class Way:
             torch._dynamo.config.recompile_limit = 64  # prompts and single tokens, in two dtypes
             self.model.compile()  # dynamic=True makes thousands of symbols; lengths become symbols when they change
         if format in PACKED:
-            allow_bfloat16(self.model)  # for prompts
+            allow_int8_activations(self.model)  # for prompts
             self.decoder = checkpoint.make_decoder(self.model)
 
     def use(self):

@@ -37,7 +37,6 @@ to matter).
 Sections: grid, scale, fake quantization, layers, packing, prepare and convert, state.
 """
 
-import functools
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
@@ -464,66 +463,94 @@ class PoTEmbedding(nn.Embedding):
 
 
 # -----------------------------------------------------------------------------
-# Packing: codes `sign << (bits - 1) | index` as a little-endian bit stream per row, rows padded to whole bytes
+# Packing: codes `sign << (bits - 1) | index` of a matrix (rows, n)
 #
-# At 4 bits each run of 128 features is interleaved first: nibble j of 32-bit word i is feature 16 j + i. Then a vector
-# of 16 words gives 16 neighbouring weights per shift. The rest of a row (in % 128) stays in order.
+# At 3, 4 and 8 bits, codes lie in tiles of 16 rows, for vector instructions: a vector of 64 bytes holds 4 bytes of each
+# row. pot_kernel/pot.cpp describes the tiles. Units follow the tiles: (rows / 16, groups, 16). At other widths each row
+# is a little-endian bit stream, padded to whole bytes. A file says which layout it has.
+
+_TILE_COLUMNS = {3: 32, 4: 8, 8: 4}  # bits: columns of a tile
 
 
 def _layout(bits):
-    return "interleaved-8x16" if bits == 4 else "stream"
+    return "tiles-16" if bits in _TILE_COLUMNS else "stream"
+
+
+def _codes_shape(rows, n, bits):
+    if bits not in _TILE_COLUMNS:
+        return rows, -(-n * bits // 8)
+    width = _TILE_COLUMNS[bits]
+    return -(-rows // 16), -(-n // width) * 2 * width * bits  # 16 rows of `width` codes
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """codes (rows, n) uint8 below 2**bits -> (rows, ceil(n * bits / 8)) uint8."""
+    """codes (rows, n) uint8 below 2**bits -> uint8: (rows, ceil(n * bits / 8)), or (ceil(rows / 16), bytes) in tiles."""
     rows, n = codes.shape
-    if bits == 4:
-        codes = _interleave(codes, (8, 16))
-    codes = F.pad(codes, (0, -n % 8)).view(rows, -(-n // 8), 8).long()  # 8 codes fill `bits` bytes
-    words = (codes << (bits * torch.arange(8, device=codes.device))).sum(-1, keepdim=True)
-    packed = words >> (8 * torch.arange(bits, device=codes.device)) & 255
-    return packed.to(torch.uint8).flatten(1)[:, : -(-n * bits // 8)].contiguous()
+    if bits not in _TILE_COLUMNS:
+        codes = F.pad(codes, (0, -n % 8)).view(rows, -(-n // 8), 8).long()  # 8 codes fill `bits` bytes
+        words = (codes << (bits * torch.arange(8, device=codes.device))).sum(-1, keepdim=True)
+        packed = words >> (8 * torch.arange(bits, device=codes.device)) & 255
+        return packed.to(torch.uint8).flatten(1)[:, : -(-n * bits // 8)].contiguous()
+    width = _TILE_COLUMNS[bits]
+    codes = F.pad(codes, (0, -n % width, 0, -rows % 16))
+    tiles = codes.unflatten(1, (-1, width // 4, 4)).unflatten(0, (-1, 16)).permute(0, 2, 3, 1, 4)  # (.., quads, 16, 4)
+    if bits == 8:  # the level as a signed byte
+        tiles = torch.where(tiles > 127, 128 - tiles, tiles)  # modulo 256
+    elif bits == 4:
+        tiles = tiles[:, :, 0] | tiles[:, :, 1] << 4
+    else:
+        low, high = (tiles & 3).unflatten(2, (2, 4)), tiles >> 2
+        parts = [sum(low[:, :, i, j] << 2 * j for j in range(4)) for i in range(2)]
+        tiles = torch.stack([*parts, sum(high[:, :, j] << j for j in range(8))], dim=2)
+    return tiles.to(torch.uint8).flatten(1).contiguous()
 
 
-def unpack_codes(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
-    """(rows, ceil(n * bits / 8)) uint8 -> codes (rows, n) uint8."""
-    packed = F.pad(packed, (0, -packed.shape[1] % bits)).view(len(packed), -(-n // 8), bits).long()
-    words = (packed << (8 * torch.arange(bits, device=packed.device))).sum(-1, keepdim=True)
-    codes = words >> (bits * torch.arange(8, device=packed.device)) & (2**bits - 1)
-    codes = codes.to(torch.uint8).flatten(1)[:, :n]
-    return _interleave(codes, (16, 8)) if bits == 4 else codes
+def unpack_codes(packed: torch.Tensor, bits: int, shape: tuple[int, int]) -> torch.Tensor:
+    """The inverse of pack_codes -> codes (rows, n) = shape, uint8."""
+    rows, n = shape
+    if bits not in _TILE_COLUMNS:
+        packed = F.pad(packed, (0, -packed.shape[1] % bits)).view(rows, -(-n // 8), bits).long()
+        words = (packed << (8 * torch.arange(bits, device=packed.device))).sum(-1, keepdim=True)
+        codes = words >> (bits * torch.arange(8, device=packed.device)) & (2**bits - 1)
+        return codes.to(torch.uint8).flatten(1)[:, :n]
+    tiles = packed.unflatten(1, (-1, 16, 4))  # (blocks, vectors, 16, 4)
+    if bits == 8:
+        tiles = torch.where(tiles > 127, 128 - tiles, tiles)
+    elif bits == 4:
+        tiles = torch.stack([tiles & 15, tiles >> 4], dim=2).flatten(1, 2)
+    else:
+        vectors = tiles.unflatten(1, (-1, 3))
+        low = [vectors[:, :, j // 4] >> 2 * (j % 4) & 3 for j in range(8)]
+        tiles = torch.stack([v | (vectors[:, :, 2] >> j & 1) << 2 for j, v in enumerate(low)], dim=2).flatten(1, 2)
+    return tiles.permute(0, 2, 1, 3).flatten(0, 1).flatten(1)[:rows, :n]
 
 
-def _interleave(codes, shape):
-    whole = codes.shape[1] // 128 * 128
-    blocks = codes[:, :whole].unflatten(1, (whole // 128, *shape)).transpose(-1, -2).flatten(1)
-    return torch.cat([blocks, codes[:, whole:]], dim=1)
-
-
-@functools.cache
-def _levels_of_bytes(config):
-    """(256, 8 / bits) float32. Where a byte holds whole codes, one look-up decodes all of them."""
-    table, bits = config.table().tolist(), config.bits
-    return torch.tensor([[table[byte >> k & (2**bits - 1)] for k in range(0, 8, bits)] for byte in range(256)])
+def _pack_unit(unit, bits):
+    """(rows, groups) -> (ceil(rows / 16), groups, 16), if the codes lie in tiles and rows have units of their own."""
+    if bits not in _TILE_COLUMNS or len(unit) == 1:
+        return unit.contiguous()
+    padded = torch.cat([unit, unit[-1:].expand(-len(unit) % 16, -1)])
+    return padded.unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
 
 
 class PackedWeight(_WithUnit):
-    """Codes and unit of a weight (out, in). Layers that share a weight share this object.
+    """Codes and units of a weight (out, in). Layers that share a weight share this object.
 
-    codes: (out, ceil(in * bits / 8)) uint8; unit: a result of compute_unit; dtype: that of the unpacked weight.
+    codes: a result of pack_codes, uint8; unit: (1, groups), (out, groups), or (ceil(out / 16), groups, 16) where codes
+    lie in tiles and rows have units of their own; shape: (out, in); dtype: that of the unpacked weight.
     on_kernel: pot_kernel multiplies by this weight where its inputs are float32 on the CPU.
     """
 
     def __init__(
-        self, codes: torch.Tensor, unit: torch.Tensor, in_features: int, dtype: torch.dtype, config: PoTConfig
+        self, codes: torch.Tensor, unit: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, config: PoTConfig
     ):
         super().__init__()
-        self.in_features, self.config = in_features, config
-        self.bfloat16 = False  # see allow_bfloat16
+        (self.out_features, self.in_features), self.config = shape, config
+        self.int8_activations = False  # see allow_int8_activations
         self.register_buffer("codes", codes.contiguous())
         self.register_buffer("unit", unit.contiguous())
         self.register_buffer("_like", codes.new_empty(0, dtype=dtype), persistent=False)  # .half() changes the dtype
-        self.register_buffer("_bytes", None, persistent=False)
+        self.register_buffer("_table", config.table().to(codes.device), persistent=False)
         self.register_buffer("_row_sums", None, persistent=False)
         self._refresh()
 
@@ -531,11 +558,11 @@ class PackedWeight(_WithUnit):
         """Computes what follows from codes and unit, which may be new: moved, loaded, or unpickled on this machine."""
         device, config = self.codes.device, self.config
         self._like = torch.empty(0, dtype=self.dtype, device=device)
-        if 8 % config.bits == 0:
-            self._bytes = _levels_of_bytes(config).to(device, copy=True)
+        self._table = config.table().to(device)
         self.on_kernel = (
-            config.bits == 4 and device.type == "cpu" and pot_kernel is not None and pot_kernel.load() is not None
-        )
+            config.bits in _TILE_COLUMNS and device.type == "cpu"
+            and pot_kernel is not None and pot_kernel.load() is not None
+        )  # fmt: skip
         self._kernel_weight = self._row_sums = None
         if self.on_kernel and config.act_bits:  # the part of integer sums that belongs to the zero point
             self._row_sums = pot_kernel.row_sums(self.kernel_weight())
@@ -558,22 +585,33 @@ class PackedWeight(_WithUnit):
         self._refresh()
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)"""
+        return self.out_features, self.in_features
+
+    @property
     def dtype(self) -> torch.dtype:
         """dtype of the unpacked weight."""
         return self._like.dtype
+
+    @classmethod
+    def from_codes(
+        cls, codes: torch.Tensor, unit: torch.Tensor, dtype: torch.dtype, config: PoTConfig
+    ) -> "PackedWeight":
+        """codes (out, in) uint8; unit (1, 1), (out, 1) or (out, groups)."""
+        return cls(pack_codes(codes, config.bits), _pack_unit(unit, config.bits), tuple(codes.shape), dtype, config)
 
     @classmethod
     @torch.no_grad()
     def pack(cls, w: torch.Tensor, unit: torch.Tensor, config: PoTConfig) -> "PackedWeight":
         """w (out, in) float; unit is a result of compute_unit."""
         levels = torch.tensor(config.levels(), dtype=torch.float32, device=w.device)
-        packed = []
+        codes = []
         for u, b in row_blocks(unit, w):
             level = config.round_(b.float() / u).flatten(1)
             index = torch.searchsorted(levels, level.abs().contiguous())
-            codes = torch.where(level < 0, index + 2 ** (config.bits - 1), index)
-            packed.append(pack_codes(codes.to(torch.uint8), config.bits))
-        return cls(torch.cat(packed), unit, w.shape[1], w.dtype, config)
+            codes.append(torch.where(level < 0, index + 2 ** (config.bits - 1), index).to(torch.uint8))
+        return cls.from_codes(torch.cat(codes), unit, w.dtype, config)
 
     def forward(self, index: torch.Tensor | None = None) -> torch.Tensor:
         """The weight (out, in) in its dtype, or only its rows `index` (an int tensor): (*index.shape, in)."""
@@ -582,22 +620,24 @@ class PackedWeight(_WithUnit):
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if self.on_kernel and not traced:
             return pot_kernel.unpack(self.kernel_weight(), index).to(self.dtype)
-        codes, unit = self.codes, self.unit
+        codes, unit, bits, rows = self.codes, self.unit, self.config.bits, self.out_features
+        if unit.dim() == 3:  # tiles
+            unit = unit.transpose(1, 2).flatten(0, 1)[:rows]
         if index is not None:
-            codes, unit = codes[index.flatten()], unit if len(unit) == 1 else unit[index.flatten()]
-        out = self._like.new_empty(len(codes), self.in_features)
-        start = 0
-        for u, o in row_blocks(unit, out):
-            torch.mul(self._levels(codes[start : start + len(o)]).reshape(o.shape), u, out=o)
-            start += len(o)
+            rows, flat = index.numel(), index.flatten()
+            unit = unit if len(unit) == 1 else unit[flat]
+            if bits in _TILE_COLUMNS:  # a block of one row, 16 times
+                lanes = codes.unflatten(1, (-1, 16, 4))[flat // 16, :, flat % 16]
+                codes = F.pad(lanes.unsqueeze(2), (0, 0, 0, 15)).flatten(1)
+                codes = unpack_codes(codes, bits, (16 * rows, self.in_features))[::16]
+            else:
+                codes = unpack_codes(codes[flat], bits, (rows, self.in_features))
+        else:
+            codes = unpack_codes(codes, bits, self.shape)
+        out = self._like.new_empty(rows, self.in_features)
+        for u, c, o in row_blocks(unit, codes, out):
+            torch.mul(self._table[c.int()], u, out=o)
         return out if index is None else out.view(*index.shape, self.in_features)
-
-    def _levels(self, codes):
-        bits, n = self.config.bits, self.in_features
-        if 8 % bits:
-            return self.config.table().to(codes.device)[unpack_codes(codes, bits, n).int()]
-        levels = F.embedding(codes.int(), self._bytes).flatten(1)[:, :n]
-        return _interleave(levels, (16, 8)) if bits == 4 else levels
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """F.linear of x (..., in) with this weight, with inputs of 8 bits if the config says so -> (..., out).
@@ -611,24 +651,30 @@ class PackedWeight(_WithUnit):
         ):  # fmt: skip
             return F.linear(fake_quantize_activations(x) if self.config.act_bits else x, self(), bias)
         bias = None if bias is None else bias.float().contiguous()
+        weight = self.kernel_weight()
         if torch.compiler.is_compiling():
-            tensors = self.codes, self.unit, self._row_sums, self._bytes[:16, 0]
-            return torch.ops.nanopot.linear(x, *tensors, 1.0, bias, self.bfloat16)
-        return pot_kernel.linear(self.kernel_weight(), x, bias, self.bfloat16)
+            tensors = self.codes, self.unit, self._row_sums, self._table
+            return torch.ops.nanopot.linear(x, *tensors, self.out_features, self.config.bits, self.activations, bias)
+        return pot_kernel.linear(weight, x, bias)
+
+    @property
+    def activations(self) -> int:
+        """How pot_kernel takes layer inputs: 0: float32; 1: 8 bits, per token; 2: 8 bits, per 64 features."""
+        return 1 if self.config.act_bits else 2 if self.int8_activations else 0
 
     def kernel_weight(self) -> "pot_kernel.Weight":
         """This weight as pot_kernel takes it, where on_kernel is true. It is kept: making it takes as long as a product."""
         kept = self._kernel_weight
         # load_state_dict(assign=True) and `.data =` put other tensors in place of these.
-        if kept is None or kept.pointers != (self.codes.data_ptr(), self.unit.data_ptr()):
+        if kept is None or kept.key != (self.codes.data_ptr(), self.unit.data_ptr(), self.activations):
             table = self.config.table().tolist()
             self._kernel_weight = kept = pot_kernel.Weight(
-                self.codes, self.unit, self._row_sums, self.in_features, table, 1.0
+                self.codes, self.unit, self._row_sums, self.shape, self.config.bits, table, self.activations
             )
         return kept
 
     def extra_repr(self):
-        return f"({len(self.codes)}, {self.in_features}), {self.config}"
+        return f"{self.shape}, {self.config}"
 
 
 class PackedPoTLinear(nn.Module):
@@ -662,12 +708,12 @@ class PackedPoTEmbedding(nn.Module):
         return self.packed(index)
 
 
-def allow_bfloat16(model: nn.Module) -> None:
-    """Lets a packed model round layer inputs (not weights) to bfloat16 in products of more than 16 rows, on processors
-    with AMX. A prompt is read several times as fast. In our measurements the loss changes by less than 1e-4 nats."""
+def allow_int8_activations(model: nn.Module) -> None:
+    """Lets a packed model round layer inputs to 8 bits, with a scale for each 64 features of a token, where pot_kernel
+    multiplies. Decoding and prompts are faster. results/README.md says how little the loss changes."""
     for module in model.modules():
         if isinstance(module, PackedWeight):
-            module.bfloat16 = True
+            module.int8_activations = True
 
 
 # -----------------------------------------------------------------------------
@@ -820,7 +866,7 @@ def packed_state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
             if p.config not in configs:
                 configs.append(p.config)
             layers[name] = {
-                "shape": [len(p.codes), p.in_features],
+                "shape": list(p.shape),
                 "dtype": str(p.dtype).removeprefix("torch."),
                 "config": configs.index(p.config),
             }
@@ -848,7 +894,7 @@ def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: di
         if key not in packed:
             packed[key] = _empty_packed(name, rows, columns, dtype, config)
         p = packed[key]
-        if ((len(p.codes), p.in_features), p.config, p.dtype) != ((rows, columns), config, dtype):
+        if (p.shape, p.config, p.dtype) != ((rows, columns), config, dtype):
             raise ValueError(f"{name} shares {key}, which is of another shape or config: the file is damaged")
         layer = PackedPoTEmbedding(p) if cls is PoTEmbedding else PackedPoTLinear(p, module.bias)
         replaced[module] = layer.train(module.training)
@@ -907,8 +953,8 @@ def _empty_packed(name, rows, columns, dtype, config):
             f"{name}: groups of {config.group_size} do not divide the {columns} input features: the file is damaged"
         )
     w = torch.empty(rows, columns, dtype=dtype, device="meta")
-    codes = w.new_empty(rows, -(-columns * config.bits // 8), dtype=torch.uint8)
-    return PackedWeight(codes, compute_unit(w, config), columns, dtype, config)
+    codes = w.new_empty(_codes_shape(rows, columns, config.bits), dtype=torch.uint8)
+    return PackedWeight(codes, _pack_unit(compute_unit(w, config), config.bits), (rows, columns), dtype, config)
 
 
 def _check_tensor(name, tensor, expected):

@@ -16,7 +16,7 @@ import checkpoint
 import dataset
 from configurator import run
 from machine import pick_device
-from pot import allow_bfloat16
+from pot import allow_int8_activations
 
 
 @dataclass
@@ -49,7 +49,7 @@ def main(s: Settings):
     ids = torch.tensor([tokenizer.encode(prompt)], device=device)
     model.to(device)
     decode = checkpoint.make_decoder(model)
-    allow_bfloat16(model)  # for the prompt of a packed model
+    allow_int8_activations(model)  # for the prompt of a packed model
     generator = torch.Generator(device).manual_seed(s.seed)
     for _ in range(s.num_samples):
         print(prompt, end="", flush=True)
