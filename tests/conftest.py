@@ -57,6 +57,34 @@ def gpt2(**config):
     return model
 
 
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+FAMILIES = {  # model_type and settings of a small model of transformers
+    "gpt2": ("gpt2", {"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": 96}),
+    "gpt2 untied": ("gpt2", {"n_layer": 2, "n_head": 2, "n_embd": 64, "n_inner": 96, "tie_word_embeddings": False}),
+    "llama": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "llama grouped": ("llama", {"num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 50000.0}),
+    "llama 3": ("llama", {"num_key_value_heads": 1, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}),
+    "llama biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 24, "num_key_value_heads": 2}),
+    "qwen2": ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+}
+
+
+def transformers_model(family, **settings):
+    """Returns a small model of FAMILIES with random weights, in eval mode."""
+    import transformers
+
+    torch.manual_seed(0)
+    kind, own = FAMILIES[family]
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    shape |= {"max_position_embeddings": 96, "pad_token_id": None}
+    config = ({} if kind == "gpt2" else shape) | {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0} | own
+    config = transformers.AutoConfig.for_model(kind, **config | settings)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05) if p.dim() > 1 else p.data.add_(0.05 * torch.randn_like(p))
+    return model
+
+
 def added_memory(setup, code, **env):
     """Runs `setup` and `code` in a new process. Returns the bytes of memory that `code` adds, without mapped files."""
     if not os.path.exists("/proc/self/status"):
