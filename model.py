@@ -63,7 +63,9 @@ class GPTConfig:
             raise ValueError(f"head_size={self.head_size} must be even, because rotary positions turn pairs")
         if self.rope_scaling is not None:
             if self.position != "rotary" or set(self.rope_scaling) != set(ROPE_SCALING):
-                raise ValueError(f"rope_scaling={self.rope_scaling} must be a dict of {ROPE_SCALING}, with rotary positions")
+                raise ValueError(
+                    f"rope_scaling={self.rope_scaling} must be a dict of {ROPE_SCALING}, with rotary positions"
+                )
             factor, low, high, original = (self.rope_scaling[key] for key in ROPE_SCALING)
             if not (factor > 0 and 0 < low < high and original > 0):
                 raise ValueError(

@@ -58,7 +58,9 @@ def main(s: Settings):
         tokenizer.save_pretrained(path)
         os.rename(path, s.out)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{s.out}: {kind} of {millions:.1f} M parameters, vocabulary of {len(tokenizer):,}: {sorted(os.listdir(s.out))}")
+    print(
+        f"{s.out}: {kind} of {millions:.1f} M parameters, vocabulary of {len(tokenizer):,}: {sorted(os.listdir(s.out))}"
+    )
 
 
 if __name__ == "__main__":

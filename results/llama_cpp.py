@@ -18,8 +18,8 @@ import xllamacpp
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
-import dataset
 from machine import provenance
+from tokenizer import BPETokenizer
 
 PROMPTS = (
     "The film was a",
@@ -34,7 +34,7 @@ TOKENS = 48  # of each continuation
 @torch.no_grad()
 def main(folder, gguf):
     model, _ = checkpoint.load_model(folder)
-    bpe = dataset.BPETokenizer()
+    bpe = BPETokenizer()
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx = gguf, model.config.block_size
     server = xllamacpp.Server(params)
