@@ -80,7 +80,7 @@ def transformers_model(family, **settings):
 
     torch.manual_seed(0)
     kind, own = FAMILIES[family]
-    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     shape |= {"max_position_embeddings": 96, "pad_token_id": None}
     config = ({} if kind == "gpt2" else shape) | {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0} | own
     config = transformers.AutoConfig.for_model(kind, **config | settings)

@@ -609,6 +609,19 @@ def test_llama_through_every_script(workdir, sh, tmp_path):
     assert json.loads((workdir / "llama.json").read_text())["rows"][0]["tokens"] == 17 - 1  # "the" is one token
 
 
+def test_configs_of_smollm2(workdir, sh):
+    """By a small Llama in the folder `smollm2`."""
+    shutil.copytree(workdir / "llama", workdir / "smollm2")
+    shutil.copytree(workdir / "data" / "openwebtext-llama", workdir / "data" / "openwebtext-smollm2")
+    few = "--calibrate_tokens=200 --eval_tokens=200"
+    sh(f"train.py config/ptq_smollm2_pot4.py {few}")
+    done = sh(f"train.py config/finetune_smollm2_pot4.py {few} --max_iters=2 --batch_size=2 --block_size=96")
+    assert "QAT, PoT 4 bits, groups of 64" in done.stdout
+    done = sh("eval.py --ckpt=smollm2,out-smollm2-ptq4,out-smollm2-pot4 --dataset=openwebtext-smollm2 --tokens=300")
+    rows = rows_of(workdir, done)
+    assert [r["method"] for r in rows] == ["float", "PTQ, GPTQ on 192 tokens", "QAT"]
+
+
 def test_a_model_trained_from_scratch_keeps_the_tokenizer_of_its_data(workdir, sh):
     shape = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --batch_size=2 --max_iters=1"
     sh(f"train.py --dataset=openwebtext-llama {shape} --out_dir=out-scratch-llama")
