@@ -42,6 +42,16 @@ for model in smollm2 out-smollm2-two-16384 out-smollm2-single-16384; do
         --prompt="Why is the sky blue?" < /dev/null > "$answer.tmp" && mv "$answer.tmp" "$answer"; }
 done
 
+# memory of sample.py, and the same model in llama.cpp (`pip install xllamacpp`) by the weights that MXFP4 holds
+[ -e results/memory_smollm2.json ] || \
+    python results/memory.py out-smollm2-two-16384 128 results/memory_smollm2.json > /dev/null
+if python -c "import xllamacpp" 2> /dev/null && [ ! -e out-smollm2-mxfp4/model.gguf ]; then
+    python train.py config/ptq_smollm2_pot4.py --pot_terms=2 --pot_group_size=32 --pot_scale_format=e8m0 \
+        --calibrate_tokens=0 --eval_tokens=1025 --out_dir=out-smollm2-mxfp4
+    python extras/export.py --ckpt=out-smollm2-mxfp4 --out=out-smollm2-mxfp4/model.gguf
+    python results/llama_cpp.py out-smollm2-mxfp4 out-smollm2-mxfp4/model.gguf results/llama_cpp_smollm2.json 40
+fi
+
 # 20 steps of fine-tuning in float, and of QAT with distillation
 few="python train.py config/finetune_smollm2_pot4.py --calibrate_tokens=0 --max_iters=20 --eval_tokens=1025"
 [ -e out-smollm2-float-20/model.safetensors ] || $few --pot=None --out_dir=out-smollm2-float-20
