@@ -33,11 +33,11 @@ from configurator import check_minimum, run
 from model import GPT, GPTConfig, KVCache
 from pot import PoTConfig, PoTQuantizer, allow_bfloat16, convert, packed_state, prepare
 
-SHAPES = {  # n_layer, n_head, n_embd
-    "gpt2": (12, 12, 768),
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600),
+SHAPES = {  # settings of GPTConfig
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
 }
 PACKED = {  # absmax because it is quick to compute; the scale makes no difference to speed
     "int4": PoTConfig(grid="uniform", scale="absmax"),  # the same kernel with another table
@@ -63,6 +63,7 @@ class Settings:
     # folder of a float checkpoint, or gpt2, gpt2-medium, ...; None: random weights
     ckpt: str | None = None
     model: str = "gpt2"  # shape of the random weights: gpt2, gpt2-medium, gpt2-large or gpt2-xl
+    n_layer: int | None = None  # fewer layers than the shape has, for shapes that do not fit into memory
     vocab_multiple: int = 1  # the vocabulary is padded to a multiple of this, for example 64
     rounds: int = 5  # in each round everything is measured once, in turn
     json: str | None = None  # file of the result; None: results/bench.json or results/bench_qat.json
@@ -80,7 +81,8 @@ class Settings:
 def main(s: Settings):
     if s.what not in ("speed", "qat") or s.model not in SHAPES:
         raise ValueError(f"what={s.what}, model={s.model}: choose speed or qat, and one of {', '.join(SHAPES)}")
-    check_minimum(s, vocab_multiple=1, new_tokens=1, prompt_tokens=1, batch_size=1, block_size=1, steps=1)
+    least = ("n_layer", "vocab_multiple", "new_tokens", "prompt_tokens", "batch_size", "block_size", "steps")
+    check_minimum(s, **dict.fromkeys(least, 1))
     if s.rounds < 2:
         raise ValueError(f"rounds={s.rounds} has no spread: take at least 2")
     torch.manual_seed(SEED)
@@ -97,8 +99,11 @@ def main(s: Settings):
 
 def build(s):
     """The float model, in eval mode."""
-    config, tensors = GPTConfig(1024, 50257, *SHAPES[s.model]), None
+    config, tensors = GPTConfig(**SHAPES[s.model]), None
+    config.n_layer = s.n_layer or config.n_layer
     if s.ckpt:
+        if s.n_layer:
+            raise ValueError(f"n_layer={s.n_layer} shortens random weights only: leave out n_layer or ckpt")
         loaded, info = checkpoint.load_model(s.ckpt)
         if info.pot:
             raise ValueError(f"{s.ckpt} is quantized ({info.method}): pass the float checkpoint that it came from")

@@ -66,6 +66,14 @@ def test_wrong_logits_are_not_timed(sh, monkeypatch):
     assert "bfloat16 eager: its logits are off by" in done.stderr
 
 
+def test_shapes():
+    import bench
+
+    config = bench.build(bench.Settings(model="gpt2-medium", n_layer=1, vocab_multiple=64)).config
+    assert (config.n_layer, config.n_head, config.n_embd, config.vocab_size) == (1, 16, 1024, 50304)
+    assert config.block_size == 1024 and bench.build(bench.Settings(n_layer=None)).config.n_layer == 12
+
+
 def test_qat(workdir, sh):
     done = sh("bench.py --what=qat --ckpt=gpt2 --rounds=2 --steps=1 --block_size=16 --batch_size=2")
     results = json.loads((workdir / "results" / "bench_qat.json").read_text())
@@ -85,6 +93,7 @@ def test_qat(workdir, sh):
         ("bench.py --ckpt={qat}", "is quantized (QAT): pass the float checkpoint"),
         ("bench.py --model=gpt3", "choose speed or qat, and one of gpt2, gpt2-medium"),
         ("bench.py --rounds=1", "rounds=1 has no spread"),
+        ("bench.py --ckpt=gpt2 --n_layer=1", "n_layer=1 shortens random weights only"),
     ],
 )
 def test_errors(sh, qat_run, command, message):
