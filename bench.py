@@ -4,6 +4,7 @@ Speed, memory and file size of GPT-2 in each format, measured in turn in one run
     python bench.py                                  # the shape of GPT-2 124M, random weights
     python bench.py --model=gpt2-medium --vocab_multiple=64
     python bench.py --ckpt=gpt2
+    python bench.py --vocab_multiple=64 --llama_bench=llama.cpp/build/bin/llama-bench    # llama.cpp in the same rounds
     python bench.py --what=qat                       # a training step: float, fake-quantized, distilled
 """
 
@@ -53,6 +54,8 @@ WAYS = {  # each format is measured in all of its ways
     "int8": [e for e in ("x86", "onednn") if e in ENGINES] or ENGINES[-1:],
     **dict.fromkeys(PACKED, ("packed",)),
 }
+LLAMA = ("Q4_0", "IQ4_NL", "Q4_K", "MXFP4", "Q8_0", "F32")  # llama.cpp's formats
+KINDS = ("decode", "prompt")  # what is timed
 PROMPT = 32  # tokens before the decoded ones
 SEED = 1337  # of weights and tokens
 
@@ -71,6 +74,8 @@ class Settings:
     new_tokens: int = 128  # tokens decoded one by one, after a prompt of 32
     prompt_tokens: int = 512  # tokens of the prompt that is timed
     compile: bool = True  # also measure torch.compile, which needs a minute or two to compile
+    # llama.cpp's llama-bench, with llama-quantize beside it, to measure its formats too; needs `pip install gguf`
+    llama_bench: str | None = None
     # --- what=qat ---
     batch_size: int = 12  # sequences in a step
     block_size: int = 64  # tokens in a sequence
@@ -136,10 +141,12 @@ def speed(s, model):
 
     A row has the fastest way of its format by median, separately for decoding and for the prompt. Row float32 is
     PyTorch's default. The figures of a row:
-    - file_bytes: the file of checkpoint.save_model; for int8 of torch.save, with quantized embeddings
+    - file_bytes: the file of checkpoint.save_model; for int8 of torch.save, with quantized embeddings; or the GGUF
     - bytes_per_token: all weights, except tables of which a decode step reads single rows
-    - peak_bytes: peak memory of a new process that loads the file and decodes, minus its memory after the imports
-    - decode, prompt: tokens/s, and ratios to float32 and to float32-best in the same round
+    - peak_bytes: peak memory of a new process that loads the file and decodes, minus its memory after the imports;
+      None for llama.cpp
+    - decode, prompt: tokens/s, and ratios in the same round: to float32, to float32-best and to the fastest of
+      llama.cpp's formats of 4 bits
     - bandwidth_share: bytes_per_token x decode tokens/s, relative to plain reading in the same round (see take_turns)
     """
     context = model.config.block_size
@@ -150,22 +157,31 @@ def speed(s, model):
     engine = torch.backends.quantized.engine
     with tempfile.TemporaryDirectory() as folder:
         try:
+            llama, left_out = load_llama(s, model, folder) if s.llama_bench else ([], {})
             files, expected = write_formats(model, folder, tokens[:, : PROMPT + 1])
-            ways, left_out = load_ways(s, files, expected, tokens)
+            ours, failed = load_ways(s, files, expected, tokens)
+            ways = ours + llama
             rates = take_turns(s, ways, tokens, os.path.getsize(files["pot4"]))
-            read = rates["read_once"]
-            check_read(read, rates["sum"])
-            groups = {format: [w for w in ways if w.format == format] for format in files}
-            floats = groups.pop("float32")
-            groups = {"float32": floats[:1], "float32-best": floats} | groups
-            rows = [make_row(s, name, group, floats, read) for name, group in groups.items()]
         finally:
             torch.backends.quantized.engine = engine
+        read = rates["read_once"]
+        check_read(read, rates["sum"])
+        groups = {format: [w for w in ways if w.format == format] for format in dict.fromkeys(w.format for w in ways)}
+        floats, four_bits = groups.pop("float32"), [w for w in llama if "4" in w.format]
+        groups = {"float32": floats[:1], "float32-best": floats} | groups
+        bases = {"ratio": floats[:1], "ratio_best": floats} | ({"ratio_llama": four_bits} if four_bits else {})
+        rows = [make_row(s, name, group, bases, read) for name, group in groups.items()]
     bandwidth = spread("read_gb_s", [r / 1e9 for r in read]) | spread("sum_gb_s", [r / 1e9 for r in rates["sum"]])
     print_table(s, rows, bandwidth["read_gb_s"])
-    ways = [{"format": w.format, "way": w.way, "error": w.error, "ready_s": w.ready_s} | w.rates for w in ways]
-    lengths = {"new_tokens": s.new_tokens, "prompt_tokens": s.prompt_tokens}
-    return {**bandwidth, "rows": rows, "ways": ways, "left_out": left_out, **lengths}
+    results = {**bandwidth, "rows": rows, "left_out": failed | left_out}
+    results["ways"] = [
+        {"format": w.format, "way": w.way, "error": w.error, "ready_s": w.ready_s} | w.rates for w in ways
+    ]
+    if four_bits:
+        best = {kind: fastest(four_bits, kind).format for kind in KINDS}
+        print_ratios(rows, best)
+        results["llama_cpp"] = four_bits[0].build | {"fastest": best}
+    return results | {"new_tokens": s.new_tokens, "prompt_tokens": s.prompt_tokens}
 
 
 def write_formats(model, folder, tokens):
@@ -198,7 +214,7 @@ class Way:
 
     def __init__(self, format, way, file):
         self.format, self.way, self.file, self.decoder = format, way, file, None
-        self.rates = {"decode": [], "prompt": []}  # tokens/s of each round
+        self.rates = {kind: [] for kind in KINDS}  # tokens/s of each round
         self.use()
         if format == "int8":
             with warnings.catch_warnings():
@@ -222,6 +238,30 @@ class Way:
     def generate(self, prompt, new_tokens):
         """Yields the token that the prompt gives, then new_tokens decoded ones."""
         return self.model.generate(prompt, new_tokens + 1, temperature=0, decode=self.decoder)
+
+    def measure(self, s, tokens):
+        """{kind: tokens/s}"""
+        self.use()
+        generated = self.generate(tokens[:, :PROMPT], s.new_tokens)
+        next(generated)  # reads the prompt
+        start = time.perf_counter()
+        for _ in generated:
+            pass
+        middle = time.perf_counter()
+        self.model(tokens[:, : s.prompt_tokens], cache=KVCache(s.prompt_tokens), last=True)
+        end = time.perf_counter()
+        return {"decode": s.new_tokens / (middle - start), "prompt": s.prompt_tokens / (end - middle)}
+
+    def bytes_per_token(self):
+        """See speed."""
+        if isinstance(self.model.lm_head, int8.Linear):  # its tables are separate from the head
+            layers = [m for m in self.model.modules() if isinstance(m, int8.Linear)]
+            tensors = [t for m in layers for t in (m.weight(), m.bias()) if t is not None]
+            return sum(t.nbytes for t in [*tensors, *self.model.parameters()])
+        return sum(t.nbytes for n, t in packed_state(self.model)[0].items() if not n.startswith("transformer.wpe."))
+
+    def peak_bytes(self, new_tokens):
+        return peak_bytes(self.format, self.way, self.file, new_tokens)
 
 
 def reorder_weight(module):
@@ -270,19 +310,10 @@ def take_turns(s, ways, tokens, size):
     for i in range(s.rounds + 1):
         line = []
         for w in ways:
-            w.use()
-            generated = w.generate(tokens[:, :PROMPT], s.new_tokens)
-            next(generated)  # reads the prompt
-            start = time.perf_counter()
-            for _ in generated:
-                pass
-            middle = time.perf_counter()
-            w.model(tokens[:, : s.prompt_tokens], cache=KVCache(s.prompt_tokens), last=True)
-            end = time.perf_counter()
-            if i > 0:  # the first round warms up
-                w.rates["decode"].append(s.new_tokens / (middle - start))
-                w.rates["prompt"].append(s.prompt_tokens / (end - middle))
-                line.append(f"{w.format} {w.way} {w.rates['decode'][-1]:.1f}")
+            measured = w.measure(s, tokens)
+            line.append(f"{w.format} {w.way} {measured['decode']:.1f}")
+            for kind in KINDS if i > 0 else ():  # the first round warms up
+                w.rates[kind].append(measured[kind])
         for name, read in reads.items():
             start = time.perf_counter()
             for _ in range(10):
@@ -306,28 +337,23 @@ def check_read(read, reference):
         )
 
 
-def make_row(s, name, ways, floats, read):
-    """A row of the table, for the best of ways. floats: the ways of float32, its default first; read: of take_turns."""
-    best = {kind: max(ways, key=lambda w: statistics.median(w.rates[kind])) for kind in ("decode", "prompt")}
-    weights = read_per_token(ways[0].model)
+def fastest(ways, kind):
+    return max(ways, key=lambda w: statistics.median(w.rates[kind]))
+
+
+def make_row(s, name, ways, bases, read):
+    """A row of the table, for the best of ways. bases: {ratio: the ways to whose best it is}; read: of take_turns."""
+    best = {kind: fastest(ways, kind) for kind in KINDS}
+    weights = ways[0].bytes_per_token()
     row = {"name": name, "ways": {kind: w.way for kind, w in best.items()}}
     row |= {"file_bytes": os.path.getsize(ways[0].file), "bytes_per_token": weights}
-    row["peak_bytes"] = peak_bytes(ways[0].format, best["decode"].way, ways[0].file, s.new_tokens)
+    row["peak_bytes"] = best["decode"].peak_bytes(s.new_tokens)
     for kind, w in best.items():
         row |= spread(f"{kind}_tok_s", w.rates[kind])
-        fastest = max((f.rates[kind] for f in floats), key=statistics.median)
-        for key, base in ((f"{kind}_ratio", floats[0].rates[kind]), (f"{kind}_ratio_best", fastest)):
-            row |= spread(key, [r / b for r, b in zip(w.rates[kind], base)])
+        for ratio, others in bases.items():
+            base = fastest(others, kind).rates[kind]
+            row |= spread(f"{kind}_{ratio}", [r / b for r, b in zip(w.rates[kind], base)])
     return row | spread("bandwidth_share", [weights * d / r for d, r in zip(best["decode"].rates["decode"], read)])
-
-
-def read_per_token(model):
-    """Bytes; see speed."""
-    if isinstance(model.lm_head, int8.Linear):  # its tables are separate from the head
-        layers = [m for m in model.modules() if isinstance(m, int8.Linear)]
-        tensors = [t for m in layers for t in (m.weight(), m.bias()) if t is not None]
-        return sum(t.nbytes for t in [*tensors, *model.parameters()])
-    return sum(t.nbytes for n, t in packed_state(model)[0].items() if not n.startswith("transformer.wpe."))
 
 
 @functools.cache
@@ -355,7 +381,7 @@ def print_table(s, rows, bandwidth):
         "median (quartiles); ratios to float32 and\nto the best float32. MB: file, read per token, peak memory. "
         f"Share: of the {bandwidth:.1f} GB/s at which memory is read."
     )
-    line = "{:<13}{:>8}{:>9}{:>8}   {:<22}{:>6}{:>7}{:>9}   {:<28}{:>6}"
+    line = "{:<16}{:>8}{:>9}{:>8}   {:<22}{:>6}{:>7}{:>9}   {:<28}{:>6}"
     print(line.format("", "file", "a token", "peak", "decode", "ratio", "/best", "share", "prompt", "ratio"))
     for r in rows:
         sizes = [r[key] for key in ("file_bytes", "bytes_per_token", "peak_bytes")]
@@ -366,6 +392,112 @@ def print_table(s, rows, bandwidth):
         print(line.format(r["name"], *sizes, rates[0], *ratios[:2], share, rates[1], ratios[2]))
     for r in rows[1:4]:  # formats with several ways
         print(f"{r['name']}: {r['ways']['decode']} to decode, {r['ways']['prompt']} for the prompt")
+
+
+def print_ratios(rows, best):
+    print(
+        f"Times as fast as llama.cpp's fastest of 4 bits, {best['decode']} to decode, {best['prompt']} for the prompt:"
+    )
+    for r in [r for r in rows if r["name"] in PACKED]:
+        ratios = [
+            "{:.2f} ({:.2f}, {:.2f})".format(r[k], *r[f"{k}_quartiles"]) for k in [f"{k}_ratio_llama" for k in KINDS]
+        ]
+        print(f"{r['name']:<16}{ratios[0]} to decode, {ratios[1]} for the prompt")
+
+
+# -----------------------------------------------------------------------------
+# llama.cpp
+
+
+class LlamaCpp:
+    """A format of llama.cpp, measured by llama-bench, in the place of a Way."""
+
+    way, error = "llama-bench", None  # it does not show logits
+
+    def __init__(self, llama_bench, name, file, weights, ready_s):
+        self.llama_bench, self.format, self.file, self.ready_s = llama_bench, f"llama.cpp-{name}", file, ready_s
+        self.rates, self.weights = {kind: [] for kind in KINDS}, weights
+
+    def measure(self, s, tokens):
+        return {"decode": self.bench(0, s.new_tokens, PROMPT), "prompt": self.bench(s.prompt_tokens, 0, 0)}
+
+    def bench(self, prompt, new, depth):
+        """Tokens/s of a prompt, or of new tokens after `depth` earlier ones. llama-bench warms up by itself."""
+        sizes = f"-p {prompt} -n {new} -d {depth} -t {torch.get_num_threads()} -r 1 -o json"
+        [result] = json.loads(call(self.llama_bench, "-m", self.file, *sizes.split()))
+        self.build = {key: result[key] for key in ("build_commit", "build_number")}
+        return result["avg_ts"]
+
+    def bytes_per_token(self):
+        return self.weights
+
+    def peak_bytes(self, new_tokens):
+        return None
+
+
+def call(*command):
+    """What a command prints. Raises ValueError if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{os.path.basename(command[0])} fails: {done.stderr.strip().rpartition(chr(10))[2]}")
+    return done.stdout
+
+
+def load_llama(s, model, folder):
+    """([LlamaCpp of each format], {format: why it was left out}). Writes the files."""
+    quantize = os.path.join(os.path.dirname(s.llama_bench), "llama-quantize")
+    for path in (s.llama_bench, quantize):
+        if not os.path.isfile(path):
+            raise ValueError(f"there is no {path}: pass the path of llama-bench, with llama-quantize beside it")
+    try:
+        import gguf
+    except ImportError:
+        raise ValueError("llama_bench needs the package gguf: pip install gguf") from None
+    source = os.path.join(folder, "F32.gguf")
+    write_gguf(gguf, model, source)
+    ways, left_out = [], {}
+    for name in LLAMA:
+        file, start = os.path.join(folder, f"{name}.gguf"), time.perf_counter()
+        kind = "MXFP4_MOE" if name == "MXFP4" else name  # --pure makes all matrices MXFP4
+        try:
+            if file != source:
+                call(quantize, "--pure", source, file, kind, str(torch.get_num_threads()))
+            tensors = [t for t in gguf.GGUFReader(file).tensors if t.name != "position_embd.weight"]
+            types = {t.tensor_type.name for t in tensors if len(t.shape) == 2}
+            if types != {name}:
+                raise ValueError(f"these shapes become {', '.join(sorted(types))}")
+        except ValueError as e:
+            left_out[f"llama.cpp-{name}"] = str(e)
+            print(f"llama.cpp-{name} is left out: {e}")
+            continue
+        weights = sum(int(t.n_bytes) for t in tensors)
+        ways.append(LlamaCpp(s.llama_bench, name, file, weights, time.perf_counter() - start))
+        print(f"{ways[-1].format:<19}ready in {ways[-1].ready_s:5.1f} s", flush=True)
+    return ways, left_out
+
+
+def write_gguf(gguf, model, path):
+    """Writes the float32 weights without a tokenizer."""
+    c = model.config
+    if c.vocab_size % 16:
+        raise ValueError(
+            f"llama.cpp's fast code multiplies by 8 or 16 rows at once, which a vocabulary of {c.vocab_size} does not fit: "
+            "pass --vocab_multiple=64"
+        )
+    writer = gguf.GGUFWriter(path, "gpt2")
+    sizes = {"context_length": c.block_size, "embedding_length": c.n_embd, "feed_forward_length": 4 * c.n_embd}
+    sizes |= {"block_count": c.n_layer, "attention.head_count": c.n_head, "vocab_size": c.vocab_size}
+    for key, size in sizes.items():
+        writer.add_uint32(f"gpt2.{key}", size)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_tokenizer_model("no_vocab")  # llama-bench makes up tokens
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, c.n_layer)
+    for name, p in model.named_parameters():  # without the head, which is the token table
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), p.detach().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 # -----------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """bench.py: the measured rows, the formats that it leaves out, and its checks."""
 
 import json
+import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,6 +41,93 @@ def test_speed(workdir, sh, monkeypatch):
     assert rows["bfloat16"]["bytes_per_token"] == expected_bytes / 2
     assert expected_bytes / 8 < rows["pot4"]["bytes_per_token"] < expected_bytes / 7 > rows["int4"]["bytes_per_token"]
     assert rows["float32"]["decode_ratio"] == rows["float32-best"]["decode_ratio_best"] == 1
+
+
+QUANTIZE = """
+import shutil, sys
+import gguf
+pure, source, file, kind, threads = sys.argv[1:]
+assert pure == "--pure" and int(threads) == 2
+shutil.copy(source, __file__ + ".source")
+kind = gguf.GGMLQuantizationType[kind.removesuffix("_MOE")]
+writer = gguf.GGUFWriter(file, "gpt2")
+for t in gguf.GGUFReader(source).tensors:
+    matrix = len(t.shape) == 2 and t.name != "position_embd.weight"
+    try:
+        writer.add_tensor(t.name, gguf.quants.quantize(t.data, kind) if matrix else t.data, raw_dtype=kind if matrix else None)
+    except (NotImplementedError, gguf.QuantError):
+        sys.exit("a long story\\nno such type")
+writer.write_header_to_file()
+writer.write_kv_data_to_file()
+writer.write_tensors_to_file()
+writer.close()
+"""
+BENCH = """
+import json, os, sys
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+with open(__file__ + ".log", "a") as log:
+    log.write(" ".join(sys.argv[3:]) + chr(10))
+rate = {"Q4_0.gguf": 1e5, "MXFP4.gguf": 2e5, "Q8_0.gguf": 4e5, "F32.gguf": 8e5}[os.path.basename(options["-m"])]
+print(json.dumps([{"avg_ts": rate, "build_commit": "abc", "build_number": 7}]))
+"""
+
+
+def test_llama_cpp(workdir, tmp_path, sh, monkeypatch):
+    """Stands in for llama.cpp: two scripts, of which the first knows what the package gguf can quantize."""
+    gguf = pytest.importorskip("gguf")
+    import transformers
+
+    for name, code in (("llama-quantize", QUANTIZE), ("llama-bench", BENCH)):
+        (tmp_path / name).write_text(f"#!{sys.executable}\n{code}")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr("bench.check_read", lambda read, reference: None)  # a timing, which other processes disturb
+    monkeypatch.setattr("bench.peak_bytes", lambda *args: None)  # takes a new process each
+    command = (
+        f"bench.py --ckpt=gpt2 --compile=False --rounds=2 --new_tokens=2 --prompt_tokens=8 --json={tmp_path}/b.json"
+    )
+    command += f" --vocab_multiple=64 --llama_bench={tmp_path}/llama-bench"
+    done = sh(command)
+    results = json.loads((tmp_path / "b.json").read_text())
+    left_out = {k: v for k, v in results["left_out"].items() if "llama" in k}
+    assert left_out == {f"llama.cpp-{kind}": "llama-quantize fails: no such type" for kind in ("IQ4_NL", "Q4_K")}
+    rows = {r["name"]: r for r in results["rows"]}
+    assert list(rows)[-4:] == [f"llama.cpp-{kind}" for kind in ("Q4_0", "MXFP4", "Q8_0", "F32")]
+    assert {key for r in rows.values() for key in r} == set(rows["llama.cpp-Q4_0"])
+    assert rows["llama.cpp-F32"]["bytes_per_token"] == rows["float32"]["bytes_per_token"]
+    assert rows["llama.cpp-Q4_0"]["peak_bytes"] is None and rows["llama.cpp-Q4_0"]["decode_tok_s"] == 1e5
+    assert 4.5 / 32 < rows["llama.cpp-Q4_0"]["bytes_per_token"] / rows["float32"]["bytes_per_token"] < 4.7 / 32
+    assert results["llama_cpp"]["fastest"] == {"decode": "llama.cpp-MXFP4", "prompt": "llama.cpp-MXFP4"}
+    assert rows["pot4"]["prompt_ratio_llama"] == pytest.approx(rows["pot4"]["prompt_tok_s"] / 2e5)
+    assert "Times as fast as llama.cpp's fastest of 4 bits, llama.cpp-MXFP4 to decode" in done.stdout
+    expected = {"-p 0 -n 2 -d 32 -t 2 -r 1 -o json", "-p 8 -n 0 -d 0 -t 2 -r 1 -o json"}
+    assert set((tmp_path / "llama-bench.log").read_text().splitlines()) == expected
+
+    source = gguf.GGUFReader(tmp_path / "llama-quantize.source")
+    keys = {"block_count": 2, "embedding_length": 64, "feed_forward_length": 256, "attention.head_count": 2}
+    for key, value in (keys | {"context_length": 96, "vocab_size": 50304}).items():
+        assert source.get_field(f"gpt2.{key}").contents() == value
+    tensors = {t.name: t.data for t in source.tensors}
+    model = transformers.GPT2LMHeadModel.from_pretrained(workdir / "gpt2")
+    assert len(tensors) == len(model.state_dict()) - 1  # the head is the token table
+    block = model.transformer.h[1]
+    pairs = {
+        "attn_norm": block.ln_1,
+        "attn_output": block.attn.c_proj,
+        "ffn_norm": block.ln_2,
+        "ffn_up": block.mlp.c_fc,
+    }
+    pairs |= {"attn_qkv": block.attn.c_attn, "ffn_down": block.mlp.c_proj}
+    for name, module in pairs.items():
+        assert np.array_equal(tensors[f"blk.1.{name}.weight"], module.weight.detach().numpy().T)
+        assert np.array_equal(tensors[f"blk.1.{name}.bias"], module.bias.detach().numpy())
+    assert np.array_equal(tensors["token_embd.weight"][:50257], model.transformer.wte.weight.detach().numpy())
+    assert np.array_equal(tensors["position_embd.weight"], model.transformer.wpe.weight.detach().numpy())
+    assert np.array_equal(tensors["output_norm.weight"], model.transformer.ln_f.weight.detach().numpy())
+
+    done = sh(command.replace("vocab_multiple=64", "vocab_multiple=1"), ok=False)
+    assert "which a vocabulary of 50257 does not fit: pass --vocab_multiple=64" in done.stderr
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert "pip install gguf" in sh(command, ok=False).stderr
 
 
 def test_missing_onednn_path_is_left_out(workdir, sh, monkeypatch):
@@ -93,6 +182,7 @@ def test_qat(workdir, sh):
         ("bench.py --ckpt={qat}", "is quantized (QAT): pass the float checkpoint"),
         ("bench.py --model=gpt3", "choose speed or qat, and one of gpt2, gpt2-medium"),
         ("bench.py --rounds=1", "rounds=1 has no spread"),
+        ("bench.py --n_layer=1 --llama_bench=nowhere/llama-bench", "there is no nowhere/llama-bench"),
         ("bench.py --ckpt=gpt2 --n_layer=1", "n_layer=1 shortens random weights only"),
     ],
 )
