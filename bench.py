@@ -28,11 +28,12 @@ from torch.ao.quantization import default_dynamic_qconfig, float_qparams_weight_
 
 import checkpoint
 import machine
+import pot
 import pot_kernel
 from checkpoint import CheckpointInfo
 from configurator import check_minimum, run
 from model import GPT, GPTConfig, KVCache
-from pot import PoTConfig, PoTQuantizer, allow_bfloat16, convert, packed_state, prepare
+from pot import PoTConfig, PoTQuantizer, convert, packed_state, prepare
 
 SHAPES = {  # settings of GPTConfig
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
@@ -43,16 +44,16 @@ SHAPES = {  # settings of GPTConfig
 PACKED = {  # absmax because it is quick to compute; the scale makes no difference to speed
     "int4": PoTConfig(grid="uniform", scale="absmax"),  # the same kernel with another table
     "pot4": PoTConfig(scale="absmax"),
-    "pot4-int8": PoTConfig(scale="absmax", act_bits=8),
+    "pot4-two": PoTConfig(terms=2, scale="absmax"),
 }
-# Largest relative error of the logits, from those of the same weights in float32. The kernel multiplies many rows in
-# bfloat16; int8 rounds the weights too.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.25} | dict.fromkeys(PACKED, 0.05)
 ENGINES = torch.backends.quantized.supported_engines  # of int8
-WAYS = {  # each format is measured in all of its ways
-    **dict.fromkeys(("float32", "bfloat16"), ("eager", "oneDNN", "compiled")),
-    "int8": [e for e in ("x86", "onednn") if e in ENGINES] or ENGINES[-1:],
-    **dict.fromkeys(PACKED, ("packed",)),
+# The ways of each format, and the largest relative error of their logits, from those of the same weights in float32.
+# int8 rounds the weights, too. The ways of packed weights are the dtypes to which layer inputs are rounded.
+WAYS = {
+    "float32": dict.fromkeys(("eager", "oneDNN", "compiled"), 1e-4),
+    "bfloat16": dict.fromkeys(("eager", "oneDNN", "compiled"), 0.05),
+    "int8": dict.fromkeys([e for e in ("x86", "onednn") if e in ENGINES] or ENGINES[-1:], 0.25),
+    **dict.fromkeys(PACKED, {"float32": 1e-4, "int8": 0.05}),
 }
 LLAMA = ("Q4_0", "IQ4_NL", "Q4_K", "MXFP4", "Q8_0", "F32")  # llama.cpp's formats
 KINDS = ("decode", "prompt")  # what is timed
@@ -228,7 +229,8 @@ class Way:
             torch._dynamo.config.recompile_limit = 64  # prompts and single tokens, in two dtypes
             self.model.compile()  # dynamic=True makes thousands of symbols; lengths become symbols when they change
         if format in PACKED:
-            allow_bfloat16(self.model)  # for prompts
+            if way == "int8":
+                round_inputs(self.model)
             self.decoder = checkpoint.make_decoder(self.model)
 
     def use(self):
@@ -264,6 +266,11 @@ class Way:
         return peak_bytes(self.format, self.way, self.file, new_tokens)
 
 
+def round_inputs(model):
+    """Lets a packed model round the inputs of its layers, which is faster."""
+    getattr(pot, "allow_int8_activations", pot.allow_bfloat16)(model)
+
+
 def reorder_weight(module):
     """Makes a linear layer keep its weight in oneDNN's own order, so that no call has to reorder it.
 
@@ -294,7 +301,7 @@ def load_ways(s, files, expected, tokens):
             print(f"{format} {way} is left out: {reason}")
             continue
         w.error = ((logits.float() - expected[format]).norm() / expected[format].norm()).item()
-        if not w.error <= TOLERANCE[format]:
+        if not w.error <= WAYS[format][way]:
             raise ValueError(f"{format} {way}: its logits are off by {w.error:.2g}, relative to float32")
         w.ready_s = time.perf_counter() - start
         print(f"{format:<10}{way:<9} ready in {w.ready_s:5.1f} s, logits off by {w.error:.1e}", flush=True)
@@ -390,8 +397,8 @@ def print_table(s, rows, bandwidth):
         ratios = [f"{r[key]:.2f}" for key in ("decode_ratio", "decode_ratio_best", "prompt_ratio")]
         share = f"{r['bandwidth_share']:.0%}"
         print(line.format(r["name"], *sizes, rates[0], *ratios[:2], share, rates[1], ratios[2]))
-    for r in rows[1:4]:  # formats with several ways
-        print(f"{r['name']}: {r['ways']['decode']} to decode, {r['ways']['prompt']} for the prompt")
+    for r in [r for r in rows if len(WAYS.get(r["name"].removesuffix("-best"), ())) > 1][1:]:
+        print(f"{r['name']:<16}{r['ways']['decode']} to decode, {r['ways']['prompt']} for the prompt")
 
 
 def print_ratios(rows, best):

@@ -24,7 +24,7 @@ def test_speed(workdir, sh, monkeypatch):
     left_out.pop("bfloat16, oneDNN", None)  # depends on the processor
     assert left_out == {f"{f}, compiled": "RuntimeError: no compiler" for f in ("float32", "bfloat16")}
     rows = {r["name"]: r for r in results["rows"]}
-    assert list(rows) == ["float32", "float32-best", "bfloat16", "int8", "int4", "pot4", "pot4-int8"]
+    assert list(rows) == ["float32", "float32-best", "bfloat16", "int8", "int4", "pot4", "pot4-two"]
     expected_bytes = 4 * (50304 * 64 + 2 * (12 * 64**2 + 13 * 64) + 2 * 64)  # without the position table
     for name, row in rows.items():
         assert name in done.stdout and set(row["ways"]) == {"decode", "prompt"}
@@ -40,6 +40,7 @@ def test_speed(workdir, sh, monkeypatch):
     assert rows["float32"]["bytes_per_token"] == rows["float32-best"]["bytes_per_token"] == expected_bytes
     assert rows["bfloat16"]["bytes_per_token"] == expected_bytes / 2
     assert expected_bytes / 8 < rows["pot4"]["bytes_per_token"] < expected_bytes / 7 > rows["int4"]["bytes_per_token"]
+    assert {w["way"] for w in results["ways"] if w["format"] == "pot4-two"} == {"float32", "int8"}
     assert rows["float32"]["decode_ratio"] == rows["float32-best"]["decode_ratio_best"] == 1
 
 
@@ -150,7 +151,7 @@ def test_missing_onednn_path_is_left_out(workdir, sh, monkeypatch):
 def test_wrong_logits_are_not_timed(sh, monkeypatch):
     import bench
 
-    monkeypatch.setitem(bench.TOLERANCE, "bfloat16", 1e-9)
+    monkeypatch.setitem(bench.WAYS["bfloat16"], "eager", 1e-9)
     done = sh("bench.py --ckpt=gpt2 --compile=False --new_tokens=4 --prompt_tokens=20", ok=False)
     assert "bfloat16 eager: its logits are off by" in done.stderr
 
