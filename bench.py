@@ -56,7 +56,7 @@ WAYS = {
     **dict.fromkeys(PACKED, {"float32": 1e-4, "int8": 0.05}),
 }
 LLAMA = ("Q4_0", "IQ4_NL", "Q4_K", "MXFP4", "Q8_0", "F32")  # llama.cpp's formats
-KINDS = ("decode", "prompt")  # what is timed
+BATCHES = {"decode": 1, "decode8": 8, "decode16": 16}  # sequences decoded at once
 PROMPT = 32  # tokens before the decoded ones
 SEED = 1337  # of weights and tokens
 
@@ -146,7 +146,7 @@ def speed(s, model):
     - bytes_per_token: all weights, except tables of which a decode step reads single rows
     - peak_bytes: peak memory of a new process that loads the file and decodes, minus its memory after the imports;
       None for llama.cpp
-    - decode, prompt: tokens/s, and ratios in the same round: to float32, to float32-best and to the fastest of
+    - decode, decode8, decode16, prompt: tokens/s of 1, 8 and 16 sequences and of a prompt, and ratios in the same round: to float32, to float32-best and to the fastest of
       llama.cpp's formats of 4 bits
     - bandwidth_share: bytes_per_token x decode tokens/s, relative to plain reading in the same round (see take_turns)
     """
@@ -173,15 +173,14 @@ def speed(s, model):
         bases = {"ratio": floats[:1], "ratio_best": floats} | ({"ratio_llama": four_bits} if four_bits else {})
         rows = [make_row(s, name, group, bases, read) for name, group in groups.items()]
     bandwidth = spread("read_gb_s", [r / 1e9 for r in read]) | spread("sum_gb_s", [r / 1e9 for r in rates["sum"]])
-    print_table(s, rows, bandwidth["read_gb_s"])
+    llama = {kind: fastest(four_bits, kind).format for kind in four_bits[0].rates} if four_bits else {}
+    print_table(s, rows, bandwidth["read_gb_s"], llama)
     results = {**bandwidth, "rows": rows, "left_out": failed | left_out}
     results["ways"] = [
         {"format": w.format, "way": w.way, "error": w.error, "ready_s": w.ready_s} | w.rates for w in ways
     ]
     if four_bits:
-        best = {kind: fastest(four_bits, kind).format for kind in KINDS}
-        print_ratios(rows, best)
-        results["llama_cpp"] = four_bits[0].build | {"fastest": best}
+        results["llama_cpp"] = four_bits[0].build | {"fastest": llama}
     return results | {"new_tokens": s.new_tokens, "prompt_tokens": s.prompt_tokens}
 
 
@@ -215,7 +214,7 @@ class Way:
 
     def __init__(self, format, way, file):
         self.format, self.way, self.file, self.decoder = format, way, file, None
-        self.rates = {kind: [] for kind in KINDS}  # tokens/s of each round
+        self.rates = {}  # {kind: tokens/s of each round}
         self.use()
         if format == "int8":
             with warnings.catch_warnings():
@@ -239,20 +238,24 @@ class Way:
 
     def generate(self, prompt, new_tokens):
         """Yields the token that the prompt gives, then new_tokens decoded ones."""
-        return self.model.generate(prompt, new_tokens + 1, temperature=0, decode=self.decoder)
+        decode = self.decoder if len(prompt) == 1 else None
+        return self.model.generate(prompt, new_tokens + 1, temperature=0, decode=decode)
 
     def measure(self, s, tokens):
         """{kind: tokens/s}"""
         self.use()
-        generated = self.generate(tokens[:, :PROMPT], s.new_tokens)
-        next(generated)  # reads the prompt
+        rates = {}
+        for kind, rows in BATCHES.items():
+            steps = -(-s.new_tokens // rows)
+            generated = self.generate(tokens[:, :PROMPT].repeat(rows, 1), steps)
+            next(generated)  # reads the prompt
+            start = time.perf_counter()
+            for _ in generated:
+                pass
+            rates[kind] = rows * steps / (time.perf_counter() - start)
         start = time.perf_counter()
-        for _ in generated:
-            pass
-        middle = time.perf_counter()
         self.model(tokens[:, : s.prompt_tokens], cache=KVCache(s.prompt_tokens), last=True)
-        end = time.perf_counter()
-        return {"decode": s.new_tokens / (middle - start), "prompt": s.prompt_tokens / (end - middle)}
+        return rates | {"prompt": s.prompt_tokens / (time.perf_counter() - start)}
 
     def bytes_per_token(self):
         """See speed."""
@@ -319,8 +322,8 @@ def take_turns(s, ways, tokens, size):
         for w in ways:
             measured = w.measure(s, tokens)
             line.append(f"{w.format} {w.way} {measured['decode']:.1f}")
-            for kind in KINDS if i > 0 else ():  # the first round warms up
-                w.rates[kind].append(measured[kind])
+            for kind, rate in measured.items() if i > 0 else ():  # the first round warms up
+                w.rates.setdefault(kind, []).append(rate)
         for name, read in reads.items():
             start = time.perf_counter()
             for _ in range(10):
@@ -350,7 +353,7 @@ def fastest(ways, kind):
 
 def make_row(s, name, ways, bases, read):
     """A row of the table, for the best of ways. bases: {ratio: the ways to whose best it is}; read: of take_turns."""
-    best = {kind: fastest(ways, kind) for kind in KINDS}
+    best = {kind: fastest(ways, kind) for kind in ways[0].rates}
     weights = ways[0].bytes_per_token()
     row = {"name": name, "ways": {kind: w.way for kind, w in best.items()}}
     row |= {"file_bytes": os.path.getsize(ways[0].file), "bytes_per_token": weights}
@@ -358,6 +361,8 @@ def make_row(s, name, ways, bases, read):
     for kind, w in best.items():
         row |= spread(f"{kind}_tok_s", w.rates[kind])
         for ratio, others in bases.items():
+            if kind not in others[0].rates:  # llama-bench has no batches
+                continue
             base = fastest(others, kind).rates[kind]
             row |= spread(f"{kind}_{ratio}", [r / b for r, b in zip(w.rates[kind], base)])
     return row | spread("bandwidth_share", [weights * d / r for d, r in zip(best["decode"].rates["decode"], read)])
@@ -382,34 +387,42 @@ def print_peak(format, way, file, new_tokens, threads):
     print("null" if before is None or peak is None else peak - before)
 
 
-def print_table(s, rows, bandwidth):
+def print_table(s, rows, bandwidth, llama):
     print(
         f"\nDecoding {s.new_tokens} tokens one by one after {PROMPT}, and a prompt of {s.prompt_tokens}: tokens/s, "
         "median (quartiles); ratios to float32 and\nto the best float32. MB: file, read per token, peak memory. "
         f"Share: of the {bandwidth:.1f} GB/s at which memory is read."
     )
-    line = "{:<16}{:>8}{:>9}{:>8}   {:<22}{:>6}{:>7}{:>9}   {:<28}{:>6}"
-    print(line.format("", "file", "a token", "peak", "decode", "ratio", "/best", "share", "prompt", "ratio"))
+    line = "{:<16}{:>8}{:>9}{:>8}   {:<22}{:>6}{:>7}{:>7}{:>9}{:>6}{:>9}{:>6}   {:<26}{:>6}"
+    heads = ("decode", "ratio", "/best", "share", "8 rows", "ratio", "16 rows", "ratio", "prompt", "ratio")
+    print(line.format("", "file", "a token", "peak", *heads))
+    rate, ratio, share = "{:.1f}", "{:.2f}", "{:.0%}"
     for r in rows:
-        sizes = [r[key] for key in ("file_bytes", "bytes_per_token", "peak_bytes")]
-        sizes = ["-" if n is None else f"{n / 1e6:.1f}" for n in sizes]
-        rates = ["{:.1f} ({:.1f}, {:.1f})".format(r[k], *r[f"{k}_quartiles"]) for k in ("decode_tok_s", "prompt_tok_s")]
-        ratios = [f"{r[key]:.2f}" for key in ("decode_ratio", "decode_ratio_best", "prompt_ratio")]
-        share = f"{r['bandwidth_share']:.0%}"
-        print(line.format(r["name"], *sizes, rates[0], *ratios[:2], share, rates[1], ratios[2]))
-    for r in [r for r in rows if len(WAYS.get(r["name"].removesuffix("-best"), ())) > 1][1:]:
-        print(f"{r['name']:<16}{r['ways']['decode']} to decode, {r['ways']['prompt']} for the prompt")
+        sizes = ["-" if r[k] is None else f"{r[k] / 1e6:.1f}" for k in ("file_bytes", "bytes_per_token", "peak_bytes")]
+        decode = shown(r, "decode_tok_s", rate, True), shown(r, "decode_ratio", ratio)
+        decode += shown(r, "decode_ratio_best", ratio), shown(r, "bandwidth_share", share)
+        for kind in ("decode8", "decode16"):
+            decode += shown(r, f"{kind}_tok_s", rate), shown(r, f"{kind}_ratio", ratio)
+        print(
+            line.format(
+                r["name"], *sizes, *decode, shown(r, "prompt_tok_s", rate, True), shown(r, "prompt_ratio", ratio)
+            )
+        )
+    print("\nFastest ways, and times as fast as llama.cpp's fastest of 4 bits:" if llama else "\nFastest ways:")
+    for r in rows:
+        if r["name"] != "float32" and "llama" not in r["name"]:
+            ways = ", ".join(f"{kind} {way}" for kind, way in r["ways"].items())
+            ratios = "; ".join(
+                f"{shown(r, f'{kind}_ratio_llama', ratio, True)} x {best}" for kind, best in llama.items()
+            )
+            print(f"{r['name']:<16}{ways:<66}{ratios}")
 
 
-def print_ratios(rows, best):
-    print(
-        f"Times as fast as llama.cpp's fastest of 4 bits, {best['decode']} to decode, {best['prompt']} for the prompt:"
-    )
-    for r in [r for r in rows if r["name"] in PACKED]:
-        ratios = [
-            "{:.2f} ({:.2f}, {:.2f})".format(r[k], *r[f"{k}_quartiles"]) for k in [f"{k}_ratio_llama" for k in KINDS]
-        ]
-        print(f"{r['name']:<16}{ratios[0]} to decode, {ratios[1]} for the prompt")
+def shown(row, key, form, with_quartiles=False):
+    if key not in row:
+        return "-"
+    lower, upper = row[f"{key}_quartiles"]
+    return form.format(row[key]) + (f" ({form.format(lower)}, {form.format(upper)})" if with_quartiles else "")
 
 
 # -----------------------------------------------------------------------------
@@ -423,7 +436,7 @@ class LlamaCpp:
 
     def __init__(self, llama_bench, name, file, weights, ready_s):
         self.llama_bench, self.format, self.file, self.ready_s = llama_bench, f"llama.cpp-{name}", file, ready_s
-        self.rates, self.weights = {kind: [] for kind in KINDS}, weights
+        self.rates, self.weights = {}, weights
 
     def measure(self, s, tokens):
         return {"decode": self.bench(0, s.new_tokens, PROMPT), "prompt": self.bench(s.prompt_tokens, 0, 0)}
