@@ -1,10 +1,12 @@
 """
-Speed, memory and file size of GPT-2 in each format, measured in turn in one run. Or the time of a QAT step.
+Speed, memory and file size of GPT-2 in each format, measured in turn in one run. Or the speed of single layers, or the
+time of a QAT step.
 
     python bench.py                                  # the shape of GPT-2 124M, random weights
     python bench.py --model=gpt2-medium --vocab_multiple=64
     python bench.py --ckpt=gpt2
     python bench.py --vocab_multiple=64 --llama_bench=llama.cpp/build/bin/llama-bench    # llama.cpp in the same rounds
+    python bench.py --what=rows --rounds=15          # single layers, for 1 to 512 rows of input
     python bench.py --what=qat                       # a training step: float, fake-quantized, distilled
 """
 
@@ -56,6 +58,8 @@ WAYS = {
     **dict.fromkeys(PACKED, {"float32": 1e-4, "int8": 0.05}),
 }
 LLAMA = ("Q4_0", "IQ4_NL", "Q4_K", "MXFP4", "Q8_0", "F32")  # llama.cpp's formats
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)  # of inputs of single layers
+COPIES = 200_000_000  # bytes of float32 among which single layers rotate, so that no weight stays in the cache
 BATCHES = {"decode": 1, "decode8": 8, "decode16": 16}  # sequences decoded at once
 PROMPT = 32  # tokens before the decoded ones
 SEED = 1337  # of weights and tokens
@@ -63,14 +67,15 @@ SEED = 1337  # of weights and tokens
 
 @dataclass
 class Settings:
-    what: str = "speed"  # "speed" of inference in each format, or "qat": seconds of a training step
+    # "speed" of inference in each format, "rows": speed of single layers, or "qat": seconds of a training step
+    what: str = "speed"
     # folder of a float checkpoint, or gpt2, gpt2-medium, ...; None: random weights
     ckpt: str | None = None
     model: str = "gpt2"  # shape of the random weights: gpt2, gpt2-medium, gpt2-large or gpt2-xl
     n_layer: int | None = None  # fewer layers than the shape has, for shapes that do not fit into memory
     vocab_multiple: int = 1  # the vocabulary is padded to a multiple of this, for example 64
     rounds: int = 5  # in each round everything is measured once, in turn
-    json: str | None = None  # file of the result; None: results/bench.json or results/bench_qat.json
+    json: str | None = None  # file of the result; None: results/bench.json, bench_rows.json or bench_qat.json
     # --- what=speed ---
     new_tokens: int = 128  # tokens decoded one by one, after a prompt of 32
     prompt_tokens: int = 512  # tokens of the prompt that is timed
@@ -85,18 +90,22 @@ class Settings:
 
 
 def main(s: Settings):
-    if s.what not in ("speed", "qat") or s.model not in SHAPES:
-        raise ValueError(f"what={s.what}, model={s.model}: choose speed or qat, and one of {', '.join(SHAPES)}")
+    measures = {"speed": (speed, "bench"), "rows": (rows, "bench_rows"), "qat": (qat, "bench_qat")}
+    if s.what not in measures or s.model not in SHAPES:
+        raise ValueError(
+            f"what={s.what}, model={s.model}: choose {', '.join(measures)}, and one of {', '.join(SHAPES)}"
+        )
     least = ("n_layer", "vocab_multiple", "new_tokens", "prompt_tokens", "batch_size", "block_size", "steps")
     check_minimum(s, **dict.fromkeys(least, 1))
     if s.rounds < 2:
         raise ValueError(f"rounds={s.rounds} has no spread: take at least 2")
     torch.manual_seed(SEED)
     model = build(s)
-    results = speed(s, model) if s.what == "speed" else qat(s, model)
+    measure, name = measures[s.what]
+    results = measure(s, model)
     shape = {k: getattr(model.config, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size")}
     results |= {"weights": s.ckpt or "random", **shape, "rounds": s.rounds, "seed": SEED, **machine.provenance()}
-    path = s.json or os.path.join("results", "bench.json" if s.what == "speed" else "bench_qat.json")
+    path = s.json or os.path.join("results", f"{name}.json")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "w") as f:
         json.dump(results, f, indent=1)
@@ -518,6 +527,56 @@ def write_gguf(gguf, model, path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+# -----------------------------------------------------------------------------
+# Rows
+
+
+@torch.no_grad()
+def rows(s, model):
+    """How many times as fast as in float32 each shape of linear layer is in each packed way, for 1 to 512 rows of x.
+
+    A round multiplies by many copies of a layer in turn; see COPIES.
+    """
+    table = []
+    for (out, width), layer in {(m.out_features, m.in_features): m for m in linear_layers(model)}.items():
+        x, count = torch.randn(max(ROWS), width), -(-COPIES // layer.weight.nbytes)
+        ways = {("float32", "eager"): [copy.deepcopy(layer) for _ in range(count)]}
+        for format, config in PACKED.items():
+            packed = nn.Sequential(copy.deepcopy(layer))
+            prepare(packed, config)
+            convert(packed)
+            for way, tolerance in WAYS[format].items():
+                ways[format, way] = layers = [copy.deepcopy(packed[0]) for _ in range(count)]
+                if way == "int8":
+                    round_inputs(nn.ModuleList(layers))
+                expected = F.linear(x, layers[0].weight, layers[0].bias)
+                for n in ROWS:
+                    error = ((layers[0](x[:n]) - expected[:n]).norm() / expected[:n].norm()).item()
+                    if not error <= tolerance:
+                        raise ValueError(f"{format} {way}: {n} rows of {out} x {width} are off by {error:.2g}")
+        seconds = {(key, n): [] for n in ROWS for key in ways}
+        for i in range(s.rounds + 1):
+            for (key, n), times in seconds.items():
+                start = time.perf_counter()
+                for copied in ways[key]:
+                    copied(x[:n])
+                if i > 0:  # the first round warms up
+                    times.append((time.perf_counter() - start) / count)
+        print(f"\n{out} x {width}: times as fast as float32\nrows  {'':<20}" + "".join(f"{n:>7}" for n in ROWS))
+        for format, way in ways:
+            row = {"shape": [out, width], "format": format, "way": way, "rows": ROWS}
+            times = [seconds[(format, way), n] for n in ROWS]
+            ratios = [[b / t for b, t in zip(seconds[("float32", "eager"), n], ts)] for n, ts in zip(ROWS, times)]
+            row |= {"us": [1e6 * statistics.median(ts) for ts in times], "ratio": [quartiles(r) for r in ratios]}
+            print(f"{format:<12}{way:<14}" + "".join(f"{median:7.2f}" for _, median, _ in row["ratio"]), flush=True)
+            table.append(row)
+    return {"rows": table}
+
+
+def linear_layers(model):
+    return [m for m in model.modules() if isinstance(m, nn.Linear)]
 
 
 # -----------------------------------------------------------------------------

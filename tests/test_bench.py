@@ -183,6 +183,27 @@ def test_shapes():
     assert config.block_size == 1024 and bench.build(bench.Settings(n_layer=None)).config.n_layer == 12
 
 
+def test_rows(workdir, sh, monkeypatch):
+    import bench
+
+    monkeypatch.setattr("bench.COPIES", 100_000)
+    command = "bench.py --what=rows --ckpt=gpt2 --rounds=2"
+    done = sh(command)
+    results = json.loads((workdir / "results" / "bench_rows.json").read_text())
+    ways = [("float32", "eager")] + [(f, w) for f in ("int4", "pot4", "pot4-two") for w in ("float32", "int8")]
+    shapes = [[192, 64], [64, 64], [256, 64], [64, 256], [50257, 64]]
+    assert [r["shape"] for r in results["rows"]] == [shape for shape in shapes for _ in ways]
+    assert [(r["format"], r["way"]) for r in results["rows"]] == ways * len(shapes)
+    for row in results["rows"]:
+        assert row["rows"] == [1, 2, 4, 8, 16, 32, 64, 128, 512] and len(row["us"]) == len(row["ratio"]) == 9
+        assert all(0 < lower <= median <= upper for lower, median, upper in row["ratio"]) and min(row["us"]) > 0
+        assert row["format"] != "float32" or row["ratio"] == 9 * [[1, 1, 1]]
+    assert "50257 x 64: times as fast as float32" in done.stdout and results["rounds"] == 2
+
+    monkeypatch.setitem(bench.WAYS, "pot4", {"float32": -1})
+    assert "pot4 float32: 1 rows of 192 x 64 are off by" in sh(command, ok=False).stderr
+
+
 def test_qat(workdir, sh):
     done = sh("bench.py --what=qat --ckpt=gpt2 --rounds=2 --steps=1 --block_size=16 --batch_size=2")
     results = json.loads((workdir / "results" / "bench_qat.json").read_text())
@@ -200,7 +221,7 @@ def test_qat(workdir, sh):
         ("bench.py --what=qat --ckpt=gpt2 --block_size=97", "block_size=97 is more than the context of gpt2: 96"),
         ("bench.py --ckpt=gpt2 --prompt_tokens=97", "prompt_tokens=97 is more than the context of 96"),
         ("bench.py --ckpt={qat}", "is quantized (QAT): pass the float checkpoint"),
-        ("bench.py --model=gpt3", "choose speed or qat, and one of gpt2, gpt2-medium"),
+        ("bench.py --model=gpt3", "choose speed, rows, qat, and one of gpt2, gpt2-medium"),
         ("bench.py --rounds=1", "rounds=1 has no spread"),
         ("bench.py --n_layer=1 --llama_bench=nowhere/llama-bench", "there is no nowhere/llama-bench"),
         ("bench.py --ckpt=gpt2 --n_layer=1", "n_layer=1 shortens random weights only"),
