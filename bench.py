@@ -1,9 +1,12 @@
 """
-Speed, memory and file size of GPT-2 in each format, measured in turn in one run. Or the time of a QAT step.
+Speed, memory and file size of GPT-2 in each format, measured in turn in one run. Or the speed of single layers, or the
+time of a QAT step.
 
     python bench.py                                  # the shape of GPT-2 124M, random weights
     python bench.py --model=gpt2-medium --vocab_multiple=64
     python bench.py --ckpt=gpt2
+    python bench.py --vocab_multiple=64 --llama_bench=llama.cpp/build/bin/llama-bench    # llama.cpp in the same rounds
+    python bench.py --what=rows --rounds=15          # single layers, for 1 to 512 rows of input
     python bench.py --what=qat                       # a training step: float, fake-quantized, distilled
 """
 
@@ -27,49 +30,58 @@ from torch.ao.quantization import default_dynamic_qconfig, float_qparams_weight_
 
 import checkpoint
 import machine
+import pot
 import pot_kernel
 from checkpoint import CheckpointInfo
 from configurator import check_minimum, run
 from model import GPT, GPTConfig, KVCache
-from pot import PoTConfig, PoTQuantizer, allow_int8_activations, convert, packed_state, prepare
+from pot import PoTConfig, PoTQuantizer, convert, packed_state, prepare
 
-SHAPES = {  # n_layer, n_head, n_embd
-    "gpt2": (12, 12, 768),
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600),
+SHAPES = {  # settings of GPTConfig
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
 }
 PACKED = {  # absmax because it is quick to compute; the scale makes no difference to speed
     "int4": PoTConfig(grid="uniform", scale="absmax"),  # the same kernel with another table
     "pot4": PoTConfig(scale="absmax"),
-    "pot4-int8": PoTConfig(scale="absmax", act_bits=8),
+    "pot4-two": PoTConfig(terms=2, scale="absmax"),
 }
-# Largest relative error of the logits, from those of the same weights in float32. The kernel multiplies many rows in
-# bfloat16; int8 rounds the weights too.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.25} | dict.fromkeys(PACKED, 0.05)
 ENGINES = torch.backends.quantized.supported_engines  # of int8
-WAYS = {  # each format is measured in all of its ways
-    **dict.fromkeys(("float32", "bfloat16"), ("eager", "oneDNN", "compiled")),
-    "int8": [e for e in ("x86", "onednn") if e in ENGINES] or ENGINES[-1:],
-    **dict.fromkeys(PACKED, ("packed",)),
+# The ways of each format, and the largest relative error of their logits, from those of the same weights in float32.
+# int8 rounds the weights, too. The ways of packed weights are the dtypes to which layer inputs are rounded.
+WAYS = {
+    "float32": dict.fromkeys(("eager", "oneDNN", "compiled"), 1e-4),
+    "bfloat16": dict.fromkeys(("eager", "oneDNN", "compiled"), 0.05),
+    "int8": dict.fromkeys([e for e in ("x86", "onednn") if e in ENGINES] or ENGINES[-1:], 0.25),
+    **dict.fromkeys(PACKED, {"float32": 1e-4, "int8": 0.05}),
 }
+LLAMA = ("Q4_0", "IQ4_NL", "Q4_K", "MXFP4", "Q8_0", "F32")  # llama.cpp's formats
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)  # of inputs of single layers
+COPIES = 200_000_000  # bytes of float32 among which single layers rotate, so that no weight stays in the cache
+BATCHES = {"decode": 1, "decode8": 8, "decode16": 16}  # sequences decoded at once
 PROMPT = 32  # tokens before the decoded ones
 SEED = 1337  # of weights and tokens
 
 
 @dataclass
 class Settings:
-    what: str = "speed"  # "speed" of inference in each format, or "qat": seconds of a training step
+    # "speed" of inference in each format, "rows": speed of single layers, or "qat": seconds of a training step
+    what: str = "speed"
     # folder of a float checkpoint, or gpt2, gpt2-medium, ...; None: random weights
     ckpt: str | None = None
     model: str = "gpt2"  # shape of the random weights: gpt2, gpt2-medium, gpt2-large or gpt2-xl
+    n_layer: int | None = None  # fewer layers than the shape has, for shapes that do not fit into memory
     vocab_multiple: int = 1  # the vocabulary is padded to a multiple of this, for example 64
     rounds: int = 5  # in each round everything is measured once, in turn
-    json: str | None = None  # file of the result; None: results/bench.json or results/bench_qat.json
+    json: str | None = None  # file of the result; None: results/bench.json, bench_rows.json or bench_qat.json
     # --- what=speed ---
     new_tokens: int = 128  # tokens decoded one by one, after a prompt of 32
     prompt_tokens: int = 512  # tokens of the prompt that is timed
     compile: bool = True  # also measure torch.compile, which needs a minute or two to compile
+    # llama.cpp's llama-bench, with llama-quantize beside it, to measure its formats too; needs `pip install gguf`
+    llama_bench: str | None = None
     # --- what=qat ---
     batch_size: int = 12  # sequences in a step
     block_size: int = 64  # tokens in a sequence
@@ -78,17 +90,22 @@ class Settings:
 
 
 def main(s: Settings):
-    if s.what not in ("speed", "qat") or s.model not in SHAPES:
-        raise ValueError(f"what={s.what}, model={s.model}: choose speed or qat, and one of {', '.join(SHAPES)}")
-    check_minimum(s, vocab_multiple=1, new_tokens=1, prompt_tokens=1, batch_size=1, block_size=1, steps=1)
+    measures = {"speed": (speed, "bench"), "rows": (rows, "bench_rows"), "qat": (qat, "bench_qat")}
+    if s.what not in measures or s.model not in SHAPES:
+        raise ValueError(
+            f"what={s.what}, model={s.model}: choose {', '.join(measures)}, and one of {', '.join(SHAPES)}"
+        )
+    least = ("n_layer", "vocab_multiple", "new_tokens", "prompt_tokens", "batch_size", "block_size", "steps")
+    check_minimum(s, **dict.fromkeys(least, 1))
     if s.rounds < 2:
         raise ValueError(f"rounds={s.rounds} has no spread: take at least 2")
     torch.manual_seed(SEED)
     model = build(s)
-    results = speed(s, model) if s.what == "speed" else qat(s, model)
+    measure, name = measures[s.what]
+    results = measure(s, model)
     shape = {k: getattr(model.config, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size")}
     results |= {"weights": s.ckpt or "random", **shape, "rounds": s.rounds, "seed": SEED, **machine.provenance()}
-    path = s.json or os.path.join("results", "bench.json" if s.what == "speed" else "bench_qat.json")
+    path = s.json or os.path.join("results", f"{name}.json")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "w") as f:
         json.dump(results, f, indent=1)
@@ -97,8 +114,11 @@ def main(s: Settings):
 
 def build(s):
     """The float model, in eval mode."""
-    config, tensors = GPTConfig(1024, 50257, *SHAPES[s.model]), None
+    config, tensors = GPTConfig(**SHAPES[s.model]), None
+    config.n_layer = s.n_layer or config.n_layer
     if s.ckpt:
+        if s.n_layer:
+            raise ValueError(f"n_layer={s.n_layer} shortens random weights only: leave out n_layer or ckpt")
         loaded, info = checkpoint.load_model(s.ckpt)
         if info.pot:
             raise ValueError(f"{s.ckpt} is quantized ({info.method}): pass the float checkpoint that it came from")
@@ -131,10 +151,12 @@ def speed(s, model):
 
     A row has the fastest way of its format by median, separately for decoding and for the prompt. Row float32 is
     PyTorch's default. The figures of a row:
-    - file_bytes: the file of checkpoint.save_model; for int8 of torch.save, with quantized embeddings
+    - file_bytes: the file of checkpoint.save_model; for int8 of torch.save, with quantized embeddings; or the GGUF
     - bytes_per_token: all weights, except tables of which a decode step reads single rows
-    - peak_bytes: peak memory of a new process that loads the file and decodes, minus its memory after the imports
-    - decode, prompt: tokens/s, and ratios to float32 and to float32-best in the same round
+    - peak_bytes: peak memory of a new process that loads the file and decodes, minus its memory after the imports;
+      None for llama.cpp
+    - decode, decode8, decode16, prompt: tokens/s of 1, 8 and 16 sequences and of a prompt, and ratios in the same round: to float32, to float32-best and to the fastest of
+      llama.cpp's formats of 4 bits
     - bandwidth_share: bytes_per_token x decode tokens/s, relative to plain reading in the same round (see take_turns)
     """
     context = model.config.block_size
@@ -145,22 +167,30 @@ def speed(s, model):
     engine = torch.backends.quantized.engine
     with tempfile.TemporaryDirectory() as folder:
         try:
+            llama, left_out = load_llama(s, model, folder) if s.llama_bench else ([], {})
             files, expected = write_formats(model, folder, tokens[:, : PROMPT + 1])
-            ways, left_out = load_ways(s, files, expected, tokens)
+            ours, failed = load_ways(s, files, expected, tokens)
+            ways = ours + llama
             rates = take_turns(s, ways, tokens, os.path.getsize(files["pot4"]))
-            read = rates["read_once"]
-            check_read(read, rates["sum"])
-            groups = {format: [w for w in ways if w.format == format] for format in files}
-            floats = groups.pop("float32")
-            groups = {"float32": floats[:1], "float32-best": floats} | groups
-            rows = [make_row(s, name, group, floats, read) for name, group in groups.items()]
         finally:
             torch.backends.quantized.engine = engine
+        read = rates["read_once"]
+        check_read(read, rates["sum"])
+        groups = {format: [w for w in ways if w.format == format] for format in dict.fromkeys(w.format for w in ways)}
+        floats, four_bits = groups.pop("float32"), [w for w in llama if "4" in w.format]
+        groups = {"float32": floats[:1], "float32-best": floats} | groups
+        bases = {"ratio": floats[:1], "ratio_best": floats} | ({"ratio_llama": four_bits} if four_bits else {})
+        rows = [make_row(s, name, group, bases, read) for name, group in groups.items()]
     bandwidth = spread("read_gb_s", [r / 1e9 for r in read]) | spread("sum_gb_s", [r / 1e9 for r in rates["sum"]])
-    print_table(s, rows, bandwidth["read_gb_s"])
-    ways = [{"format": w.format, "way": w.way, "error": w.error, "ready_s": w.ready_s} | w.rates for w in ways]
-    lengths = {"new_tokens": s.new_tokens, "prompt_tokens": s.prompt_tokens}
-    return {**bandwidth, "rows": rows, "ways": ways, "left_out": left_out, **lengths}
+    llama = {kind: fastest(four_bits, kind).format for kind in four_bits[0].rates} if four_bits else {}
+    print_table(s, rows, bandwidth["read_gb_s"], llama)
+    results = {**bandwidth, "rows": rows, "left_out": failed | left_out}
+    results["ways"] = [
+        {"format": w.format, "way": w.way, "error": w.error, "ready_s": w.ready_s} | w.rates for w in ways
+    ]
+    if four_bits:
+        results["llama_cpp"] = four_bits[0].build | {"fastest": llama}
+    return results | {"new_tokens": s.new_tokens, "prompt_tokens": s.prompt_tokens}
 
 
 def write_formats(model, folder, tokens):
@@ -193,7 +223,7 @@ class Way:
 
     def __init__(self, format, way, file):
         self.format, self.way, self.file, self.decoder = format, way, file, None
-        self.rates = {"decode": [], "prompt": []}  # tokens/s of each round
+        self.rates = {}  # {kind: tokens/s of each round}
         self.use()
         if format == "int8":
             with warnings.catch_warnings():
@@ -207,7 +237,8 @@ class Way:
             torch._dynamo.config.recompile_limit = 64  # prompts and single tokens, in two dtypes
             self.model.compile()  # dynamic=True makes thousands of symbols; lengths become symbols when they change
         if format in PACKED:
-            allow_int8_activations(self.model)  # for prompts
+            if way == "int8":
+                round_inputs(self.model)
             self.decoder = checkpoint.make_decoder(self.model)
 
     def use(self):
@@ -216,7 +247,40 @@ class Way:
 
     def generate(self, prompt, new_tokens):
         """Yields the token that the prompt gives, then new_tokens decoded ones."""
-        return self.model.generate(prompt, new_tokens + 1, temperature=0, decode=self.decoder)
+        decode = self.decoder if len(prompt) == 1 else None
+        return self.model.generate(prompt, new_tokens + 1, temperature=0, decode=decode)
+
+    def measure(self, s, tokens):
+        """{kind: tokens/s}"""
+        self.use()
+        rates = {}
+        for kind, rows in BATCHES.items():
+            steps = -(-s.new_tokens // rows)
+            generated = self.generate(tokens[:, :PROMPT].repeat(rows, 1), steps)
+            next(generated)  # reads the prompt
+            start = time.perf_counter()
+            for _ in generated:
+                pass
+            rates[kind] = rows * steps / (time.perf_counter() - start)
+        start = time.perf_counter()
+        self.model(tokens[:, : s.prompt_tokens], cache=KVCache(s.prompt_tokens), last=True)
+        return rates | {"prompt": s.prompt_tokens / (time.perf_counter() - start)}
+
+    def bytes_per_token(self):
+        """See speed."""
+        if isinstance(self.model.lm_head, int8.Linear):  # its tables are separate from the head
+            layers = [m for m in self.model.modules() if isinstance(m, int8.Linear)]
+            tensors = [t for m in layers for t in (m.weight(), m.bias()) if t is not None]
+            return sum(t.nbytes for t in [*tensors, *self.model.parameters()])
+        return sum(t.nbytes for n, t in packed_state(self.model)[0].items() if not n.startswith("transformer.wpe."))
+
+    def peak_bytes(self, new_tokens):
+        return peak_bytes(self.format, self.way, self.file, new_tokens)
+
+
+def round_inputs(model):
+    """Lets a packed model round the inputs of its layers, which is faster."""
+    pot.allow_int8_activations(model)
 
 
 def reorder_weight(module):
@@ -238,7 +302,9 @@ def load_ways(s, files, expected, tokens):
         start = time.perf_counter()
         try:
             w = Way(format, way, files[format])
-            cache = KVCache(PROMPT + 1 + s.new_tokens)  # of the size that generate uses, to compile only once
+            cache = KVCache(
+                PROMPT + 1 + s.new_tokens, torch.float16 if w.decoder else None
+            )  # of the size that generate uses, to compile only once
             w.model(tokens[:, :PROMPT], cache=cache)
             last = tokens[:, PROMPT : PROMPT + 1]
             logits = w.decoder(last, cache) if w.decoder else w.model(last, cache=cache)[:, -1]
@@ -249,7 +315,7 @@ def load_ways(s, files, expected, tokens):
             print(f"{format} {way} is left out: {reason}")
             continue
         w.error = ((logits.float() - expected[format]).norm() / expected[format].norm()).item()
-        if not w.error <= TOLERANCE[format]:
+        if not w.error <= WAYS[format][way]:
             raise ValueError(f"{format} {way}: its logits are off by {w.error:.2g}, relative to float32")
         w.ready_s = time.perf_counter() - start
         print(f"{format:<10}{way:<9} ready in {w.ready_s:5.1f} s, logits off by {w.error:.1e}", flush=True)
@@ -265,19 +331,10 @@ def take_turns(s, ways, tokens, size):
     for i in range(s.rounds + 1):
         line = []
         for w in ways:
-            w.use()
-            generated = w.generate(tokens[:, :PROMPT], s.new_tokens)
-            next(generated)  # reads the prompt
-            start = time.perf_counter()
-            for _ in generated:
-                pass
-            middle = time.perf_counter()
-            w.model(tokens[:, : s.prompt_tokens], cache=KVCache(s.prompt_tokens), last=True)
-            end = time.perf_counter()
-            if i > 0:  # the first round warms up
-                w.rates["decode"].append(s.new_tokens / (middle - start))
-                w.rates["prompt"].append(s.prompt_tokens / (end - middle))
-                line.append(f"{w.format} {w.way} {w.rates['decode'][-1]:.1f}")
+            measured = w.measure(s, tokens)
+            line.append(f"{w.format} {w.way} {measured['decode']:.1f}")
+            for kind, rate in measured.items() if i > 0 else ():  # the first round warms up
+                w.rates.setdefault(kind, []).append(rate)
         for name, read in reads.items():
             start = time.perf_counter()
             for _ in range(10):
@@ -301,28 +358,25 @@ def check_read(read, reference):
         )
 
 
-def make_row(s, name, ways, floats, read):
-    """A row of the table, for the best of ways. floats: the ways of float32, its default first; read: of take_turns."""
-    best = {kind: max(ways, key=lambda w: statistics.median(w.rates[kind])) for kind in ("decode", "prompt")}
-    weights = read_per_token(ways[0].model)
+def fastest(ways, kind):
+    return max(ways, key=lambda w: statistics.median(w.rates[kind]))
+
+
+def make_row(s, name, ways, bases, read):
+    """A row of the table, for the best of ways. bases: {ratio: the ways to whose best it is}; read: of take_turns."""
+    best = {kind: fastest(ways, kind) for kind in ways[0].rates}
+    weights = ways[0].bytes_per_token()
     row = {"name": name, "ways": {kind: w.way for kind, w in best.items()}}
     row |= {"file_bytes": os.path.getsize(ways[0].file), "bytes_per_token": weights}
-    row["peak_bytes"] = peak_bytes(ways[0].format, best["decode"].way, ways[0].file, s.new_tokens)
+    row["peak_bytes"] = best["decode"].peak_bytes(s.new_tokens)
     for kind, w in best.items():
         row |= spread(f"{kind}_tok_s", w.rates[kind])
-        fastest = max((f.rates[kind] for f in floats), key=statistics.median)
-        for key, base in ((f"{kind}_ratio", floats[0].rates[kind]), (f"{kind}_ratio_best", fastest)):
-            row |= spread(key, [r / b for r, b in zip(w.rates[kind], base)])
+        for ratio, others in bases.items():
+            if kind not in others[0].rates:  # llama-bench has no batches
+                continue
+            base = fastest(others, kind).rates[kind]
+            row |= spread(f"{kind}_{ratio}", [r / b for r, b in zip(w.rates[kind], base)])
     return row | spread("bandwidth_share", [weights * d / r for d, r in zip(best["decode"].rates["decode"], read)])
-
-
-def read_per_token(model):
-    """Bytes; see speed."""
-    if isinstance(model.lm_head, int8.Linear):  # its tables are separate from the head
-        layers = [m for m in model.modules() if isinstance(m, int8.Linear)]
-        tensors = [t for m in layers for t in (m.weight(), m.bias()) if t is not None]
-        return sum(t.nbytes for t in [*tensors, *model.parameters()])
-    return sum(t.nbytes for n, t in packed_state(model)[0].items() if not n.startswith("transformer.wpe."))
 
 
 @functools.cache
@@ -344,23 +398,187 @@ def print_peak(format, way, file, new_tokens, threads):
     print("null" if before is None or peak is None else peak - before)
 
 
-def print_table(s, rows, bandwidth):
+def print_table(s, rows, bandwidth, llama):
     print(
         f"\nDecoding {s.new_tokens} tokens one by one after {PROMPT}, and a prompt of {s.prompt_tokens}: tokens/s, "
         "median (quartiles); ratios to float32 and\nto the best float32. MB: file, read per token, peak memory. "
         f"Share: of the {bandwidth:.1f} GB/s at which memory is read."
     )
-    line = "{:<13}{:>8}{:>9}{:>8}   {:<22}{:>6}{:>7}{:>9}   {:<28}{:>6}"
-    print(line.format("", "file", "a token", "peak", "decode", "ratio", "/best", "share", "prompt", "ratio"))
+    line = "{:<16}{:>8}{:>9}{:>8}   {:<22}{:>6}{:>7}{:>7}{:>9}{:>6}{:>9}{:>6}   {:<26}{:>6}"
+    heads = ("decode", "ratio", "/best", "share", "8 rows", "ratio", "16 rows", "ratio", "prompt", "ratio")
+    print(line.format("", "file", "a token", "peak", *heads))
+    rate, ratio, share = "{:.1f}", "{:.2f}", "{:.0%}"
     for r in rows:
-        sizes = [r[key] for key in ("file_bytes", "bytes_per_token", "peak_bytes")]
-        sizes = ["-" if n is None else f"{n / 1e6:.1f}" for n in sizes]
-        rates = ["{:.1f} ({:.1f}, {:.1f})".format(r[k], *r[f"{k}_quartiles"]) for k in ("decode_tok_s", "prompt_tok_s")]
-        ratios = [f"{r[key]:.2f}" for key in ("decode_ratio", "decode_ratio_best", "prompt_ratio")]
-        share = f"{r['bandwidth_share']:.0%}"
-        print(line.format(r["name"], *sizes, rates[0], *ratios[:2], share, rates[1], ratios[2]))
-    for r in rows[1:4]:  # formats with several ways
-        print(f"{r['name']}: {r['ways']['decode']} to decode, {r['ways']['prompt']} for the prompt")
+        sizes = ["-" if r[k] is None else f"{r[k] / 1e6:.1f}" for k in ("file_bytes", "bytes_per_token", "peak_bytes")]
+        decode = shown(r, "decode_tok_s", rate, True), shown(r, "decode_ratio", ratio)
+        decode += shown(r, "decode_ratio_best", ratio), shown(r, "bandwidth_share", share)
+        for kind in ("decode8", "decode16"):
+            decode += shown(r, f"{kind}_tok_s", rate), shown(r, f"{kind}_ratio", ratio)
+        print(
+            line.format(
+                r["name"], *sizes, *decode, shown(r, "prompt_tok_s", rate, True), shown(r, "prompt_ratio", ratio)
+            )
+        )
+    print("\nFastest ways, and times as fast as llama.cpp's fastest of 4 bits:" if llama else "\nFastest ways:")
+    for r in rows:
+        if r["name"] != "float32" and "llama" not in r["name"]:
+            ways = ", ".join(f"{kind} {way}" for kind, way in r["ways"].items())
+            ratios = "; ".join(
+                f"{shown(r, f'{kind}_ratio_llama', ratio, True)} x {best}" for kind, best in llama.items()
+            )
+            print(f"{r['name']:<16}{ways:<66}{ratios}")
+
+
+def shown(row, key, form, with_quartiles=False):
+    if key not in row:
+        return "-"
+    lower, upper = row[f"{key}_quartiles"]
+    return form.format(row[key]) + (f" ({form.format(lower)}, {form.format(upper)})" if with_quartiles else "")
+
+
+# -----------------------------------------------------------------------------
+# llama.cpp
+
+
+class LlamaCpp:
+    """A format of llama.cpp, measured by llama-bench, in the place of a Way."""
+
+    way, error = "llama-bench", None  # it does not show logits
+
+    def __init__(self, llama_bench, name, file, weights, ready_s):
+        self.llama_bench, self.format, self.file, self.ready_s = llama_bench, f"llama.cpp-{name}", file, ready_s
+        self.rates, self.weights = {}, weights
+
+    def measure(self, s, tokens):
+        return {"decode": self.bench(0, s.new_tokens, PROMPT), "prompt": self.bench(s.prompt_tokens, 0, 0)}
+
+    def bench(self, prompt, new, depth):
+        """Tokens/s of a prompt, or of new tokens after `depth` earlier ones. llama-bench warms up by itself."""
+        sizes = f"-p {prompt} -n {new} -d {depth} -t {torch.get_num_threads()} -r 1 -o json"
+        [result] = json.loads(call(self.llama_bench, "-m", self.file, *sizes.split()))
+        self.build = {key: result[key] for key in ("build_commit", "build_number")}
+        return result["avg_ts"]
+
+    def bytes_per_token(self):
+        return self.weights
+
+    def peak_bytes(self, new_tokens):
+        return None
+
+
+def call(*command):
+    """What a command prints. Raises ValueError if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{os.path.basename(command[0])} fails: {done.stderr.strip().rpartition(chr(10))[2]}")
+    return done.stdout
+
+
+def load_llama(s, model, folder):
+    """([LlamaCpp of each format], {format: why it was left out}). Writes the files."""
+    quantize = os.path.join(os.path.dirname(s.llama_bench), "llama-quantize")
+    for path in (s.llama_bench, quantize):
+        if not os.path.isfile(path):
+            raise ValueError(f"there is no {path}: pass the path of llama-bench, with llama-quantize beside it")
+    try:
+        import gguf
+    except ImportError:
+        raise ValueError("llama_bench needs the package gguf: pip install gguf") from None
+    source = os.path.join(folder, "F32.gguf")
+    write_gguf(gguf, model, source)
+    ways, left_out = [], {}
+    for name in LLAMA:
+        file, start = os.path.join(folder, f"{name}.gguf"), time.perf_counter()
+        kind = "MXFP4_MOE" if name == "MXFP4" else name  # --pure makes all matrices MXFP4
+        try:
+            if file != source:
+                call(quantize, "--pure", source, file, kind, str(torch.get_num_threads()))
+            tensors = [t for t in gguf.GGUFReader(file).tensors if t.name != "position_embd.weight"]
+            types = {t.tensor_type.name for t in tensors if len(t.shape) == 2}
+            if types != {name}:
+                raise ValueError(f"these shapes become {', '.join(sorted(types))}")
+        except ValueError as e:
+            left_out[f"llama.cpp-{name}"] = str(e)
+            print(f"llama.cpp-{name} is left out: {e}")
+            continue
+        weights = sum(int(t.n_bytes) for t in tensors)
+        ways.append(LlamaCpp(s.llama_bench, name, file, weights, time.perf_counter() - start))
+        print(f"{ways[-1].format:<19}ready in {ways[-1].ready_s:5.1f} s", flush=True)
+    return ways, left_out
+
+
+def write_gguf(gguf, model, path):
+    """Writes the float32 weights without a tokenizer."""
+    c = model.config
+    if c.vocab_size % 16:
+        raise ValueError(
+            f"llama.cpp's fast code multiplies by 8 or 16 rows at once, which a vocabulary of {c.vocab_size} does not fit: "
+            "pass --vocab_multiple=64"
+        )
+    writer = gguf.GGUFWriter(path, "gpt2")
+    sizes = {"context_length": c.block_size, "embedding_length": c.n_embd, "feed_forward_length": 4 * c.n_embd}
+    sizes |= {"block_count": c.n_layer, "attention.head_count": c.n_head, "vocab_size": c.vocab_size}
+    for key, size in sizes.items():
+        writer.add_uint32(f"gpt2.{key}", size)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_tokenizer_model("no_vocab")  # llama-bench makes up tokens
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, c.n_layer)
+    for name, p in model.named_parameters():  # without the head, which is the token table
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), p.detach().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# -----------------------------------------------------------------------------
+# Rows
+
+
+@torch.no_grad()
+def rows(s, model):
+    """How many times as fast as in float32 each shape of linear layer is in each packed way, for 1 to 512 rows of x.
+
+    A round multiplies by many copies of a layer in turn; see COPIES.
+    """
+    table = []
+    for (out, width), layer in {(m.out_features, m.in_features): m for m in linear_layers(model)}.items():
+        x, count = torch.randn(max(ROWS), width), -(-COPIES // layer.weight.nbytes)
+        ways = {("float32", "eager"): [copy.deepcopy(layer) for _ in range(count)]}
+        for format, config in PACKED.items():
+            packed = nn.Sequential(copy.deepcopy(layer))
+            prepare(packed, config)
+            convert(packed)
+            for way, tolerance in WAYS[format].items():
+                ways[format, way] = layers = [copy.deepcopy(packed[0]) for _ in range(count)]
+                if way == "int8":
+                    round_inputs(nn.ModuleList(layers))
+                expected = F.linear(x, layers[0].weight, layers[0].bias)
+                for n in ROWS:
+                    error = ((layers[0](x[:n]) - expected[:n]).norm() / expected[:n].norm()).item()
+                    if not error <= tolerance:
+                        raise ValueError(f"{format} {way}: {n} rows of {out} x {width} are off by {error:.2g}")
+        seconds = {(key, n): [] for n in ROWS for key in ways}
+        for i in range(s.rounds + 1):
+            for (key, n), times in seconds.items():
+                start = time.perf_counter()
+                for copied in ways[key]:
+                    copied(x[:n])
+                if i > 0:  # the first round warms up
+                    times.append((time.perf_counter() - start) / count)
+        print(f"\n{out} x {width}: times as fast as float32\nrows  {'':<20}" + "".join(f"{n:>7}" for n in ROWS))
+        for format, way in ways:
+            row = {"shape": [out, width], "format": format, "way": way, "rows": ROWS}
+            times = [seconds[(format, way), n] for n in ROWS]
+            ratios = [[b / t for b, t in zip(seconds[("float32", "eager"), n], ts)] for n, ts in zip(ROWS, times)]
+            row |= {"us": [1e6 * statistics.median(ts) for ts in times], "ratio": [quartiles(r) for r in ratios]}
+            print(f"{format:<12}{way:<14}" + "".join(f"{median:7.2f}" for _, median, _ in row["ratio"]), flush=True)
+            table.append(row)
+    return {"rows": table}
+
+
+def linear_layers(model):
+    return [m for m in model.modules() if isinstance(m, nn.Linear)]
 
 
 # -----------------------------------------------------------------------------
