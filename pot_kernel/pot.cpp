@@ -564,7 +564,7 @@ void byte_tile(const Rows8& x, int64_t i, const uint8_t* p, const uint8_t* level
                 }
             }
         };
-        constexpr int UNROLLED = 4;  // vectors in a turn of the loop
+        constexpr int UNROLLED = R < 3 ? 4 / R : 1;  // vectors in a turn of the loop; more would not fit the registers
         const int64_t vectors = (segment.quads + QUADS - 1) / QUADS, whole = vectors / UNROLLED * UNROLLED;
         int64_t v = 0;
         for (; v < whole; v += UNROLLED)
