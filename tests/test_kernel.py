@@ -24,8 +24,8 @@ from model import GPT, GPTConfig, KVCache
 from pot import (
     PackedWeight,
     PoTConfig,
-    allow_bfloat16,
-    compute_scale,
+    allow_int8_activations,
+    compute_unit,
     convert,
     fake_quantize_activations,
     prepare,
@@ -76,6 +76,10 @@ CONFIGS = [
     PoTConfig(act_bits=8),
     PoTConfig(act_bits=8, terms=2, granularity="channel"),
     PoTConfig(act_bits=8, grid="uniform", group_size=32),
+    PoTConfig(bits=3, group_size=32),
+    PoTConfig(bits=3, granularity="channel", act_bits=8),
+    PoTConfig(bits=8, grid="uniform", granularity="channel"),
+    PoTConfig(bits=8, grid="uniform", group_size=64, act_bits=8),
 ]
 SHAPES = [(1, 64), (5, 128), (33, 384), (64, 768), (7, 200), (3, 1000), (2, 1), (9, 77)]
 
@@ -85,7 +89,7 @@ def packed(out, columns, config, dtype=torch.float32):
     if config.granularity == "group" and columns % config.group_size:
         pytest.skip("groups do not divide the columns")
     w = torch.randn(out, columns).to(dtype)
-    return PackedWeight.pack(w, compute_scale(w, config), config)
+    return PackedWeight.pack(w, compute_unit(w, config), config)
 
 
 @every_set
@@ -100,38 +104,46 @@ def test_products(kernel, name, config, out, columns):
     assert torch.equal(weight(), expected)  # to the bit, except the sign of zeros
     for n in (1, 2, 3, 4, 5, 8, 17, 33, 70):
         x, bias = torch.randn(n, columns), torch.randn(out) if n % 2 else None
-        check_product(weight, expected, x, bias, fake_quantize_activations(x) if config.act_bits else x)
+        rounded, size = x, None
+        if config.act_bits:  # the kernel sums q - 128 and adds the share of 128 - zero at the end
+            rounded = fake_quantize_activations(x)
+            size = rounded.abs() + (x.amax(1, keepdim=True).clamp_min(0) - x.amin(1, keepdim=True).clamp_max(0))
+        check_product(weight, expected, x, bias, rounded, size)
 
 
-def check_product(weight, float_weight, x, bias, rounded_x):
-    """weight.linear(x, bias) equals the float64 product of `rounded_x` and `float_weight`, up to float32 rounding."""
+def check_product(weight, float_weight, x, bias, rounded_x, size=None):
+    """weight.linear(x, bias) equals the float64 product of `rounded_x` and `float_weight`, up to float32 rounding.
+    size: of what is summed, if that is not x."""
     actual = weight.linear(x, bias)
     x, w, bias = rounded_x.double(), float_weight.double(), None if bias is None else bias.double()
-    bound = F.linear(x.abs(), w.abs(), None if bias is None else bias.abs())
+    bound = F.linear(x.abs() if size is None else size.double(), w.abs(), None if bias is None else bias.abs())
     assert ((actual - F.linear(x, w, bias)).abs() <= 2**-20 * bound).all()
 
 
-@needs_compiler
-@pytest.mark.skipif("amx" not in instruction_sets(), reason="no AMX")
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("out, columns", [(5, 128), (33, 384), (64, 768), (3, 1000), (9, 77), (100, 1600)])
-def test_products_of_many_rows_use_amx_tiles(kernel, config, out, columns):
-    """AMX tiles take exact weights, and activations in bfloat16 or 8 bits."""
-    assert kernel("amx")
+def round_by_groups(x):
+    """x (n, columns) in 8 bits per 64 columns, as pot.cpp says: x = scale * q, q from -127 to 127, ties to even."""
+    out = torch.empty_like(x, dtype=torch.float64)
+    for c in range(0, x.shape[1], 64):
+        scale = x[:, c : c + 64].abs().amax(1, keepdim=True).clamp_min(2.0**-100) / 127
+        out[:, c : c + 64] = (x[:, c : c + 64] / scale).round().double() * scale.double()
+    return out
+
+
+@every_set
+@pytest.mark.parametrize("config", [c for c in CONFIGS if not c.act_bits], ids=str)
+@pytest.mark.parametrize("out, columns", [(5, 128), (33, 384), (7, 200), (9, 77)])
+def test_products_with_int8_activations(kernel, name, config, out, columns):
+    assert kernel(name)
     weight = packed(out, columns, config)
-    if config.granularity == "group" and config.group_size % 64:
-        pytest.skip("tiles need groups of a multiple of 64")
-    allow_bfloat16(weight)
-    expected = weight()
-    for n in (17, 32, 33, 100):
+    allow_int8_activations(weight)
+    for n in (1, 2, 5, 16, 33, 70):
         x, bias = torch.randn(n, columns + 3)[:, :columns], torch.randn(out) if n % 2 else None
-        rounded = fake_quantize_activations(x) if config.act_bits else x.bfloat16()
-        check_product(weight, expected, x, bias, rounded)
-    for bad in (torch.nan, torch.inf):
+        check_product(weight, weight(), x, bias, round_by_groups(x))
+    for bad in (torch.nan, torch.inf, -torch.inf):
         x = torch.randn(20, columns)
         x[7, columns // 2] = bad
-        rows = weight.linear(x, None).isfinite().all(1)
-        assert rows.sum() == 19 and not rows[7]
+        rows = weight.linear(x, None).isnan()
+        assert rows[7].all() and rows.sum() == out
 
 
 def shift_multiply(q, level):
@@ -153,8 +165,7 @@ def test_8_bit_activations_are_integer_sums(kernel, name, terms, group_size):
     config = PoTConfig(terms=terms, group_size=group_size, act_bits=8)
     torch.manual_seed(columns)
     codes = torch.randint(16, (out, columns), dtype=torch.uint8)
-    scale = torch.full((out, 6), config.top).half()
-    weight = PackedWeight(pot.pack_codes(codes, 4), scale, columns, torch.float32, config)
+    weight = PackedWeight.from_codes(codes, torch.ones(out, 6).half(), torch.float32, config)
     for zero in (0, 1, 100, 128, 254, 255):
         q = torch.randint(256, (columns,))
         q[0], q[1] = 0, 255
@@ -201,9 +212,8 @@ def test_every_code_at_every_position(kernel, name):
     for config in (PoTConfig(), PoTConfig(terms=2), PoTConfig(grid="uniform")):
         codes = torch.arange(16, dtype=torch.uint8).repeat(128, 1).flatten().view(16, 128)
         codes = torch.stack([codes.roll(k, 1) for k in range(16)]).flatten(0, 1)
-        scale = torch.full((256, 2), 1.0).half()
-        weight = PackedWeight(pot.pack_codes(codes, 4), scale, 128, torch.float32, config)
-        expected = config.table()[codes.long()].double() / config.top
+        weight = PackedWeight.from_codes(codes, torch.ones(256, 2).half(), torch.float32, config)
+        expected = config.table()[codes.long()].double()
         for column in (0, 1, 15, 16, 63, 64, 127):
             x = torch.zeros(1, 128)
             x[0, column] = 1
@@ -263,8 +273,8 @@ def test_unaligned_and_read_only_buffers(kernel):
         buffer = np.frombuffer(b"\0" * offset + raw, dtype=np.uint8)[offset:]  # read-only
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            codes = torch.from_numpy(buffer).view(17, 192)
-        moved = PackedWeight(codes, weight.scale, 384, torch.float32, weight.config)
+            codes = torch.from_numpy(buffer).view(weight.codes.shape)
+        moved = PackedWeight(codes, weight.unit, (17, 384), torch.float32, weight.config)
         assert torch.equal(moved.linear(x, None), expected)
     shifted = torch.cat([torch.zeros(1), x[0]])[1:].view(1, -1)
     assert torch.equal(weight.linear(shifted, None), expected)
@@ -288,7 +298,7 @@ def test_loaded_and_copied_weights(kernel):
 
 
 @needs_compiler
-def test_scales_of_other_dtypes(kernel):
+def test_units_of_other_dtypes(kernel):
     """A user may cast a whole state_dict to save memory."""
     assert kernel()
     layer, x = quantize_(nn.Linear(128, 16)).requires_grad_(False), torch.randn(2, 128)
@@ -332,30 +342,30 @@ def test_trainable_bias_and_strided_buffers(kernel):
         layer.bias = nn.Parameter(bias, requires_grad=False)
         assert torch.allclose(layer(x), F.linear(x, layer.weight, bias), atol=1e-5)
     p = layer.packed
-    strided = PackedWeight(p.codes.t().contiguous().t(), p.scale.t().contiguous().t(), 128, torch.float32, p.config)
+    codes, unit = p.codes.t().contiguous().t(), p.unit.mT.contiguous().mT
+    strided = PackedWeight(codes, unit, p.shape, torch.float32, p.config)
     assert torch.equal(strided(), p())
 
 
 @needs_compiler
-def test_products_in_slices(kernel, monkeypatch):
-    assert kernel()
-    monkeypatch.setattr(pot_kernel, "SLICE", 1000)
-    weight, x, bias = packed(33, 384, PoTConfig()), torch.randn(70, 384), torch.randn(33)
-    check_product(weight, weight(), x, bias, x)
-
-
-@needs_compiler
-def test_bad_embedding_indices(kernel):
-    table = quantize_(nn.Embedding(10, 64))
-    expected = table(torch.tensor([3, 9]))
-    assert kernel()
-    table = copy.deepcopy(table)
-    assert torch.equal(table(torch.tensor([3, 9], dtype=torch.int32)), expected)
-    for bad in (-1, 10):
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("on", [False, True])
+def test_embeddings_by_index(kernel, bits, on):
+    kernel("off")
+    embedding = nn.Embedding(37, 64)
+    config = PoTConfig(bits=bits, grid="uniform" if bits == 8 else "pot")
+    expected = quantize_(copy.deepcopy(embedding), config).weight
+    assert bool(kernel("" if on else "off")) == on
+    table = quantize_(embedding, config)
+    for index in (torch.tensor([[3, 36], [0, 15], [16, 31]]), torch.tensor([5, 5], dtype=torch.int32), torch.tensor(32)):
+        assert torch.equal(table(index), expected[index.long()])
+    assert table(torch.zeros(0, dtype=torch.int64)).shape == (0, 64)
+    for bad in (-1, -37, 37):
         with pytest.raises(IndexError):
             table(torch.tensor([0, bad]))
-    with pytest.raises(TypeError, match="integers"):
-        table(torch.tensor([2.7]))
+    if on:
+        with pytest.raises(TypeError, match="integers"):
+            table(torch.tensor([2.7]))
     with pytest.raises(RuntimeError, match="the index is on meta"):
         table(torch.tensor([2], device="meta"))
 
@@ -445,7 +455,7 @@ def test_compile_and_export_use_one_operator(kernel):
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
         assert torch.equal(compiled(x), expected)
         rounded = quantize_(nn.Linear(128, 64), PoTConfig(act_bits=8)).requires_grad_(False)
-        allow_bfloat16(layer)
+        allow_int8_activations(layer)
         for module in (rounded, layer):
             many = torch.randn(20, 128)  # enough rows for AMX tiles
             assert torch.equal(torch.compile(module, backend="aot_eager", fullgraph=True)(many), module(many))
@@ -453,7 +463,7 @@ def test_compile_and_export_use_one_operator(kernel):
 
 
 def op_inputs(weight, x):
-    return x, weight.codes, weight.scale, None, weight.config.table(), weight.config.top, None, False
+    return x, weight.codes, weight.unit, None, weight.config.table(), weight.out_features, weight.config.bits, 2, None
 
 
 def random_gpt(config, shape):
@@ -665,13 +675,13 @@ def test_kernel_rejects_weights_that_it_would_misread(kernel):
     assert kernel()
     layer = quantize_(nn.Linear(128, 16)).requires_grad_(False)
     state = layer.state_dict()
-    codes, scale = state["packed.codes"], state["packed.scale"]
+    codes, unit = state["packed.codes"], state["packed.unit"]
     wrong = [
         {"packed.codes": codes.long()},
         {"packed.codes": codes.t().contiguous().t()},
-        {"packed.scale": scale.double()},
-        {"packed.scale": scale.bfloat16()},
-        {"packed.scale": scale.t().contiguous().t()},
+        {"packed.unit": unit.double()},
+        {"packed.unit": unit.bfloat16()},
+        {"packed.unit": unit.mT.contiguous().mT},
     ]
     for part in wrong:
         loaded = quantize_(nn.Linear(128, 16)).requires_grad_(False)

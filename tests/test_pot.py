@@ -333,31 +333,91 @@ def test_casting_a_model_keeps_its_units():
     model.bfloat16()
     assert torch.equal(model[0].quantizer.unit, unit) and model[0].weight.dtype == torch.bfloat16
     convert(model).half()
-    assert torch.equal(model[0].packed.unit, unit) and model[0].weight.dtype == torch.float16
+    units = model[0].packed.unit  # (4, 1, 16): in tiles
+    assert torch.equal(units.flatten(), unit.flatten()) and model[0].weight.dtype == torch.float16
     assert model(torch.randn(2, 64, dtype=torch.float16)).dtype == torch.float16
 
 
 # --- packing ---
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("shape", [(768, 768), (3, 129), (7, 1), (1, 13), (5, 255), (2, 640), (11, 77)])
-def test_pack_unpack(bits, shape):
+def random_codes(bits, shape):
+    """Codes of all levels; with 8 bits without 128, whose byte is that of level 0."""
     codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8)
+    return torch.where(codes == 128, 0, codes)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("shape", [(768, 768), (3, 129), (7, 1), (1, 13), (5, 255), (2, 640), (11, 77), (33, 31)])
+def test_pack_unpack(bits, shape):
+    codes = random_codes(bits, shape)
     packed = pot.pack_codes(codes, bits)
-    assert packed.dtype == torch.uint8 and packed.shape == (shape[0], -(-shape[1] * bits // 8))
-    assert torch.equal(pot.unpack_codes(packed, bits, shape[1]), codes)
+    assert packed.dtype == torch.uint8 and packed.is_contiguous()
+    if bits in (3, 4, 8):
+        columns = -(-shape[1] // {3: 32, 4: 8, 8: 4}[bits]) * {3: 32, 4: 8, 8: 4}[bits]
+        assert packed.shape == (-(-shape[0] // 16), 16 * columns * bits // 8)
+    else:
+        assert packed.shape == (shape[0], -(-shape[1] * bits // 8))
+    assert torch.equal(pot.unpack_codes(packed, bits, shape), codes)
 
 
-@pytest.mark.parametrize("bits", [3, 4, 5])
+@pytest.mark.parametrize("bits", [2, 5, 6, 7])
 def test_packed_bytes_are_the_documented_bit_stream(bits):
     n = 150
-    codes = torch.randint(0, 2**bits, (1, n), dtype=torch.uint8)
-    order = list(range(n))
-    if bits == 4:  # nibble j of 32-bit word i is feature 16 j + i
-        order = [16 * j + i for i in range(16) for j in range(8)] + order[128:]
-    stream = sum(int(codes[0, f]) << (bits * i) for i, f in enumerate(order))
-    assert bytes(pot.pack_codes(codes, bits)[0].tolist()) == stream.to_bytes(-(-n * bits // 8), "little")
+    codes = torch.randint(0, 2**bits, (2, n), dtype=torch.uint8)
+    for row, packed in zip(codes.tolist(), pot.pack_codes(codes, bits).tolist()):
+        stream = sum(code << (bits * i) for i, code in enumerate(row))
+        assert bytes(packed) == stream.to_bytes(-(-n * bits // 8), "little")
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("rows, columns", [(1, 1), (16, 64), (19, 77), (33, 33)])
+def test_packed_bytes_are_the_documented_tiles(bits, rows, columns):
+    """Byte by byte, as the head of pot_kernel/pot.cpp says."""
+    codes = random_codes(bits, (rows, columns)).tolist()
+
+    def code(row, column):  # zeros behind the matrix
+        return codes[row][column] if row < rows and column < columns else 0
+
+    width, expected = {3: 32, 4: 8, 8: 4}[bits], []
+    for block in range(0, rows, 16):
+        line = []
+        for tile in range(0, columns, width):
+            for vector in range({3: 3, 4: 1, 8: 1}[bits]):
+                for row in range(block, block + 16):
+                    for b in range(4):
+                        if bits == 8:
+                            c = code(row, tile + b)
+                            byte = (-(c & 127) if c & 128 else c) % 256
+                        elif bits == 4:
+                            byte = code(row, tile + b) + 16 * code(row, tile + 4 + b)
+                        elif vector < 2:
+                            first = tile + 16 * vector + b
+                            byte = sum(code(row, first + 4 * j) % 4 * 4**j for j in range(4))
+                        else:
+                            byte = sum(code(row, tile + 4 * j + b) // 4 * 2**j for j in range(8))
+                        line.append(byte)
+        expected.append(line)
+    assert pot.pack_codes(torch.tensor(codes, dtype=torch.uint8), bits).tolist() == expected
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5, 8])
+def test_units_lie_as_documented(bits):
+    config = PoTConfig(bits=bits, grid="uniform", group_size=8)
+    codes = random_codes(bits, (19, 24))
+    for shape in ((19, 3), (19, 1), (1, 1)):
+        unit = torch.rand(shape) + 1
+        weight = PackedWeight.from_codes(codes, unit, torch.float32, config)
+        if bits == 5 or shape[0] == 1:
+            assert torch.equal(weight.unit, unit)
+        else:
+            assert weight.unit.shape == (2, shape[1], 16) and weight.unit.isfinite().all()
+            for row in range(19):
+                assert torch.equal(weight.unit[row // 16, :, row % 16], unit[row])
+        values = config.table()[codes.int()] * unit.expand(19, -1).repeat_interleave(24 // shape[1], 1)
+        assert torch.equal(weight(), values)
+        index = torch.tensor([[0, 18], [15, 16]])
+        assert torch.equal(weight(index), values[index])
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, *PAPER_CONFIGS], ids=str)
@@ -375,14 +435,15 @@ def test_prepared_equals_converted_to_the_bit(config, granularity):
     packed = convert(layer)
     assert torch.equal(packed.weight.view(torch.int32), q.view(torch.int32))
     assert torch.equal(packed(x), y)
-    assert packed.packed.codes.shape == (53, -(-77 * config.bits // 8))
+    tiles = {3: (4, 3 * 192), 4: (4, 10 * 64), 8: (4, 20 * 64)}
+    assert packed.packed.codes.shape == tiles.get(config.bits, (53, -(-77 * config.bits // 8)))
 
 
 def test_code_of_a_power_is_the_shift():
     config = PoTConfig(granularity="tensor")
     w = torch.tensor([[0.0, 1, 2, 64, -1, -2, -64, 100]])
     packed = PackedWeight.pack(w, torch.ones(1, 1), config)
-    assert pot.unpack_codes(packed.codes, 4, 8).tolist() == [[0, 1, 2, 7, 9, 10, 15, 7]]
+    assert pot.unpack_codes(packed.codes, 4, (1, 8)).tolist() == [[0, 1, 2, 7, 9, 10, 15, 7]]
 
 
 # --- prepare, convert, state ---
