@@ -285,7 +285,7 @@ class Way:
 
 def round_inputs(model):
     """Lets a packed model round the inputs of its layers, which is faster."""
-    getattr(pot, "allow_int8_activations", pot.allow_bfloat16)(model)
+    pot.allow_int8_activations(model)
 
 
 def reorder_weight(module):
@@ -307,7 +307,9 @@ def load_ways(s, files, expected, tokens):
         start = time.perf_counter()
         try:
             w = Way(format, way, files[format])
-            cache = KVCache(PROMPT + 1 + s.new_tokens)  # of the size that generate uses, to compile only once
+            cache = KVCache(
+                PROMPT + 1 + s.new_tokens, torch.float16 if w.decoder else None
+            )  # of the size that generate uses, to compile only once
             w.model(tokens[:, :PROMPT], cache=cache)
             last = tokens[:, PROMPT : PROMPT + 1]
             logits = w.decoder(last, cache) if w.decoder else w.model(last, cache=cache)[:, -1]

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn as nn
 
-from pot import PoTConfig, PoTEmbedding, PoTQuantizer, check_weight, compute_scale, is_prepared, weight_matrix
+from pot import PoTConfig, PoTEmbedding, PoTQuantizer, check_weight, compute_unit, is_prepared, weight_matrix
 
 # Share of the mean square added to the diagonal of a second moment. This text may hardly use a feature that other text
 # uses, and the moment needs an inverse.
@@ -44,7 +44,7 @@ def calibrate(
     progress(done, total) is called after each set of layers.
 
     First come embeddings and weights that several layers share (a tied head). Weighted least squares gives them new
-    scales, and GPTQ gives codes to those that a linear layer uses. Then come linear layers in the order of execution.
+    units, and GPTQ gives codes to those that a linear layer uses. Then come linear layers in the order of execution.
     Afterwards `weight` holds compensated values that are not rounded yet; the layer's own rounding gives the codes. So
     convert the model, or train on. A layer that the batches do not reach, or whose error would grow, stays as it was.
 
@@ -287,17 +287,17 @@ def _moments(runner, float_runner, layer, twin, calls):
 
 
 def calibrate_shared(w: torch.Tensor, q: PoTQuantizer, importance: torch.Tensor) -> None:
-    """Chooses scale and codes of a weight w (out, in) that an embedding or several layers use, in place.
+    """Chooses unit and codes of a weight w (out, in) that an embedding or several layers use, in place.
 
     importance: (out, 1), or (in, in) for a weight that a linear layer uses too (see _record).
     """
     is_moment = importance.shape[1] > 1
     weights = importance.diagonal() if is_moment else importance  # an input feature counts by its mean square
     if q.config.scale == "mse":
-        q.scale = compute_scale(w, q.config, weights + DAMPING * weights.mean())
+        q.unit = compute_unit(w, q.config, weights + DAMPING * weights.mean())
     if is_moment:
         moment, old, rounded = damped(importance, TABLE_DAMPING), w.clone(), q(w)
-        w.copy_(gptq(w, q.scale, q.config, moment))
+        w.copy_(gptq(w, q.unit, q.config, moment))
         before, after = (((d @ moment) * d).sum() for d in ((old - rounded).float(), (old - q(w)).float()))
         if not after < before:
             w.copy_(old)
@@ -322,18 +322,18 @@ def calibrate_layer(layer: nn.Module, xx: torch.Tensor, dx: torch.Tensor, dd: to
     # T = W + W dx (xx + damping)^-1.
     factor = torch.linalg.cholesky(_double(damped(xx, DAMPING)))
     target = old + torch.cholesky_solve(_double(old @ dx).t(), factor).t().to(old)
-    w.copy_(gptq(target.to(w.dtype), q.scale, q.config, xx))
+    w.copy_(gptq(target.to(w.dtype), q.unit, q.config, xx))
     after = error()
     if not after < before:
         w.copy_(kept)
     return before, min(before, after)
 
 
-def gptq(w: torch.Tensor, scale: torch.Tensor, config: PoTConfig, moment: torch.Tensor) -> torch.Tensor:
+def gptq(w: torch.Tensor, unit: torch.Tensor, config: PoTConfig, moment: torch.Tensor) -> torch.Tensor:
     """w (out, in), with the errors of features rounded earlier made up for, in w's dtype; not rounded itself.
 
     moment: (in, in), sum of x x^T. Features come in the order of their mean squares, largest first: rounding those
-    costs most, and most features are left to make up for it. Scales are fixed before ("static groups"), so the features
+    costs most, and most features are left to make up for it. Units are fixed before ("static groups"), so the features
     of a group need not be neighbours in that order.
     """
     n = w.shape[1]
@@ -343,7 +343,7 @@ def gptq(w: torch.Tensor, scale: torch.Tensor, config: PoTConfig, moment: torch.
     factor = torch.linalg.cholesky(hessian.flip(0, 1))
     eye = torch.eye(n, dtype=factor.dtype, device=factor.device)
     u = torch.linalg.solve_triangular(factor, eye, upper=False).flip(0, 1).float().to(w.device)
-    units = config.unit(scale).squeeze(-1).t().expand(-1, len(w)).contiguous()  # (groups, out)
+    units = unit.float().t().expand(-1, len(w)).contiguous()  # (groups, out)
     group = order // (n // len(units))
     left = w.float().t()[order]  # (in, out): the weights of a feature lie side by side
     result = torch.empty_like(left)
@@ -351,9 +351,9 @@ def gptq(w: torch.Tensor, scale: torch.Tensor, config: PoTConfig, moment: torch.
         end = min(start + 128, n)
         errors = left.new_empty(end - start, len(w))
         for i in range(start, end):
-            column, unit = left[i].to(w.dtype).float(), units[group[i]]
+            column, own = left[i].to(w.dtype).float(), units[group[i]]
             result[i] = column
-            errors[i - start] = (column - config.round_(column / unit) * unit) / u[i, i]
+            errors[i - start] = (column - config.round_(column / own) * own) / u[i, i]
             left[i + 1 : end].addr_(u[i, i + 1 : end], errors[i - start], alpha=-1)
         left[end:].addmm_(u[start:end, end:].t(), errors, alpha=-1)
     return result[order.argsort()].t().to(w.dtype)

@@ -19,20 +19,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dataset import GPT2, BPETokenizer, vocab_size
-from model import GPT, GPTConfig
+import tokenizer
+from model import GPT, GPTConfig, rotary_frequencies
 from pot import PackedPoTEmbedding, PackedPoTLinear, PoTConfig, load_packed, packed_state, prepare
 from pot_kernel.decode import Decoder, DecoderShape
+from tokenizer import GPT2, is_hub_name, vocab_size
 
 TRAINING, MODEL, LOG = "ckpt.pt", "model.safetensors", "log.jsonl"
-HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
 @dataclass
 class CheckpointInfo:
     """What a checkpoint is. Read from a file by from_dict, which validates it."""
 
-    tokenizer: dict  # meta.json of the data set: {"tokenizer": "gpt2"}, or {"tokenizer": "char", "chars": ...}
+    tokenizer: dict  # meta.json of the data set, see tokenizer.py
     method: str  # "float", "float control", "QAT", "PTQ" or "PTQ, GPTQ on 16,384 tokens"
     model_args: GPTConfig
     pot: PoTConfig | None = None  # None: float weights
@@ -181,14 +181,14 @@ def load_training(folder: str) -> TrainingState:
 
 def load_model(folder: str) -> tuple[GPT, CheckpointInfo]:
     """The model of a folder, on the CPU, in eval mode: the finished model, else the model in training (fake-quantized
-    if it is QAT). folder may be in Hugging Face's format, or a name in HUB.
+    if it is QAT). folder may be in Hugging Face's format, or a name on the hub.
 
     The tensors of a finished model are its mapped file, copied where they are written to. While they are in use,
     replace the file, as save_model does, instead of writing into it. Raises ValueError for a checkpoint that is
     missing, damaged or cannot be downloaded.
     """
     if is_foreign(folder):
-        return _load_huggingface(folder if os.path.isdir(folder) else _download(folder), folder)
+        return _load_huggingface(_download(folder), folder)
     path = os.path.join(folder, MODEL)
     if not os.path.exists(path):
         state = load_training(folder)
@@ -239,7 +239,7 @@ def model_of(state: TrainingState, quantized: bool = True) -> GPT:
         for name in expected.keys() ^ weights.keys():
             raise ValueError(f"{name} is {'missing' if name in expected else 'not in such a model'}")
         for name, t in weights.items():
-            is_scale = name.endswith("quantizer.scale")
+            is_scale = name.endswith("quantizer.unit")
             dtypes = (torch.float32, torch.float16) if is_scale else (torch.float32,)
             if t.dtype not in dtypes or t.is_sparse or t.is_meta or t.nbytes > t.untyped_storage().nbytes():
                 raise TypeError(f"{name} is {t.dtype}, or has more elements than its storage")
@@ -255,8 +255,9 @@ def model_of(state: TrainingState, quantized: bool = True) -> GPT:
 
 
 def make_decoder(model: GPT) -> Decoder | None:
-    """The fused decode step of a model. None if a part of it is not packed to 4 bits in float32 on the CPU, or the
-    kernel is not available."""
+    """The fused decode step. None if a part of the model is not packed in float32 on the CPU, or if the kernel is not
+    available. Call allow_int8_activations before: the decoder keeps what it says."""
+    c = model.config
     named = list(model.named_modules())
     packed = {n: m.packed for n, m in named if isinstance(m, (PackedPoTLinear, PackedPoTEmbedding))}
     unpacked = any(isinstance(m, (torch.nn.Linear, torch.nn.Embedding)) for _, m in named)
@@ -265,14 +266,17 @@ def make_decoder(model: GPT) -> Decoder | None:
         return None
     if not all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors.values()):
         return None
-    c = model.config
-    shape = DecoderShape(c.n_layer, c.n_head, c.n_embd, c.block_size, c.vocab_size)
-    return Decoder(shape, {name: p.kernel_weight() for name, p in packed.items()}, tensors)
+    shape = DecoderShape(
+        c.n_layer, c.n_head, c.n_kv_head, c.head_size, c.n_embd, c.n_inner, c.block_size, c.vocab_size,
+        rms=c.norm == "rms", gated=c.mlp == "swiglu", norm_eps=c.norm_eps,
+    )  # fmt: skip
+    weights = {name: p.kernel_weight() for name, p in packed.items()}
+    return Decoder(shape, weights, tensors, rotary_frequencies(c) if c.position == "rotary" else None)
 
 
 def file_size(folder: str, model: GPT, info: CheckpointInfo) -> int:
-    """Bytes of the finished model's file, or of the file that save_model would write. Of Hugging Face's GPT-2, whose
-    file may hold more, the bytes of the tensors."""
+    """Bytes of the finished model's file, or of the file that save_model would write. Of a model in Hugging Face's
+    format, whose file may hold more, the bytes of the tensors."""
     if is_foreign(folder):
         return sum(t.nbytes for t in packed_state(model)[0].values())
     if os.path.exists(os.path.join(folder, MODEL)):
@@ -299,44 +303,45 @@ def read_log(folder: str) -> list[dict]:
     return entries
 
 
-# --- GPT-2 in Hugging Face's format ---
+# --- models in Hugging Face's format ---
 
 
 def is_foreign(folder: str) -> bool:
-    """Is it GPT-2 in Hugging Face's format? An existing folder takes precedence over the hub's model of that name."""
-    return os.path.exists(os.path.join(folder, "config.json")) if os.path.isdir(folder) else folder in HUB
+    """Is it a model in Hugging Face's format? An existing folder takes precedence over the hub's model of that name."""
+    return os.path.exists(os.path.join(folder, "config.json")) if os.path.isdir(folder) else is_hub_name(folder)
 
 
 def _download(name, offline=False):
-    """Folder in the hub's cache, filled at the first use."""
-    from huggingface_hub import snapshot_download
-
-    patterns = ["config.json", "model.safetensors"]
-    try:
-        folder = snapshot_download(f"openai-community/{name}", allow_patterns=patterns, local_files_only=offline)
-        if not all(os.path.exists(os.path.join(folder, file)) for file in patterns):
-            raise FileNotFoundError("the cache holds a part of it only")
-        return folder
-    except Exception as e:  # of requests, httpx or the hub, by version and by the state of the network
-        raise ValueError(
-            f"cannot download {name} from the Hugging Face hub ({type(e).__name__}): check the network, or pass a folder "
-            "that holds its config.json and model.safetensors"
-        ) from None
+    """The folder itself, or that of the hub's cache, filled at the first use."""
+    index = MODEL + ".index.json"
+    files = ["config.json", "model*.safetensors", index, *tokenizer.FILES]
+    return tokenizer.local_folder(name, files, [["config.json"], [MODEL, index]], offline)
 
 
 def _load_huggingface(folder, name):
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            model = GPT.from_huggingface(json.load(f), _tensors(folder))
+            config = json.load(f)
+        model = GPT.from_huggingface(config, _tensors(folder))
     except Exception as e:  # json, safetensors and torch raise many kinds for damaged files
         reason = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
-        raise ValueError(f"{name} is no GPT-2 that can be read: {reason}") from None
-    if model.config.vocab_size < BPETokenizer.vocab_size:
+        raise ValueError(f"{name} is no model that can be read: {reason}") from None
+    if os.path.exists(os.path.join(folder, "tokenizer.json")):
+        meta = tokenizer.FileTokenizer(folder).meta
+    elif config["model_type"] == "gpt2":  # old folders have GPT-2's own files instead, or none
+        meta = GPT2
+    else:
         raise ValueError(
-            f"{name} has a vocabulary of {model.config.vocab_size}, GPT-2's byte pairs need {BPETokenizer.vocab_size}: "
-            "it was trained with another tokenizer, which is not known here"
+            f"{name} has no tokenizer.json: make one with transformers, by AutoTokenizer.from_pretrained(...)"
+            ".save_pretrained(...)"
         )
-    return model.eval(), CheckpointInfo(GPT2, "float", model.config)
+    if model.config.vocab_size < vocab_size(meta):
+        kind = "GPT-2's byte pairs need" if meta == GPT2 else "its tokenizer.json needs"
+        raise ValueError(
+            f"{name} has a vocabulary of {model.config.vocab_size}, {kind} {vocab_size(meta)}: it was trained with "
+            "another tokenizer: pass a folder that has its tokenizer.json"
+        )
+    return model.eval(), CheckpointInfo(meta, "float", model.config)
 
 
 def _tensors(folder):
@@ -388,7 +393,7 @@ def exists(folder: str) -> bool:
 
 def is_at_hand(folder: str) -> bool:
     """Can it be loaded without a download?"""
-    if os.path.isdir(folder) or folder not in HUB:
+    if not is_hub_name(folder):
         return exists(folder)
     try:
         return bool(_download(folder, offline=True))
@@ -398,7 +403,8 @@ def is_at_hand(folder: str) -> bool:
 
 def require_folder(folder: str) -> None:
     """Raises ValueError if it is neither a folder nor the name of a model on the hub."""
-    if folder not in HUB and not os.path.isdir(folder):
+    if not os.path.isdir(folder) and not is_hub_name(folder):
         raise ValueError(
-            f"no folder {folder}: pass the out_dir of a training run, GPT-2 in Hugging Face's format, or {', '.join(HUB)}"
+            f"no folder {folder}: pass the out_dir of a training run, a model in Hugging Face's format, its name on the hub "
+            f"(org/name), or {', '.join(tokenizer.HUB)}"
         )

@@ -1,9 +1,9 @@
 """
-Data sets and tokenizers. A data set is a folder with train.bin, val.bin and test.bin (token ids, uint16) and meta.json
-(the tokenizer). The scripts under data/ write such folders; training and evaluation read them.
+Data sets. A data set is a folder with train.bin, val.bin and test.bin (token ids, uint16, or uint32 for a vocabulary
+beyond that) and meta.json (the tokenizer). The scripts under data/ write such folders; training and evaluation read
+them.
 """
 
-import gc
 import hashlib
 import json
 import os
@@ -16,75 +16,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import tokenizer
+from tokenizer import GPT2, CharTokenizer, tokenizer_of, vocab_size
+
 SPLITS = ("train", "val", "test")
-
-
-class CharTokenizer:
-    """One token per character."""
-
-    def __init__(self, chars: str):
-        self.chars = chars
-        self.ids = {c: i for i, c in enumerate(chars)}
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.chars)
-
-    def encode(self, text: str) -> list[int]:
-        try:
-            return [self.ids[c] for c in text]
-        except KeyError as e:
-            raise ValueError(
-                f"the character {e.args[0]!r} is not in this model's vocabulary of {len(self.chars)} characters"
-            ) from None
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return "".join(self.chars[i] for i in ids).encode()
-
-
-class BPETokenizer:
-    """GPT-2's byte pairs. tiktoken downloads them at the first use."""
-
-    vocab_size = 50257
-    end_of_text = 50256
-
-    def __init__(self):
-        import tiktoken
-
-        try:
-            self.bpe = tiktoken.get_encoding("gpt2")
-        except OSError as e:
-            raise ValueError(
-                f"cannot download GPT-2's byte pairs ({type(e).__name__}): connect once, or copy a cache of tiktoken's "
-                "from a machine that has it and set TIKTOKEN_CACHE_DIR to it"
-            ) from None
-        # tiktoken keeps its table in Rust. The Python table that it was made from only takes 8 MB.
-        self.bpe._mergeable_ranks = None
-        gc.collect()
-
-    def encode(self, text: str) -> list[int]:
-        return self.bpe.encode(text, allowed_special="all")
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        # A model may have more rows than tokens, so that the vocabulary is a multiple of 64 or 128.
-        return self.bpe.decode_bytes([i for i in ids if i < self.vocab_size])
-
-
-GPT2 = {"tokenizer": "gpt2"}  # meta of GPT-2's byte pairs
-
-
-def tokenizer_of(meta: dict) -> CharTokenizer | BPETokenizer:
-    """The tokenizer that meta.json or a checkpoint describes."""
-    if meta == GPT2:
-        return BPETokenizer()
-    if not isinstance(meta, dict) or meta.get("tokenizer") != "char" or not isinstance(meta.get("chars"), str):
-        raise ValueError("unknown tokenizer: expected a data set or checkpoint of characters or of GPT-2's byte pairs")
-    return CharTokenizer(meta["chars"])
-
-
-def vocab_size(meta: dict) -> int:
-    """Number of tokens. Downloads nothing."""
-    return BPETokenizer.vocab_size if meta == GPT2 else tokenizer_of(meta).vocab_size
 
 
 def read_text(path: str) -> str:
@@ -140,15 +75,28 @@ def stream_documents(hub: str, splits: Iterable[str] = ("train",), revision: str
 OPENWEBTEXT = {"hub": "Skylion007/openwebtext", "revision": "refs/convert/parquet"}
 
 
+def folder(here: str, name: str | None) -> str:
+    """Where a prepare.py in the folder `here` writes: there, or to its neighbour `name`."""
+    if name is not None and (os.path.basename(name) != name or name in ("", ".", "..")):
+        raise ValueError(f"out={name!r} must be the name of a folder under data/, without slashes")
+    return here if name is None else os.path.join(os.path.dirname(here), name)
+
+
+def token_dtype(meta: dict) -> type:
+    """numpy's type of the token ids."""
+    return np.uint16 if vocab_size(meta) <= 2**16 else np.uint32
+
+
 def write(folder: str, meta: dict, pieces: Iterable[tuple[str, np.ndarray]]) -> None:
     """Writes a data set whole or not at all, and prints its sizes. pieces: (split, token ids), in any order."""
     names = [f"{split}.bin" for split in SPLITS] + ["meta.json"]
-    counts = dict.fromkeys(SPLITS, 0)
+    counts, dtype = dict.fromkeys(SPLITS, 0), token_dtype(meta)
+    os.makedirs(folder, exist_ok=True)
     try:
         with ExitStack() as stack:
             files = {n: stack.enter_context(open(os.path.join(folder, f"{n}.bin.tmp"), "wb")) for n in SPLITS}
             for split, ids in pieces:
-                files[split].write(np.array(ids, dtype=np.uint16).tobytes())
+                files[split].write(np.array(ids, dtype=dtype).tobytes())
                 counts[split] += len(ids)
         if not all(counts.values()):
             raise ValueError(
@@ -168,18 +116,17 @@ def write(folder: str, meta: dict, pieces: Iterable[tuple[str, np.ndarray]]) -> 
 
 def write_chars(folder: str, texts: dict[str, str]) -> None:
     """Writes the texts of the three splits as a data set of characters."""
-    tokenizer = CharTokenizer("".join(sorted(set().union(*texts.values()))))
-    pieces = ((split, tokenizer.encode(text)) for split, text in texts.items())
-    write(folder, {"tokenizer": "char", "chars": tokenizer.chars}, pieces)
+    chars = CharTokenizer("".join(sorted(set().union(*texts.values()))))
+    write(folder, chars.meta, ((split, chars.encode(text)) for split, text in texts.items()))
 
 
-def write_documents(folder: str, documents: Iterable[str]) -> None:
-    """Writes texts as a data set of GPT-2's tokens. An end-of-text token follows each document.
+def write_documents(folder: str, documents: Iterable[str], name: str = "gpt2") -> None:
+    """Writes texts as a data set for the tokenizer `name`. An end-of-text token follows each document.
 
     Exact duplicates are left out first. One document in 20 goes to test and one in 20 to val, until these hold HELD_OUT
     tokens each. All others go to train.
     """
-    bpe, seen, number = BPETokenizer(), set(), 0
+    named, seen, number = tokenizer.named(name), set(), 0
 
     def new(documents):
         for text in tqdm(documents, unit=" documents", disable=None):
@@ -191,17 +138,19 @@ def write_documents(folder: str, documents: Iterable[str]) -> None:
     def pieces():
         nonlocal number
         held, texts = {"test": 0, "val": 0}, new(documents)
-        while batch := list(islice(texts, 256)):  # tiktoken encodes a batch in parallel
-            for ids in bpe.bpe.encode_ordinary_batch(batch):
+        while batch := list(islice(texts, 256)):  # a batch is encoded in parallel
+            for ids in named.encode_documents(batch):
                 split = {0: "test", 10: "val"}.get(number % 20, "train")
                 if held.get(split, HELD_OUT) >= HELD_OUT:
                     split = "train"
                 else:
                     held[split] += len(ids)
                 number += 1
-                yield split, ids + [bpe.end_of_text]
+                yield split, ids
 
-    write(folder, GPT2, pieces())
+    write(folder, named.meta, pieces())
+    if named.meta != GPT2:
+        tokenizer.keep(folder, named.meta, name)
     print(f"{number:,} documents, exact duplicates left out")
 
 
@@ -225,10 +174,11 @@ def load(folder: str, split: str) -> tuple[np.ndarray, dict]:
             meta = json.load(f)
         except ValueError:
             raise ValueError(f"{meta_path} is damaged: make the data set again with `python {script}`") from None
-    if os.path.getsize(path) % 2:
+    dtype = token_dtype(meta)
+    if os.path.getsize(path) % np.dtype(dtype).itemsize:
         raise ValueError(f"{path} is cut short: make the data set again with `python {script}`")
     small = os.path.getsize(path) < 2**20
-    ids = np.fromfile(path, dtype=np.uint16) if small else np.memmap(path, dtype=np.uint16, mode="r")
+    ids = np.fromfile(path, dtype=dtype) if small else np.memmap(path, dtype=dtype, mode="r")
     if len(ids) and ids.max() >= vocab_size(meta):
         raise ValueError(
             f"{path} holds the token {ids.max()}, unknown to {meta_path}: make the data set again with `python {script}`"
@@ -240,26 +190,34 @@ def _subfolders(folder):
     return os.listdir(folder) if os.path.isdir(folder) else []
 
 
-def check_vocabulary(ckpt: str, tokenizer: dict, name: str, meta: dict) -> None:
+def check_vocabulary(ckpt: str, meta_of_ckpt: dict, name: str, meta: dict) -> None:
     """Raises ValueError if the tokenizer of checkpoint `ckpt` is not that of data set `name`, which is meta."""
-    if tokenizer != meta:
+    if meta_of_ckpt == meta:
+        return
+    if meta_of_ckpt.get("tokenizer") == "char":
         raise ValueError(
             f"{ckpt} was trained with another vocabulary than data/{name} has: use the data set it was trained on"
         )
+    wanted, script = "gpt2" if meta_of_ckpt == GPT2 else ckpt, os.path.join("data", name, "prepare.py")
+    out = "" if os.path.exists(script) else f" --out={name}"
+    raise ValueError(
+        f"{ckpt} has another vocabulary than data/{name}: prepare that text for it by `python "
+        f"{'data/DATASET/prepare.py' if out else script} --tokenizer={wanted}{out}`"
+    )
 
 
 def tokens_for(
-    ckpt: str, tokenizer: dict, name: str | None, split: str, text: str | None = None, count: int | None = None
+    ckpt: str, meta: dict, name: str | None, split: str, text: str | None = None, count: int | None = None
 ) -> np.ndarray:
-    """The first `count` token ids (None: all), (n) uint16, of the file `text`, or else of a split of data/name, for
-    checkpoint `ckpt` with this tokenizer. Raises ValueError without a data set, for another vocabulary, and for text
+    """The first `count` token ids (None: all), (n) uint16 or uint32, of the file `text`, or else of a split of data/name, for
+    checkpoint `ckpt` with the tokenizer `meta`. Raises ValueError without a data set, for another vocabulary, and for text
     with unknown characters."""
     if text:
-        return np.array(tokenizer_of(tokenizer).encode(read_text(text)), dtype=np.uint16)[:count]
+        return np.array(tokenizer_of(meta, ckpt).encode(read_text(text)), dtype=token_dtype(meta))[:count]
     if name is None:
         raise ValueError(f"{ckpt} names no data set: pass --dataset=openwebtext or --text FILE")
-    ids, meta = load(os.path.join("data", name), split)
-    check_vocabulary(ckpt, tokenizer, name, meta)
+    ids, meta_of_data = load(os.path.join("data", name), split)
+    check_vocabulary(ckpt, meta, name, meta_of_data)
     return ids[:count]
 
 

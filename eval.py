@@ -18,20 +18,20 @@ from checkpoint import CheckpointInfo
 from configurator import check_minimum, run
 from dataset import tokens_for
 from machine import keep_freed_memory, pick_device, provenance
-from metrics import evaluate, evaluate_last_position
+from metrics import WINDOW, evaluate, evaluate_last_position
 from model import GPT
 from pot import PackedPoTEmbedding, PackedPoTLinear, convert, is_prepared, sqnr
 
 
 @dataclass
 class Settings:
-    # folder of a training run or of GPT-2, or gpt2, gpt2-medium, ...; several with commas between them
+    # folder of a training run or in Hugging Face's format, or a name on the hub (gpt2, org/name); several with commas between
     ckpt: str = "out"
     dataset: str | None = None  # folder under data/; None: the data set that the model was trained on
     split: str = "test"  # train, val or test
     text: str | None = None  # a text file, instead of a split of a data set
     tokens: int | None = None  # use only this many tokens, from the start of the split or text; None: all
-    block_size: int | None = None  # tokens per window; None: the model's own context
+    block_size: int | None = None  # tokens per window; None: the model's own context, at most 1,024
     protocol: str = "windows"  # "windows": every position; "paper": last position of 1,200 random windows of 64
     # the float model to compare with; None: the model that a checkpoint comes from
     reference: str | None = None
@@ -95,7 +95,7 @@ def measure(s: Settings, model: GPT, info: CheckpointInfo, folder: str, device: 
         "dataset": name,
         "split": None if s.text else s.split,
         "tokens": len(ids) - 1,
-        "block_size": 64 if s.protocol == "paper" else s.block_size or model.config.block_size,
+        "block_size": 64 if s.protocol == "paper" else s.block_size or min(model.config.block_size, WINDOW),
         "protocol": s.protocol,
         **result,
         "bits_per_weight": round(8 * size / parameters, 3),

@@ -49,6 +49,21 @@ def peak_memory(device: str = "cpu") -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def free_memory(device: str = "cpu") -> int | None:
+    """Bytes that a device can still give, in a container at most its limit. None where the system does not tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    if device != "cpu" or not os.path.exists("/proc/meminfo"):
+        return None
+    with open("/proc/meminfo") as f:
+        free = next((int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable:")), None)
+    if free is not None and os.path.exists("/sys/fs/cgroup/memory.max"):
+        with open("/sys/fs/cgroup/memory.max") as f:
+            limit = f.read().strip()
+        free = min(free, int(limit)) if limit.isdigit() else free
+    return free
+
+
 def keep_freed_memory() -> None:
     """Makes glibc keep freed memory for the next step. Other C libraries are left as they are.
 

@@ -1,15 +1,19 @@
 """
-A GPT in one file. It has GPT-2's architecture and parameter names, and takes GPT-2's weights. It knows nothing of
-quantization: pot.prepare works on it from outside, as on any other model.
+A GPT in one file: GPT-2, and models of Llama's kind (Llama 3, SmolLM2, TinyLlama, Qwen2), by fields of GPTConfig. The
+names inside are GPT-2's for all of them. It knows nothing of quantization: pot.prepare works on it from outside, as on
+any other model.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import pi
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass
@@ -22,46 +26,117 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # in linear layers and LayerNorms, as in GPT-2
 
+    # --- what differs between families; the defaults are GPT-2 ---
+    qkv_bias: bool | None = None  # biases of query, key and value; None: as `bias`
+    n_kv_head: int | None = None  # heads of keys and values, each serves n_head / n_kv_head queries; None: n_head
+    head_size: int | None = None  # None: n_embd / n_head
+    n_inner: int | None = None  # width inside the MLP; None: 4 n_embd
+    norm: str = "layer"  # or "rms"
+    norm_eps: float = 1e-5
+    position: str = "learned"  # or "rotary"
+    rope_theta: float = 10000.0  # base of the rotary angles
+    rope_scaling: dict | None = None  # Llama 3's, with the numbers ROPE_SCALING
+    mlp: str = "gelu"  # or "swiglu"
+    tie: bool = True  # the head's weight is the token table
+
     def __post_init__(self):
-        for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        self.qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
+        self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
+        self.n_inner = 4 * self.n_embd if self.n_inner is None else self.n_inner
+        if self.head_size is None and type(self.n_head) is type(self.n_embd) is int and self.n_head > 0:
+            if self.n_embd % self.n_head:
+                raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+            self.head_size = self.n_embd // self.n_head
+        for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_size", "n_inner"):
             if type(getattr(self, key)) is not int or getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)!r} must be an integer, at least 1")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        for key, known in ("norm", ("layer", "rms")), ("position", ("learned", "rotary")), ("mlp", ("gelu", "swiglu")):
+            if getattr(self, key) not in known:
+                raise ValueError(f"{key}={getattr(self, key)!r} must be {known[0]!r} or {known[1]!r}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if not (self.norm_eps > 0 and self.rope_theta > 0):
+            raise ValueError(f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be above 0")
+        if self.position == "rotary" and self.head_size % 2:
+            raise ValueError(f"head_size={self.head_size} must be even, because rotary positions turn pairs")
+        if self.rope_scaling is not None:
+            if self.position != "rotary" or set(self.rope_scaling) != set(ROPE_SCALING):
+                raise ValueError(
+                    f"rope_scaling={self.rope_scaling} must be a dict of {ROPE_SCALING}, with rotary positions"
+                )
+            factor, low, high, original = (self.rope_scaling[key] for key in ROPE_SCALING)
+            if not (factor > 0 and 0 < low < high and original > 0):
+                raise ValueError(
+                    f"rope_scaling={self.rope_scaling} must be positive, low_freq_factor below the high one"
+                )
 
 
 class KVCache:
-    """Keys and values of the tokens so far, for each layer: (batch, n_head, capacity, head size) each."""
+    """Keys and values of the tokens so far, for each layer: (batch, n_kv_head, capacity, head size) each.
 
-    def __init__(self, capacity: int):
-        self.capacity = capacity  # tokens
+    dtype: how they are kept; None: as they come.
+    """
+
+    def __init__(self, capacity: int, dtype: torch.dtype | None = None):
+        self.capacity, self.dtype = capacity, dtype  # capacity in tokens
         self.length = 0
         self.layers = {}
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
-        """Adds keys and values (batch, n_head, T, head size) behind the `length` earlier ones. Returns all of them."""
+        """Adds keys and values (batch, n_kv_head, T, head size) behind the `length` earlier ones. Returns all of them."""
         if layer not in self.layers:
             batch, heads, _, size = k.shape
-            self.layers[layer] = [x.new_empty(batch, heads, self.capacity, size) for x in (k, v)]
+            self.layers[layer] = [x.new_empty(batch, heads, self.capacity, size, dtype=self.dtype) for x in (k, v)]
         end = self.length + k.shape[2]
         for kept, new in zip(self.layers[layer], (k, v)):
             kept[:, :, self.length : end] = new
-        return [kept[:, :, :end] for kept in self.layers[layer]]
+        if self.length == 0:  # nothing kept is needed, so nothing is rounded
+            return [k, v]
+        return [kept[:, :, :end].to(k.dtype) for kept in self.layers[layer]]
+
+
+def rotary_frequencies(config: GPTConfig, device: torch.device | str | None = None) -> torch.Tensor:
+    """(head_size / 2) float32: the angle in radians by which each pair of features turns from a position to the next.
+    Llama 3's scaling slows the pairs that turn less than once in the original context."""
+    exponents = torch.arange(0, config.head_size, 2, device=device).float() / config.head_size
+    frequencies = 1 / config.rope_theta**exponents
+    if config.rope_scaling is None:
+        return frequencies
+    factor, low, high, original = (config.rope_scaling[key] for key in ROPE_SCALING)
+    turns = original * frequencies / (2 * pi)  # in the original context
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / factor)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns x (B, heads, T, head size) by angles (T, head size / 2). Pairs are feature i and i + head size / 2, as in
+    transformers."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def make_norm(config):
+    if config.norm == "rms":
+        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.heads = config.n_head, config.n_kv_head, config.n_kv_head  # of queries, keys and values
+        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * config.head_size, bias=config.qkv_bias)
+        self.c_proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+        self.head_size, self.dropout, self.layer = config.head_size, config.dropout, layer
 
-    def forward(self, x, cache=None):
-        B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
+    def forward(self, x, cache=None, rotary=None):
+        B, T, _ = x.shape
+        q, k, v = self.c_attn(x).view(B, T, -1, self.head_size).transpose(1, 2).split(self.heads, dim=1)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         mask = None
         if cache is not None:
             past = cache.length
@@ -71,44 +146,106 @@ class CausalSelfAttention(nn.Module):
         # With an empty cache the mask is the causal one. A single token sees everything. bool() because torch.compile
         # may make T a symbol.
         causal = bool(T > 1 and mask is None)
-        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=causal)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        dropout, grouped = self.dropout if self.training else 0.0, self.heads[0] != self.heads[1]
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, -1)))
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.gated = config.mlp == "swiglu"  # c_fc holds the gate first, then what it lets through
+        self.c_fc = nn.Linear(config.n_embd, config.n_inner * (2 if self.gated else 1), bias=config.bias)
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        gate, up = self.c_fc(x).chunk(2, dim=-1) if self.gated else (None, self.c_fc(x))
+        return self.dropout(self.c_proj(F.gelu(up, approximate="tanh") if gate is None else F.silu(gate) * up))
 
 
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, cache=None, rotary=None):
+        x = x + self.attn(self.ln_1(x), cache, rotary)
         return x + self.mlp(self.ln_2(x))
 
 
-# Keys of a Hugging Face config.json with the values that this GPT supports. The first value is the default.
-GPT2_CONFIG = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
+# What a Hugging Face config.json may say, for each model_type: values that this GPT supports, the default first.
+HUGGINGFACE = {
+    "gpt2": {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+    },
+    "llama": {"hidden_act": ("silu",)},
+    "qwen2": {"hidden_act": ("silu",), "use_sliding_window": (False,)},
+}  # fmt: skip
+# Our modules, and Llama's that make them up, their rows below each other.
+LLAMA_NAMES = {
+    "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.c_proj": ("self_attn.o_proj",),
+    "mlp.c_fc": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.c_proj": ("mlp.down_proj",),
+    "ln_1": ("input_layernorm",),
+    "ln_2": ("post_attention_layernorm",),
+    "transformer.wte": ("model.embed_tokens",),
+    "transformer.ln_f": ("model.norm",),
+    "lm_head": ("lm_head",),
 }
+
+
+def huggingface_names(model_type: str, name: str) -> list[str]:
+    """The tensors of a Hugging Face file that make up our tensor `name`."""
+    if model_type == "gpt2":
+        return [name]
+    (module, _, kind), prefix = name.rpartition("."), ""
+    if ".h." in name:
+        _, _, layer, module = module.split(".", 3)
+        prefix = f"model.layers.{layer}."
+    return [f"{prefix}{part}.{kind}" for part in LLAMA_NAMES[module]]
+
+
+def huggingface_config(config: dict) -> GPTConfig:
+    """What a config.json describes. Raises ValueError for a model that this GPT is not."""
+    kind = config.get("model_type")
+    if kind not in HUGGINGFACE:
+        raise ValueError(f"model_type is {kind!r}, and only {', '.join(HUGGINGFACE)} are known here")
+    for key, values in (HUGGINGFACE[kind] | {"quantization_config": (None,)}).items():
+        if config.get(key, values[0]) not in values:
+            raise ValueError(f"{key} is {config[key]!r}, and only {values[0]!r} is known here")
+    try:
+        if kind == "gpt2":
+            shape = {key: config[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+            return GPTConfig(
+                config["n_positions"], **shape, n_inner=config.get("n_inner"), tie=config.get("tie_word_embeddings", True),
+                norm_eps=config.get("layer_norm_epsilon", 1e-5),
+            )  # fmt: skip
+        bias = config.get("attention_bias", False)
+        if kind == "llama" and bias != config.get("mlp_bias", False):
+            raise ValueError("attention_bias and mlp_bias differ, and only both or none is known here")
+        rope = config.get("rope_parameters") or (config.get("rope_scaling") or {})  # transformers 5, or before
+        rope_type, scaling = rope.get("rope_type", rope.get("type", "default")), None
+        if rope_type == "llama3":
+            scaling = {key: rope[key] for key in ROPE_SCALING}
+        elif rope_type != "default":
+            raise ValueError(f"its rotary scaling is {rope_type!r}, and only 'llama3' is known here")
+        return GPTConfig(
+            block_size=config["max_position_embeddings"], vocab_size=config["vocab_size"],
+            n_layer=config["num_hidden_layers"], n_head=config["num_attention_heads"], n_embd=config["hidden_size"],
+            bias=bias and kind == "llama", qkv_bias=bias or kind == "qwen2", n_kv_head=config.get("num_key_value_heads"),
+            head_size=config.get("head_dim"), n_inner=config["intermediate_size"], norm="rms",
+            norm_eps=config.get("rms_norm_eps", 1e-6), position="rotary", mlp="swiglu", rope_scaling=scaling,
+            rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
+            tie=config.get("tie_word_embeddings", False),
+        )  # fmt: skip
+    except KeyError as e:
+        raise ValueError(f"its config.json has no {e.args[0]}") from None
 
 
 class _NoInit(TorchFunctionMode):
@@ -122,15 +259,13 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
-                drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList([Block(config, i) for i in range(config.n_layer)]),
-                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
-            )
-        )
+        parts = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
+        if config.position == "learned":
+            parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        parts["drop"] = nn.Dropout(config.dropout)
+        parts["h"] = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
+        parts["ln_f"] = make_norm(config)
+        self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
         self.apply(self._init_weights)
@@ -146,43 +281,43 @@ class GPT(nn.Module):
 
     @classmethod
     def from_huggingface(cls, config: dict, tensors: dict[str, torch.Tensor]) -> "GPT":
-        """GPT-2 from the config.json and the tensors of a Hugging Face folder. The tensors become the Parameters.
+        """The model of the config.json and the tensors of a Hugging Face folder.
 
         Raises ValueError for another architecture, and for tensors that are missing, unknown or of another shape.
         """
-        wanted = GPT2_CONFIG | {"n_inner": (None, 4 * config.get("n_embd", 0)), "quantization_config": (None,)}
-        for key, values in wanted.items():
-            if config.get(key, None if key == "model_type" else values[0]) not in values:
-                raise ValueError(f"{key} is {config.get(key)!r}, and only GPT-2's {values[0]!r} is known here")
-        try:
-            shape = {k: config[k] for k in ("vocab_size", "n_layer", "n_head", "n_embd")}
-            shape["block_size"] = config["n_positions"]
-        except KeyError as e:
-            raise ValueError(f"its config.json has no {e.args[0]}") from None
-        shape = GPTConfig(**shape)
+        kind, shape = config.get("model_type"), huggingface_config(config)
         if shape.n_layer > len(tensors):  # refused before any layer is built
             raise ValueError(f"its config.json says {shape.n_layer} layers, it holds {len(tensors)} tensors")
-        model = cls.meta(shape)
-        state = {}
+        model, root = cls.meta(shape), "transformer." if kind == "gpt2" else "model."
+        given = {}
         for name, tensor in tensors.items():
-            name = name.removeprefix("transformer.")
-            if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
-                continue  # the token table again; masks in old files
-            if not tensor.is_floating_point() or "transformer." + name in state:
+            if name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")):
+                continue  # constants in old files
+            if name == "lm_head.weight" and shape.tie:
+                continue  # the token table again
+            name = name if name.startswith((root, "lm_head.")) else root + name
+            if not tensor.is_floating_point() or name in given:
                 raise ValueError(f"its tensor {name} is {tensor.dtype} or there twice")
-            if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
+            if kind == "gpt2" and name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
                 tensor = tensor.mT  # transformers keeps these weights as (in, out)
-            state["transformer." + name] = tensor.float().contiguous()
-        state["lm_head.weight"] = state.get("transformer.wte.weight")
-        expected = model.state_dict()
-        for name in [*expected, *state]:
-            if name not in expected:
-                raise ValueError(f"its tensor {name} is unknown")
-            if state.get(name) is None:
-                raise ValueError(f"its tensor {name} is missing")
-            if state[name].shape != expected[name].shape:
-                raise ValueError(f"its tensor {name} is of another shape")
-        model.load_state_dict(state, assign=True)
+            given[name] = tensor
+        state, kv = {}, shape.n_kv_head * shape.head_size
+        for name, expected in model.state_dict().items():
+            if name == "lm_head.weight" and shape.tie:
+                continue
+            sources = huggingface_names(kind, name)
+            for source in sources:
+                if source not in given:
+                    raise ValueError(f"its tensor {source} is missing")
+            parts, rows = [given.pop(source) for source in sources], len(expected)
+            heights = {1: [rows], 2: [rows // 2] * 2, 3: [rows - 2 * kv, kv, kv]}[len(parts)]
+            for source, part, height in zip(sources, parts, heights):
+                if part.shape != (height, *expected.shape[1:]):
+                    raise ValueError(f"its tensor {source} is of another shape")
+            state[name] = (torch.cat(parts) if len(parts) > 1 else parts[0]).float().contiguous()
+        if given:
+            raise ValueError(f"its tensor {next(iter(given))} is unknown")
+        model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
         return model
 
@@ -197,8 +332,9 @@ class GPT(nn.Module):
                 module.dropout = p
 
     def tie_weights(self) -> None:
-        """Makes the head's weight the token table again. Loading with assign=True separates them."""
-        self.lm_head.weight = self.transformer.wte.weight
+        """Makes a tied head's weight the token table again. Loading with assign=True separates them."""
+        if self.config.tie:
+            self.lm_head.weight = self.transformer.wte.weight
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -219,9 +355,15 @@ class GPT(nn.Module):
         if past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens do not fit into the context of {self.config.block_size}: pass fewer")
         pos = torch.arange(past, past + T, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
+        x, rotary = self.transformer.wte(idx), None
+        if self.config.position == "learned":
+            x = x + self.transformer.wpe(pos)
+        else:
+            angles = pos[:, None] * rotary_frequencies(self.config, idx.device)  # float32, as positions need
+            rotary = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        x = self.transformer.drop(x)
         for block in self.transformer.h:
-            x = block(x, cache)
+            x = block(x, cache, rotary)
         logits = self.lm_head(self.transformer.ln_f(x[:, -1:] if last else x))
         if cache is not None:
             cache.length += T
@@ -240,9 +382,10 @@ class GPT(nn.Module):
 
         Beyond block_size the context slides. All positions shift then, so the cache is useless and each token computes
         the whole window. For a batch of one, decode(token, cache) -> logits (1, vocab_size) may replace forward for one
-        token.
+        token. Its cache is float16.
         """
-        cache = KVCache(min(self.config.block_size, idx.shape[1] + max_new_tokens))
+        capacity = min(self.config.block_size, idx.shape[1] + max_new_tokens)
+        cache = KVCache(capacity, None if decode is None else torch.float16)
         new = idx
         for _ in range(max_new_tokens):
             if idx.shape[1] > self.config.block_size:

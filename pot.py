@@ -2,8 +2,8 @@
 Power-of-two (PoT) weights for PyTorch, in one file that needs torch alone: copy it into your project.
 
 A weight is `sign x level x unit`. With single powers the levels are 0, 1, 2, 4, 8, ..., so 4 bits store a weight (a
-sign and an exponent) and a shift multiplies by it. These are the 15 values of a weight at 4 bits, as multiples of its
-scale, for single powers and for the two other grids of this file:
+sign and an exponent) and a shift multiplies by it. The unit is a scale that neighbouring weights share. These are the 15
+values of a weight at 4 bits, as multiples of the top level, for single powers and for the two other grids of this file:
 
     single powers  |                   |         |    |  |||||  |    |         |                   |
     two terms      |            |      |      |  |  |   |  |  |   |  |  |      |      |            |
@@ -37,7 +37,6 @@ to matter).
 Sections: grid, scale, fake quantization, layers, packing, prepare and convert, state.
 """
 
-import functools
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
@@ -148,10 +147,6 @@ class PoTConfig:
         half = [float(levels[min(i, len(levels) - 1)]) for i in range(2 ** (self.bits - 1))]
         return torch.tensor(half + [-v + 0.0 for v in half], dtype=torch.float32)
 
-    def unit(self, scale: torch.Tensor) -> torch.Tensor:
-        """scale (out or 1, groups) -> value of the smallest level (out or 1, groups, 1), float32."""
-        return (scale.float() / self.top).unsqueeze(-1)
-
     def round_(self, x: torch.Tensor) -> torch.Tensor:
         """x (float32, any shape, in units of the smallest level) rounded to the nearest level. May overwrite x. NaN
         stays NaN.
@@ -192,16 +187,16 @@ def _check_choice(key, value, choices, where=""):
 
 
 # -----------------------------------------------------------------------------
-# Scale: the value of the top level, shared by a tensor, a channel or a group
+# Scale: the unit, which is the value of the smallest level, shared by a tensor, a channel or a group
 #
-# A weight is a matrix (out, in). Its scale is (1, 1), (out, 1) or (out, in / group_size). Arithmetic is float32 and the
-# value of a weight is level * unit with unit = scale / top. Fake quantization and unpacking do the same operations, so
-# they agree to the bit.
+# A weight is a matrix (out, in). Its unit is (1, 1), (out, 1) or (out, in / group_size). The value of a weight is
+# level * unit in float32. Fake quantization and unpacking do the same operations, so they agree to the bit.
 
 
 def row_blocks(unit: torch.Tensor, *matrices: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
     """Cuts matrices (out, in) and their unit into blocks of rows that fit the cache: ten passes over a block cost
-    little more than one. Yields views: unit (rows or 1, groups, 1) and (rows, groups, size) of each matrix."""
+    little more than one. Yields unit (rows or 1, groups, 1) in float32, and views (rows, groups, size) of each matrix."""
+    unit = unit.float().unsqueeze(-1)
     matrices = [m.unflatten(-1, (unit.shape[1], -1)) for m in matrices]
     first = matrices[0]
     if first.device.type != "cpu" or torch.compiler.is_compiling() or first.numel() <= _BLOCK:
@@ -214,13 +209,13 @@ def row_blocks(unit: torch.Tensor, *matrices: torch.Tensor) -> Iterable[tuple[to
 _BLOCK = 2**18  # weights in a block: 1 MiB of float32
 
 
-def compute_scale(w: torch.Tensor, config: PoTConfig, importance: torch.Tensor | None = None) -> torch.Tensor:
-    """Scale of w (out, in): (1, 1), (out, 1) or (out, in / group_size).
+def compute_unit(w: torch.Tensor, config: PoTConfig, importance: torch.Tensor | None = None) -> torch.Tensor:
+    """Unit of w (out, in): (1, 1), (out, 1) or (out, in / group_size).
 
     scale="mse" minimizes the squared error. importance, positive and broadcastable to w, weights the squares.
-    The result is float16. It is float32 for grid "paper", or where one scale lies outside float16's normal range. With
-    scale_format "e8m0" it is the top level times a power of two. An all-zero group gets the tensor's largest scale, so
-    that training can still move it.
+    The result is float16. It is float32 for grid "paper", or where one unit lies outside float16's normal range. With
+    scale_format "e8m0" it is a power of two. An all-zero group gets the tensor's largest unit, so that training can
+    still move it.
     """
     w = w.detach()
     groups = w.shape[-1] // config.group_size if config.granularity == "group" else 1
@@ -230,32 +225,35 @@ def compute_scale(w: torch.Tensor, config: PoTConfig, importance: torch.Tensor |
         absmax = w.abs().amax().float().view(1, 1)
     else:
         absmax = w.abs().unflatten(-1, (groups, -1)).amax(-1).float()
+    unit = absmax / config.top
     if config.grid == "paper":
-        return absmax.clamp(min=config.eps * config.top)
-    if config.scale_format == "e8m0":  # round the unit up to a power of two
-        mantissa, exponent = torch.frexp(absmax / config.top)
-        absmax = torch.ldexp(torch.full_like(absmax, config.top), exponent - (mantissa == 0.5).int()) * (absmax > 0)
-    scale = absmax if config.scale == "absmax" else _search_scale(w, absmax, config, importance)
-    fallback = scale.max() if absmax.any() else torch.ones_like(scale.max())
-    scale = torch.where(absmax > 0, scale, fallback)
-    # The unit must not underflow, and the top level must not overflow the weight's dtype.
-    single = torch.finfo(torch.float32)
-    scale = scale.clamp(config.top * single.tiny, min(torch.finfo(w.dtype).max, single.max))
-    half = torch.finfo(torch.float16)
-    return scale.half() if scale.min() >= half.tiny and scale.max() <= half.max else scale
+        return unit.clamp(min=config.eps)
+    if config.scale_format == "e8m0":  # round up to a power of two
+        mantissa, exponent = torch.frexp(unit)
+        unit = torch.ldexp(torch.ones_like(unit), exponent - (mantissa == 0.5).int()) * (absmax > 0)
+    if config.scale == "mse":
+        unit = _search_unit(w, unit, config, importance)
+    # An all-zero tensor gets levels up to about 1.
+    fallback = unit.max() if absmax.any() else 0.5 ** (int(config.top) - 1).bit_length()
+    unit = torch.where(absmax > 0, unit, fallback)
+    # The unit must not underflow, and the top level must not overflow the weight's dtype. Float16 may round the unit up
+    # by a factor of 1 + 2**-11.
+    single, half = torch.finfo(torch.float32), torch.finfo(torch.float16)
+    unit = unit.clamp(single.tiny, min(torch.finfo(w.dtype).max, single.max) / config.top * (1 - 2**-11))
+    return unit.half() if unit.min() >= half.tiny and unit.max() <= half.max else unit
 
 
-def _search_scale(w, absmax, config, importance):
-    """The scale of the least squared error: a coarse search below absmax, then three rounds of least squares."""
+def _search_unit(w, largest, config, importance):
+    """The unit of the least squared error: a coarse search below `largest`, then three rounds of least squares."""
     weights = () if importance is None else (importance.float().expand(w.shape),)
 
-    def moments(scale):
-        """(3, *scale.shape): squared error, <w, level>, <level, level>."""
+    def moments(unit):
+        """(3, *unit.shape): squared error, <w, level>, <level, level>."""
         parts = []
-        for unit, b, *h in row_blocks(config.unit(scale), w, *weights):
+        for u, b, *h in row_blocks(unit, w, *weights):
             b = b.float()
-            level = config.round_(b / unit)
-            error = (b - level * unit).square_()
+            level = config.round_(b / u)
+            error = (b - level * u).square_()
             weighted = level
             if h:
                 error.mul_(h[0])
@@ -264,21 +262,22 @@ def _search_scale(w, absmax, config, importance):
         parts = torch.cat(parts, dim=1)
         return parts.sum((1, 2)).view(3, 1, 1) if config.granularity == "tensor" else parts
 
-    # Many weights under one scale want it far below the largest weight. Few weights make the error bumpy in the scale.
+    # Many weights under one unit want the top level far below the largest weight. Few weights make the error bumpy in
+    # the unit.
     steps, per_octave = (15, 8) if config.granularity == "group" else (25, 4)
     refinements = 3
     if config.scale_format == "e8m0":  # powers of two only
         steps, per_octave, refinements = 10, 1, 0
-    best, best_moments = absmax, torch.full((3, *absmax.shape), torch.inf, device=w.device)
+    best, best_moments = largest, torch.full((3, *largest.shape), torch.inf, device=w.device)
     for step in range(steps + refinements):
         if step < steps:
-            scale = absmax * 2 ** ((2 - step) / per_octave)
-        else:  # the best scale for the best levels so far
-            scale = best_moments[1] / best_moments[2] * config.top
-        scale = torch.where(scale > 0, scale, 1.0)  # an all-zero group must not divide by zero
-        candidate = moments(scale)
+            unit = largest * 2 ** ((2 - step) / per_octave)
+        else:  # the best unit for the best levels so far
+            unit = best_moments[1] / best_moments[2]
+        unit = torch.where(unit > 0, unit, 1.0)  # an all-zero group must not divide by zero
+        candidate = moments(unit)
         better = candidate[0] < best_moments[0]
-        best, best_moments = torch.where(better, scale, best), torch.where(better, candidate, best_moments)
+        best, best_moments = torch.where(better, unit, best), torch.where(better, candidate, best_moments)
     return best
 
 
@@ -296,11 +295,11 @@ class FakeQuantize(torch.autograd.Function):
     """Rounding with a straight-through gradient. `w + (q - w).detach()` is shorter but sometimes off by an ulp."""
 
     @staticmethod
-    def forward(ctx, w, scale, config):
-        ctx.save_for_backward(w, scale)
+    def forward(ctx, w, unit, config):
+        ctx.save_for_backward(w, unit)
         ctx.config = config
-        unit = config.unit(scale)
         if torch.compiler.is_compiling():  # torch.export has no gradient for out=
+            unit = unit.float().unsqueeze(-1)
             w = w.unflatten(1, (unit.shape[1], -1))
             return (config.round_(w.float() / unit) * unit).flatten(1).to(w.dtype).contiguous()
         # Contiguous even if w is a transposed view: then products sum in the same order as with the packed layer.
@@ -311,7 +310,7 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        w, scale = ctx.saved_tensors
+        w, unit = ctx.saved_tensors
         config = ctx.config
         if config.grid == "paper":  # the papers' gradient has no mask
             return grad, None, None
@@ -319,18 +318,18 @@ class FakeQuantize(torch.autograd.Function):
         # hardtanh's gradient kernel takes a tenth of the time of comparing and masking. It keeps |x| < edge, but the
         # edge itself belongs to the cell. So the edge is one ulp higher.
         edge = config.edge * config.top * (1 + 2**-23)
-        for per_unit, b, g, o in row_blocks(1 / config.unit(scale), w, grad, out):
+        for per_unit, b, g, o in row_blocks(1 / unit.float(), w, grad, out):
             torch.ops.aten.hardtanh_backward.grad_input(g.float(), b.float() * per_unit, -edge, edge, grad_input=o)
         return out, None, None
 
 
-def fake_quantize(w: torch.Tensor, scale: torch.Tensor, config: PoTConfig) -> torch.Tensor:
-    """w (out, in) rounded to the nearest level, in w's dtype. scale is a result of compute_scale.
+def fake_quantize(w: torch.Tensor, unit: torch.Tensor, config: PoTConfig) -> torch.Tensor:
+    """w (out, in) rounded to the nearest level, in w's dtype. unit is a result of compute_unit.
 
-    Straight-through estimator: the gradient to w is the identity up to the outer edge of the top level's cell (1.25 x
-    scale for single powers) and zero beyond. Grid "paper" has no such mask.
+    Straight-through estimator: the gradient to w is the identity up to the outer edge of the top level's cell (1.25
+    times the top level for single powers) and zero beyond. Grid "paper" has no such mask.
     """
-    return FakeQuantize.apply(w, scale, config)
+    return FakeQuantize.apply(w, unit, config)
 
 
 def fake_quantize_activations(x: torch.Tensor) -> torch.Tensor:
@@ -361,9 +360,9 @@ class _FakeQuantizeActivations(torch.autograd.Function):
 # Layers for training: float weights that every forward pass fake-quantizes
 
 
-class _Scaled(nn.Module):
-    """A module with a scale that keeps its dtype in .half() and .bfloat16(), because a cast of the scale would change
-    every weight. It takes the dtype of a state_dict's scale."""
+class _WithUnit(nn.Module):
+    """A module with a unit that keeps its dtype in .half() and .bfloat16(), because a cast of the unit would change
+    every weight. It takes the dtype of a state_dict's unit."""
 
     def _apply(self, fn, recurse=True):
         before = {n: b for n, b in self._buffers.items() if b is not None and b.is_floating_point() and n != "_like"}
@@ -374,14 +373,14 @@ class _Scaled(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        if prefix + "scale" in state_dict:
-            dtype = state_dict[prefix + "scale"].dtype
-            self.scale = self.scale.to(dtype if dtype == torch.float16 else torch.float32)
+        if prefix + "unit" in state_dict:
+            dtype = state_dict[prefix + "unit"].dtype
+            self.unit = self.unit.to(dtype if dtype == torch.float16 else torch.float32)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class PoTQuantizer(_Scaled):
-    """Config and scale of a weight. Layers that share a weight share this object.
+class PoTQuantizer(_WithUnit):
+    """Config and unit of a weight. Layers that share a weight share this object.
 
     enabled=False makes the layer compute with its float weight and inputs. convert packs it all the same.
     """
@@ -390,7 +389,7 @@ class PoTQuantizer(_Scaled):
         super().__init__()
         self.config = config
         self.enabled = True
-        self.register_buffer("scale", compute_scale(weight, config))
+        self.register_buffer("unit", compute_unit(weight, config))
         if config.grid == "paper":
             self.register_buffer("minmax", torch.stack(weight.detach().float().aminmax()))
 
@@ -400,14 +399,14 @@ class PoTQuantizer(_Scaled):
             return w
         if self.config.grid == "paper" and self.training:
             self._observe(w.detach())
-        return fake_quantize(w, self.scale, self.config)
+        return fake_quantize(w, self.unit, self.config)
 
     def rows(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Fake-quantizes rows (*index.shape, in), which are the rows `index` of a weight."""
         if not self.enabled:
             return rows
-        scale = self.scale if len(self.scale) == 1 else self.scale[index.flatten()]
-        return fake_quantize(rows.reshape(-1, rows.shape[-1]), scale, self.config).view(rows.shape)
+        unit = self.unit if len(self.unit) == 1 else self.unit[index.flatten()]
+        return fake_quantize(rows.reshape(-1, rows.shape[-1]), unit, self.config).view(rows.shape)
 
     def inputs(self, x: torch.Tensor) -> torch.Tensor:
         """Layer inputs x (..., in), in 8 bits if the config says so."""
@@ -417,7 +416,7 @@ class PoTQuantizer(_Scaled):
         # torch's moving-average observer with its default constant, which the papers keep running during training. It
         # makes new tensors because a later backward pass may still need the old ones.
         self.minmax = self.minmax.lerp(torch.stack(w.float().aminmax()), 0.01)
-        self.scale = self.minmax.abs().amax().clamp(min=self.config.eps * self.config.top).view(1, 1)
+        self.unit = (self.minmax.abs().amax() / self.config.top).clamp(min=self.config.eps).view(1, 1)
 
     def extra_repr(self):
         return str(self.config)
@@ -426,7 +425,7 @@ class PoTQuantizer(_Scaled):
 class PoTLinear(nn.Linear):
     """nn.Linear whose forward quantizes the weight to signed exponents (or to another grid of PoTConfig).
 
-    weight (out, in) and bias (out) are nn.Linear's. The scale is computed once: here, from the random weight, or in
+    weight (out, in) and bias (out) are nn.Linear's. The unit is computed once: here, from the random weight, or in
     `prepare`, which turns an existing nn.Linear into this class. So load weights first, then prepare.
     """
 
@@ -464,78 +463,106 @@ class PoTEmbedding(nn.Embedding):
 
 
 # -----------------------------------------------------------------------------
-# Packing: codes `sign << (bits - 1) | index` as a little-endian bit stream per row, rows padded to whole bytes
+# Packing: codes `sign << (bits - 1) | index` of a matrix (rows, n)
 #
-# At 4 bits each run of 128 features is interleaved first: nibble j of 32-bit word i is feature 16 j + i. Then a vector
-# of 16 words gives 16 neighbouring weights per shift. The rest of a row (in % 128) stays in order.
+# At 3, 4 and 8 bits, codes lie in tiles of 16 rows, for vector instructions: a vector of 64 bytes holds 4 bytes of each
+# row. pot_kernel/pot.cpp describes the tiles. Units follow the tiles: (rows / 16, groups, 16). At other widths each row
+# is a little-endian bit stream, padded to whole bytes. A file says which layout it has.
+
+_TILE_COLUMNS = {3: 32, 4: 8, 8: 4}  # bits: columns of a tile
 
 
 def _layout(bits):
-    return "interleaved-8x16" if bits == 4 else "stream"
+    return "tiles-16" if bits in _TILE_COLUMNS else "stream"
+
+
+def _codes_shape(rows, n, bits):
+    if bits not in _TILE_COLUMNS:
+        return rows, -(-n * bits // 8)
+    width = _TILE_COLUMNS[bits]
+    return -(-rows // 16), -(-n // width) * 2 * width * bits  # 16 rows of `width` codes
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """codes (rows, n) uint8 below 2**bits -> (rows, ceil(n * bits / 8)) uint8."""
+    """codes (rows, n) uint8 below 2**bits -> uint8: (rows, ceil(n * bits / 8)), or (ceil(rows / 16), bytes) in tiles."""
     rows, n = codes.shape
-    if bits == 4:
-        codes = _interleave(codes, (8, 16))
-    codes = F.pad(codes, (0, -n % 8)).view(rows, -(-n // 8), 8).long()  # 8 codes fill `bits` bytes
-    words = (codes << (bits * torch.arange(8, device=codes.device))).sum(-1, keepdim=True)
-    packed = words >> (8 * torch.arange(bits, device=codes.device)) & 255
-    return packed.to(torch.uint8).flatten(1)[:, : -(-n * bits // 8)].contiguous()
+    if bits not in _TILE_COLUMNS:
+        codes = F.pad(codes, (0, -n % 8)).view(rows, -(-n // 8), 8).long()  # 8 codes fill `bits` bytes
+        words = (codes << (bits * torch.arange(8, device=codes.device))).sum(-1, keepdim=True)
+        packed = words >> (8 * torch.arange(bits, device=codes.device)) & 255
+        return packed.to(torch.uint8).flatten(1)[:, : -(-n * bits // 8)].contiguous()
+    width = _TILE_COLUMNS[bits]
+    codes = F.pad(codes, (0, -n % width, 0, -rows % 16))
+    tiles = codes.unflatten(1, (-1, width // 4, 4)).unflatten(0, (-1, 16)).permute(0, 2, 3, 1, 4)  # (.., quads, 16, 4)
+    if bits == 8:  # the level as a signed byte
+        tiles = torch.where(tiles > 127, 128 - tiles, tiles)  # modulo 256
+    elif bits == 4:
+        tiles = tiles[:, :, 0] | tiles[:, :, 1] << 4
+    else:
+        low, high = (tiles & 3).unflatten(2, (2, 4)), tiles >> 2
+        parts = [sum(low[:, :, i, j] << 2 * j for j in range(4)) for i in range(2)]
+        tiles = torch.stack([*parts, sum(high[:, :, j] << j for j in range(8))], dim=2)
+    return tiles.to(torch.uint8).flatten(1).contiguous()
 
 
-def unpack_codes(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
-    """(rows, ceil(n * bits / 8)) uint8 -> codes (rows, n) uint8."""
-    packed = F.pad(packed, (0, -packed.shape[1] % bits)).view(len(packed), -(-n // 8), bits).long()
-    words = (packed << (8 * torch.arange(bits, device=packed.device))).sum(-1, keepdim=True)
-    codes = words >> (bits * torch.arange(8, device=packed.device)) & (2**bits - 1)
-    codes = codes.to(torch.uint8).flatten(1)[:, :n]
-    return _interleave(codes, (16, 8)) if bits == 4 else codes
+def unpack_codes(packed: torch.Tensor, bits: int, shape: tuple[int, int]) -> torch.Tensor:
+    """The inverse of pack_codes -> codes (rows, n) = shape, uint8."""
+    rows, n = shape
+    if bits not in _TILE_COLUMNS:
+        packed = F.pad(packed, (0, -packed.shape[1] % bits)).view(rows, -(-n // 8), bits).long()
+        words = (packed << (8 * torch.arange(bits, device=packed.device))).sum(-1, keepdim=True)
+        codes = words >> (bits * torch.arange(8, device=packed.device)) & (2**bits - 1)
+        return codes.to(torch.uint8).flatten(1)[:, :n]
+    tiles = packed.unflatten(1, (-1, 16, 4))  # (blocks, vectors, 16, 4)
+    if bits == 8:
+        tiles = torch.where(tiles > 127, 128 - tiles, tiles)
+    elif bits == 4:
+        tiles = torch.stack([tiles & 15, tiles >> 4], dim=2).flatten(1, 2)
+    else:
+        vectors = tiles.unflatten(1, (-1, 3))
+        low = [vectors[:, :, j // 4] >> 2 * (j % 4) & 3 for j in range(8)]
+        tiles = torch.stack([v | (vectors[:, :, 2] >> j & 1) << 2 for j, v in enumerate(low)], dim=2).flatten(1, 2)
+    return tiles.permute(0, 2, 1, 3).flatten(0, 1).flatten(1)[:rows, :n]
 
 
-def _interleave(codes, shape):
-    whole = codes.shape[1] // 128 * 128
-    blocks = codes[:, :whole].unflatten(1, (whole // 128, *shape)).transpose(-1, -2).flatten(1)
-    return torch.cat([blocks, codes[:, whole:]], dim=1)
+def _pack_unit(unit, bits):
+    """(rows, groups) -> (ceil(rows / 16), groups, 16), if the codes lie in tiles and rows have units of their own."""
+    if bits not in _TILE_COLUMNS or len(unit) == 1:
+        return unit.contiguous()
+    padded = torch.cat([unit, unit[-1:].expand(-len(unit) % 16, -1)])
+    return padded.unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
 
 
-@functools.cache
-def _levels_of_bytes(config):
-    """(256, 8 / bits) float32. Where a byte holds whole codes, one look-up decodes all of them."""
-    table, bits = config.table().tolist(), config.bits
-    return torch.tensor([[table[byte >> k & (2**bits - 1)] for k in range(0, 8, bits)] for byte in range(256)])
+class PackedWeight(_WithUnit):
+    """Codes and units of a weight (out, in). Layers that share a weight share this object.
 
-
-class PackedWeight(_Scaled):
-    """Codes and scale of a weight (out, in). Layers that share a weight share this object.
-
-    codes: (out, ceil(in * bits / 8)) uint8; scale: a result of compute_scale; dtype: that of the unpacked weight.
+    codes: a result of pack_codes, uint8; unit: (1, groups), (out, groups), or (ceil(out / 16), groups, 16) where codes
+    lie in tiles and rows have units of their own; shape: (out, in); dtype: that of the unpacked weight.
     on_kernel: pot_kernel multiplies by this weight where its inputs are float32 on the CPU.
     """
 
     def __init__(
-        self, codes: torch.Tensor, scale: torch.Tensor, in_features: int, dtype: torch.dtype, config: PoTConfig
+        self, codes: torch.Tensor, unit: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, config: PoTConfig
     ):
         super().__init__()
-        self.in_features, self.config = in_features, config
-        self.bfloat16 = False  # see allow_bfloat16
+        (self.out_features, self.in_features), self.config = shape, config
+        self.int8_activations = False  # see allow_int8_activations
         self.register_buffer("codes", codes.contiguous())
-        self.register_buffer("scale", scale.contiguous())
+        self.register_buffer("unit", unit.contiguous())
         self.register_buffer("_like", codes.new_empty(0, dtype=dtype), persistent=False)  # .half() changes the dtype
-        self.register_buffer("_bytes", None, persistent=False)
+        self.register_buffer("_table", config.table().to(codes.device), persistent=False)
         self.register_buffer("_row_sums", None, persistent=False)
         self._refresh()
 
     def _refresh(self):
-        """Computes what follows from codes and scale, which may be new: moved, loaded, or unpickled on this machine."""
+        """Computes what follows from codes and unit, which may be new: moved, loaded, or unpickled on this machine."""
         device, config = self.codes.device, self.config
         self._like = torch.empty(0, dtype=self.dtype, device=device)
-        if 8 % config.bits == 0:
-            self._bytes = _levels_of_bytes(config).to(device, copy=True)
+        self._table = config.table().to(device)
         self.on_kernel = (
-            config.bits == 4 and device.type == "cpu" and pot_kernel is not None and pot_kernel.load() is not None
-        )
+            config.bits in _TILE_COLUMNS and device.type == "cpu"
+            and pot_kernel is not None and pot_kernel.load() is not None
+        )  # fmt: skip
         self._kernel_weight = self._row_sums = None
         if self.on_kernel and config.act_bits:  # the part of integer sums that belongs to the zero point
             self._row_sums = pot_kernel.row_sums(self.kernel_weight())
@@ -558,22 +585,33 @@ class PackedWeight(_Scaled):
         self._refresh()
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)"""
+        return self.out_features, self.in_features
+
+    @property
     def dtype(self) -> torch.dtype:
         """dtype of the unpacked weight."""
         return self._like.dtype
 
     @classmethod
+    def from_codes(
+        cls, codes: torch.Tensor, unit: torch.Tensor, dtype: torch.dtype, config: PoTConfig
+    ) -> "PackedWeight":
+        """codes (out, in) uint8; unit (1, 1), (out, 1) or (out, groups)."""
+        return cls(pack_codes(codes, config.bits), _pack_unit(unit, config.bits), tuple(codes.shape), dtype, config)
+
+    @classmethod
     @torch.no_grad()
-    def pack(cls, w: torch.Tensor, scale: torch.Tensor, config: PoTConfig) -> "PackedWeight":
-        """w (out, in) float; scale is a result of compute_scale."""
+    def pack(cls, w: torch.Tensor, unit: torch.Tensor, config: PoTConfig) -> "PackedWeight":
+        """w (out, in) float; unit is a result of compute_unit."""
         levels = torch.tensor(config.levels(), dtype=torch.float32, device=w.device)
-        packed = []
-        for unit, b in row_blocks(config.unit(scale), w):
-            level = config.round_(b.float() / unit).flatten(1)
+        codes = []
+        for u, b in row_blocks(unit, w):
+            level = config.round_(b.float() / u).flatten(1)
             index = torch.searchsorted(levels, level.abs().contiguous())
-            codes = torch.where(level < 0, index + 2 ** (config.bits - 1), index)
-            packed.append(pack_codes(codes.to(torch.uint8), config.bits))
-        return cls(torch.cat(packed), scale, w.shape[1], w.dtype, config)
+            codes.append(torch.where(level < 0, index + 2 ** (config.bits - 1), index).to(torch.uint8))
+        return cls.from_codes(torch.cat(codes), unit, w.dtype, config)
 
     def forward(self, index: torch.Tensor | None = None) -> torch.Tensor:
         """The weight (out, in) in its dtype, or only its rows `index` (an int tensor): (*index.shape, in)."""
@@ -582,22 +620,24 @@ class PackedWeight(_Scaled):
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if self.on_kernel and not traced:
             return pot_kernel.unpack(self.kernel_weight(), index).to(self.dtype)
-        codes, scale = self.codes, self.scale
+        codes, unit, bits, rows = self.codes, self.unit, self.config.bits, self.out_features
+        if unit.dim() == 3:  # tiles
+            unit = unit.transpose(1, 2).flatten(0, 1)[:rows]
         if index is not None:
-            codes, scale = codes[index.flatten()], scale if len(scale) == 1 else scale[index.flatten()]
-        out = self._like.new_empty(len(codes), self.in_features)
-        start = 0
-        for unit, o in row_blocks(self.config.unit(scale), out):
-            torch.mul(self._levels(codes[start : start + len(o)]).reshape(o.shape), unit, out=o)
-            start += len(o)
+            rows, flat = index.numel(), index.flatten()
+            unit = unit if len(unit) == 1 else unit[flat]
+            if bits in _TILE_COLUMNS:  # a block of one row, 16 times
+                lanes = codes.unflatten(1, (-1, 16, 4))[flat // 16, :, flat % 16]
+                codes = F.pad(lanes.unsqueeze(2), (0, 0, 0, 15)).flatten(1)
+                codes = unpack_codes(codes, bits, (16 * rows, self.in_features))[::16]
+            else:
+                codes = unpack_codes(codes[flat], bits, (rows, self.in_features))
+        else:
+            codes = unpack_codes(codes, bits, self.shape)
+        out = self._like.new_empty(rows, self.in_features)
+        for u, c, o in row_blocks(unit, codes, out):
+            torch.mul(self._table[c.int()], u, out=o)
         return out if index is None else out.view(*index.shape, self.in_features)
-
-    def _levels(self, codes):
-        bits, n = self.config.bits, self.in_features
-        if 8 % bits:
-            return self.config.table().to(codes.device)[unpack_codes(codes, bits, n).int()]
-        levels = F.embedding(codes.int(), self._bytes).flatten(1)[:, :n]
-        return _interleave(levels, (16, 8)) if bits == 4 else levels
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """F.linear of x (..., in) with this weight, with inputs of 8 bits if the config says so -> (..., out).
@@ -611,24 +651,30 @@ class PackedWeight(_Scaled):
         ):  # fmt: skip
             return F.linear(fake_quantize_activations(x) if self.config.act_bits else x, self(), bias)
         bias = None if bias is None else bias.float().contiguous()
+        weight = self.kernel_weight()
         if torch.compiler.is_compiling():
-            tensors = self.codes, self.scale, self._row_sums, self._bytes[:16, 0]
-            return torch.ops.nanopot.linear(x, *tensors, self.config.top, bias, self.bfloat16)
-        return pot_kernel.linear(self.kernel_weight(), x, bias, self.bfloat16)
+            tensors = self.codes, self.unit, self._row_sums, self._table
+            return torch.ops.nanopot.linear(x, *tensors, self.out_features, self.config.bits, self.activations, bias)
+        return pot_kernel.linear(weight, x, bias)
+
+    @property
+    def activations(self) -> int:
+        """How pot_kernel takes layer inputs: 0: float32; 1: 8 bits, per token; 2: 8 bits, per 64 features."""
+        return 1 if self.config.act_bits else 2 if self.int8_activations else 0
 
     def kernel_weight(self) -> "pot_kernel.Weight":
         """This weight as pot_kernel takes it, where on_kernel is true. It is kept: making it takes as long as a product."""
         kept = self._kernel_weight
         # load_state_dict(assign=True) and `.data =` put other tensors in place of these.
-        if kept is None or kept.pointers != (self.codes.data_ptr(), self.scale.data_ptr()):
+        if kept is None or kept.key != (self.codes.data_ptr(), self.unit.data_ptr(), self.activations):
             table = self.config.table().tolist()
             self._kernel_weight = kept = pot_kernel.Weight(
-                self.codes, self.scale, self._row_sums, self.in_features, table, self.config.top
+                self.codes, self.unit, self._row_sums, self.shape, self.config.bits, table, self.activations
             )
         return kept
 
     def extra_repr(self):
-        return f"({len(self.codes)}, {self.in_features}), {self.config}"
+        return f"{self.shape}, {self.config}"
 
 
 class PackedPoTLinear(nn.Module):
@@ -662,12 +708,12 @@ class PackedPoTEmbedding(nn.Module):
         return self.packed(index)
 
 
-def allow_bfloat16(model: nn.Module) -> None:
-    """Lets a packed model round layer inputs (not weights) to bfloat16 in products of more than 16 rows, on processors
-    with AMX. A prompt is read several times as fast. In our measurements the loss changes by less than 1e-4 nats."""
+def allow_int8_activations(model: nn.Module) -> None:
+    """Lets a packed model round layer inputs to 8 bits, with a scale for each 64 features of a token, where pot_kernel
+    multiplies. Decoding and prompts are faster. results/README.md says how little the loss changes."""
     for module in model.modules():
         if isinstance(module, PackedWeight):
-            module.bfloat16 = True
+            module.int8_activations = True
 
 
 # -----------------------------------------------------------------------------
@@ -719,8 +765,8 @@ def prepare(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn: Filter
 
     The layers keep their Parameters, so an optimizer that holds them stays valid. Returns the names of the layers.
     filter_fn(name, module) returns False (leave it), True, or a PoTConfig for this layer. Grid "paper" leaves
-    embeddings in float, as the papers' code does. On a meta model no scale is computed; load_state_dict brings the
-    scales.
+    embeddings in float, as the papers' code does. On a meta model no unit is computed; load_state_dict brings the
+    units.
 
     Raises ValueError, and changes nothing, for a weight that is empty, holds NaN or inf, or does not divide into
     groups, and for layers that share a weight but not a config.
@@ -775,7 +821,7 @@ def convert(model: nn.Module) -> nn.Module:
             key = id(q), id(module.weight)  # both, because a tie may have been cut since
             if key not in packed:
                 check_weight(name or type(module).__name__, w, q.config)
-                packed[key] = PackedWeight.pack(w, q.scale, q.config)
+                packed[key] = PackedWeight.pack(w, q.unit, q.config)
             is_embedding = isinstance(module, PoTEmbedding)
             layer = PackedPoTEmbedding(packed[key]) if is_embedding else PackedPoTLinear(packed[key], module.bias)
             layers[module] = layer.train(module.training)
@@ -820,7 +866,7 @@ def packed_state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
             if p.config not in configs:
                 configs.append(p.config)
             layers[name] = {
-                "shape": [len(p.codes), p.in_features],
+                "shape": list(p.shape),
                 "dtype": str(p.dtype).removeprefix("torch."),
                 "config": configs.index(p.config),
             }
@@ -848,7 +894,7 @@ def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: di
         if key not in packed:
             packed[key] = _empty_packed(name, rows, columns, dtype, config)
         p = packed[key]
-        if ((len(p.codes), p.in_features), p.config, p.dtype) != ((rows, columns), config, dtype):
+        if (p.shape, p.config, p.dtype) != ((rows, columns), config, dtype):
             raise ValueError(f"{name} shares {key}, which is of another shape or config: the file is damaged")
         layer = PackedPoTEmbedding(p) if cls is PoTEmbedding else PackedPoTLinear(p, module.bias)
         replaced[module] = layer.train(module.training)
@@ -907,18 +953,18 @@ def _empty_packed(name, rows, columns, dtype, config):
             f"{name}: groups of {config.group_size} do not divide the {columns} input features: the file is damaged"
         )
     w = torch.empty(rows, columns, dtype=dtype, device="meta")
-    codes = w.new_empty(rows, -(-columns * config.bits // 8), dtype=torch.uint8)
-    return PackedWeight(codes, compute_scale(w, config), columns, dtype, config)
+    codes = w.new_empty(_codes_shape(rows, columns, config.bits), dtype=torch.uint8)
+    return PackedWeight(codes, _pack_unit(compute_unit(w, config), config.bits), (rows, columns), dtype, config)
 
 
 def _check_tensor(name, tensor, expected):
-    """Checks what load_state_dict(assign=True) does not: dtype, memory layout, and that scales are positive numbers."""
+    """Checks what load_state_dict(assign=True) does not: dtype, memory layout, and that units are positive numbers."""
     if tensor.shape != expected.shape:
         raise ValueError(
             f"{name} is {tuple(tensor.shape)}, expected {tuple(expected.shape)}: the file is damaged or of another model"
         )
-    is_scale = name.endswith(".packed.scale")
-    if is_scale:
+    is_unit = name.endswith(".packed.unit")
+    if is_unit:
         fits = tensor.dtype in (torch.float16, torch.float32)
     elif expected.is_floating_point():
         fits = tensor.is_floating_point()
@@ -930,7 +976,7 @@ def _check_tensor(name, tensor, expected):
         )
     if ".packed." in name and not tensor.is_contiguous():
         raise ValueError(f"{name} is not contiguous: pass tensors as packed_state and safetensors give them")
-    if is_scale:
+    if is_unit:
         low, high = tensor.aminmax()  # NaN if there is one
         if not (low > 0 and high < torch.inf):
             raise ValueError(f"{name} holds a value that is no positive number: the file is damaged")

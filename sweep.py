@@ -23,6 +23,7 @@ from configurator import check_minimum, configure, run
 from eval import Settings as EvalSettings
 from eval import measure
 from machine import keep_freed_memory, pick_device, provenance
+from metrics import WINDOW
 from pot import PoTConfig, convert
 
 METHODS = ("rtn", "gptq", "qat")
@@ -192,7 +193,7 @@ def tokens_seen(info):
     if "batch_size" not in settings:
         return None
     calibration = settings["calibrate_tokens"] if info.pot else 0
-    length = settings["block_size"] or info.model_args.block_size
+    length = settings["block_size"] or min(info.model_args.block_size, WINDOW)
     return info.step * settings["batch_size"] * settings["gradient_accumulation_steps"] * length + calibration
 
 

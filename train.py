@@ -40,11 +40,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import dataset
+import tokenizer
 from calibrate import calibrate
 from checkpoint import CheckpointInfo
 from configurator import check_minimum, run
-from machine import keep_freed_memory, peak_memory, pick_device, provenance
-from metrics import LOGITS, evaluate, perplexity
+from machine import free_memory, keep_freed_memory, peak_memory, pick_device, provenance
+from metrics import LOGITS, WINDOW, evaluate, perplexity
 from model import GPT, GPTConfig
 from pot import PoTConfig, convert, prepare
 
@@ -53,13 +54,14 @@ from pot import PoTConfig, convert, prepare
 class Settings:
     # --- source and destination ---
     dataset: str = "pydoc_char"  # folder under data/
-    # "scratch"; "resume": go on with out_dir; or the model to start from: a folder, or gpt2, gpt2-medium, ...
+    # "scratch"; "resume": go on with out_dir; or the model to start from: a folder, or a name on the
+    # hub (gpt2, gpt2-medium, ..., org/name)
     init_from: str = "scratch"
     # written: model.safetensors at the end, and in training ckpt.pt, log.jsonl and loss.png
     out_dir: str = "out"
 
     # --- model; None: the checkpoint's value, or GPT-2's from scratch ---
-    # tokens per sequence; from scratch also the model's context, else at most that
+    # tokens per sequence; from scratch also the model's context, else at most that (None: at most 1,024)
     block_size: int | None = None
     n_layer: int | None = None  # transformer blocks
     n_head: int | None = None  # attention heads
@@ -176,7 +178,7 @@ def set_up(s: Settings, lock: checkpoint.Lock) -> Job | None:
     val, _ = dataset.load(os.path.join("data", s.dataset), "val")
     torch.manual_seed(s.seed)
     model, info, state = build(s, meta)
-    block_size = model.config.block_size if s.block_size is None else s.block_size
+    block_size = min(model.config.block_size, WINDOW) if s.block_size is None else s.block_size
     for split, ids in (("train", data), ("val", val)):
         if len(ids) <= block_size:
             raise ValueError(
@@ -195,6 +197,8 @@ def set_up(s: Settings, lock: checkpoint.Lock) -> Job | None:
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         steps = f"step {info.step} to {s.max_iters}, " if s.max_iters else ""
         print(f"{kind}: {millions:.2f} M parameters on {place}, {steps}{s.dataset}, to {s.out_dir}/", flush=True)
+    if s.max_iters:
+        check_memory(s, model, block_size, device, rank == 0)
     model.to(device)
     if s.pot and state is None:
         method = quantize(model, s, data, device, quiet=rank > 0)
@@ -210,8 +214,32 @@ def set_up(s: Settings, lock: checkpoint.Lock) -> Job | None:
         lock.acquire()
         if state is None:
             refuse_checkpoint(s.out_dir)  # another run may have been faster
+            source = os.path.join("data", s.dataset) if s.init_from == "scratch" else s.init_from
+            tokenizer.keep(s.out_dir, meta, source)
         job.log = Log(s, info.step, wandb) if s.max_iters else None
     return job
+
+
+def check_memory(s: Settings, model: GPT, block_size: int, device: str, report: bool):
+    """Says what the steps need at least, and raises ValueError if that is more than there is."""
+    weights = sum(p.nbytes for p in model.parameters())
+    logits = s.batch_size * (1 if s.last_position else block_size) * model.config.vocab_size * 4
+    parts = {"weights, gradients and moments": 4 * weights, "logits": 2 * logits}  # the logits have a gradient, too
+    if s.pot:
+        parts["quantized weights"] = weights
+    if s.pot and s.distill:
+        parts["the float model to learn from, and what it says"] = weights + logits
+    total, free = sum(parts.values()), free_memory(device)
+    missing = total - (weights if device == "cpu" else 0)  # the weights are there already
+    shown = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+    if report:
+        print(f"memory: at least {total / 2**30:.2f} GiB ({shown}), and activations", flush=True)
+    if free is not None and missing > free:
+        teacher = ", or leave distill out" if s.pot and s.distill else ""
+        raise ValueError(
+            f"the steps need at least {total / 2**30:.2f} GiB ({shown}), and {device} has {free / 2**30:.2f} GiB free: "
+            f"lower batch_size (gradient_accumulation_steps makes up for it) or block_size{teacher}"
+        )
 
 
 def start_processes(device):
@@ -282,12 +310,12 @@ def refuse_checkpoint(folder):
 
 def quantize(model: GPT, s: Settings, data: np.ndarray, device: str, quiet: bool = False) -> str:
     """Prepares a float model in place, and calibrates it by GPTQ if calibrate_tokens asks for it, on random windows of
-    data (token ids, uint16). Returns the name of the method. Raises ValueError as prepare and calibrate do."""
+    data (token ids). Returns the name of the method. Raises ValueError as prepare and calibrate do."""
     prepare(model, s.pot)
     if not s.calibrate_tokens:
         return "PTQ"
     start = time.time()
-    length = min(model.config.block_size, len(data), s.calibrate_tokens)
+    length = min(model.config.block_size, WINDOW, len(data), s.calibrate_tokens)
     x = dataset.random_windows(data, length, max(1, s.calibrate_tokens // length), s.seed)
     batches = x.to(device).split(max(1, LOGITS // (length * model.config.vocab_size)))
 

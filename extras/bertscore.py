@@ -23,6 +23,7 @@ import machine  # noqa: E402
 from configurator import check_minimum, run  # noqa: E402
 from model import GPT  # noqa: E402
 from pot import convert  # noqa: E402
+from tokenizer import Tokenizer, tokenizer_of  # noqa: E402
 
 PROMPT, NEW = 64, 64  # tokens
 TOP_K = 200
@@ -60,7 +61,8 @@ def main(s: Settings):
         model, info = checkpoint.load_model(folder)
         name = s.dataset or info.settings["dataset"]
         ids = dataset.tokens_for(folder, info.tokenizer, name, s.split, s.text, s.tokens)
-        texts.append(continuations(convert(model).to(device), info.tokenizer, ids, s.texts, s.seed, device))
+        tokenizer = tokenizer_of(info.tokenizer, folder)
+        texts.append(continuations(convert(model).to(device), tokenizer, ids, s.texts, s.seed, device))
         rows.append(
             {
                 "ckpt": folder,
@@ -107,7 +109,7 @@ def load_scorer(encoder: str, device: str):
 
 
 def continuations(
-    model: GPT, tokenizer: dict, ids: np.ndarray, count: int, seed: int, device: str
+    model: GPT, tokenizer: Tokenizer, ids: np.ndarray, count: int, seed: int, device: str
 ) -> tuple[list[str], list[str]]:
     """(texts written by the model, true texts) after `count` prompts from random places of ids, chosen by seed."""
     windows = dataset.random_windows(ids, PROMPT + NEW, count, seed).to(device)
@@ -116,10 +118,9 @@ def continuations(
         generator = torch.Generator(device).manual_seed(seed + i)
         new = model.generate(x[:, :PROMPT], NEW, TEMPERATURE, TOP_K, generator)
         written += torch.cat(list(new), dim=1).tolist()
-    tokenizer = dataset.tokenizer_of(tokenizer)
 
     def decoded(rows):
-        texts = [tokenizer.decode_bytes(row).decode("utf-8", "replace") for row in rows]
+        texts = [tokenizer.decode(row) for row in rows]
         return [t if t.strip() else "." for t in texts]  # bert-score cannot score an empty text
 
     return decoded(written), decoded(windows[:, PROMPT:].tolist())

@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import checkpoint  # noqa: E402
 from configurator import run  # noqa: E402
-from pot import PoTConfig, compute_scale, fake_quantize, sqnr  # noqa: E402
+from pot import PoTConfig, compute_unit, fake_quantize, sqnr  # noqa: E402
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -190,19 +190,19 @@ def draw_grids(folder: str, layer: str, path: str) -> None:
     w = modules[layer].weight.detach().float()
     kinds = [{"bits": 3}, {}, {"terms": 2}, {"grid": "uniform"}]
     configs = [PoTConfig(**kind, granularity="tensor") for kind in kinds]
-    scale = compute_scale(w, PoTConfig(granularity="tensor")).item()
+    top = compute_unit(w, configs[1]).item() * configs[1].top  # of single powers at 4 bits
     size = dict(figsize=(7, 4.5), height_ratios=[2, 1.3])
     figure, (histogram, ax) = plt.subplots(2, 1, sharex=True, layout="constrained", **size)
-    histogram.hist((w / scale).flatten().numpy(), bins=200, range=(-1.5, 1.5), color="0.75")
+    histogram.hist((w / top).flatten().numpy(), bins=200, range=(-1.5, 1.5), color="0.75")
     title = f"{layer}, {w.shape[0]} x {w.shape[1]}"
     histogram.set(ylabel="weights", yticks=[], title=title, xlim=(-1.5, 1.5))
     for i, config in enumerate(configs):
-        own_scale = compute_scale(w, config)
-        levels = (config.table() * config.unit(own_scale).item() / scale).tolist()
+        unit = compute_unit(w, config)
+        levels = (config.table() * unit.item() / top).tolist()
         ax.plot(levels, [-i] * len(levels), "|", color=COLOURS[i], ms=14, mew=2)
-        ax.text(1.48, -i + 0.2, f"{sqnr(w, fake_quantize(w, own_scale, config)):.1f} dB", ha="right", fontsize=8)
+        ax.text(1.48, -i + 0.2, f"{sqnr(w, fake_quantize(w, unit, config)):.1f} dB", ha="right", fontsize=8)
     ax.set(yticks=[-i for i in range(len(configs))], ylim=(-len(configs) + 0.4, 0.7))
-    ax.set(xlabel="weight / scale of single powers")
+    ax.set(xlabel="weight / top level of single powers")
     ax.set_yticklabels([str(c).split(",")[0] for c in configs], fontsize=8)
     _save(figure, path)
 

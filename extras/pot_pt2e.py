@@ -5,7 +5,7 @@ current API in torchao (pip install torchao). The model returns the logits of ev
     exported = torch.export.export(model, (tokens,)).module()
     prepared = prepare_qat_pt2e(exported, PoTQuantizer(PoTConfig(bits=4)))  # of torchao.quantization.pt2e.quantize_pt2e
     ...                                                                     # fine-tune `prepared`; without it: PTQ
-    converted = convert_pt2e(prepared)                                      # codes, scales and nanopot::dequantize
+    converted = convert_pt2e(prepared)                                      # codes, units and nanopot::dequantize
 
 The weights are those of pot.prepare and pot.convert, to the bit.
 """
@@ -20,7 +20,7 @@ from torchao.quantization.pt2e import FakeQuantizeBase
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from pot import PackedWeight, PoTConfig, check_weight, compute_scale, fake_quantize  # noqa: E402
+from pot import PackedWeight, PoTConfig, check_weight, compute_unit, fake_quantize  # noqa: E402
 
 _ANNOTATION = "quantization_annotation"
 _WEIGHT_OF = {  # operator: position of the weight among its arguments
@@ -30,33 +30,33 @@ _WEIGHT_OF = {  # operator: position of the weight among its arguments
 
 
 @torch.library.custom_op("nanopot::dequantize", mutates_args=())
-def dequantize(codes: torch.Tensor, scale: torch.Tensor, columns: int, config: str) -> torch.Tensor:
-    """Packed codes (out, bytes) uint8 and scale -> weight (out, columns) float32. config: PoTConfig as JSON."""
-    return PackedWeight(codes, scale, columns, torch.float32, PoTConfig(**json.loads(config)))()
+def dequantize(codes: torch.Tensor, unit: torch.Tensor, columns: int, config: str) -> torch.Tensor:
+    """Packed codes (out, bytes) uint8 and unit -> weight (out, columns) float32. config: PoTConfig as JSON."""
+    return PackedWeight(codes, unit, columns, torch.float32, PoTConfig(**json.loads(config)))()
 
 
 @dequantize.register_fake
-def _(codes, scale, columns, config):
+def _(codes, unit, columns, config):
     return codes.new_empty(len(codes), columns, dtype=torch.float32)
 
 
 class PoTFakeQuantize(FakeQuantizeBase):
-    """Fake-quantizes a weight. The first forward pass computes the scale, as pot.prepare does."""
+    """Fake-quantizes a weight. The first forward pass computes the unit, as pot.prepare does."""
 
     def __init__(self, config: PoTConfig, **kwargs):  # the other arguments of torchao describe uniform integers
         super().__init__()
         self.config, self.dtype = config, torch.uint8
-        self.register_buffer("scale", None)
+        self.register_buffer("unit", None)
 
     def forward(self, w):
-        if self.scale is None:
+        if self.unit is None:
             check_weight("a weight", w, self.config)
-            self.scale = compute_scale(w, self.config)
-        return fake_quantize(w, self.scale, self.config)
+            self.unit = compute_unit(w, self.config)
+        return fake_quantize(w, self.unit, self.config)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        if prefix + "scale" in state_dict:  # before the first forward pass, the buffer is None and takes no tensor
-            self.scale = state_dict[prefix + "scale"].clone()
+        if prefix + "unit" in state_dict:  # before the first forward pass, the buffer is None and takes no tensor
+            self.unit = state_dict[prefix + "unit"].clone()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def calculate_qparams(self):
@@ -72,14 +72,14 @@ class PoTFakeQuantize(FakeQuantizeBase):
         if not isinstance(w, torch.Tensor):
             raise ValueError(f"{source}: a computed weight has no codes: annotate parameters only")
         check_weight(name, w.detach(), self.config)
-        if self.scale is None:
+        if self.unit is None:
             self.forward(w.detach())
-        packed = PackedWeight.pack(w.detach(), self.scale, self.config)
+        packed = PackedWeight.pack(w.detach(), self.unit, self.config)
         key = name.replace(".", "_")
         model.register_buffer(f"{key}_codes", packed.codes)  # a tied weight comes here twice, with the same codes
-        model.register_buffer(f"{key}_scale", packed.scale)
+        model.register_buffer(f"{key}_unit", packed.unit)
         with model.graph.inserting_before(node):
-            tensors = [model.graph.get_attr(f"{key}_{part}") for part in ("codes", "scale")]
+            tensors = [model.graph.get_attr(f"{key}_{part}") for part in ("codes", "unit")]
             args = (*tensors, w.shape[1], json.dumps(asdict(self.config)))
             dequantized = model.graph.call_function(torch.ops.nanopot.dequantize.default, args)
         node.replace_all_uses_with(dequantized)

@@ -19,7 +19,6 @@ import tempfile
 import warnings
 
 import torch
-import torch.nn.functional as F
 
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "decode.cpp")  # includes pot.cpp
 
@@ -27,45 +26,42 @@ SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "decode.cpp") 
 class Weight(ctypes.Structure):
     """struct PotWeight of pot.cpp, with pointers into tensors that it keeps alive.
 
-    codes: (rows, (columns + 1) // 2) uint8; scale: (rows or 1, groups) float16 or float32; row_sums: (rows) float32,
-    from `row_sums`, or None for float activations; table: the 16 levels of the codes; top: the largest level, whose
-    value is the scale. Raises ValueError for tensors of another dtype or shape, not contiguous, or not on the CPU.
+    codes: uint8 tiles, as pot.pack_codes makes them; unit: (1, groups), or (ceil(rows / 16), groups, 16), float16 or
+    float32; row_sums: (rows) float32, from `row_sums`, or None; shape: (rows, columns); bits: 3, 4 or 8; table: levels
+    of the codes; activations: 0: float32; 1: 8 bits per row of x, which needs row_sums; 2: 8 bits per 64 columns.
+    Raises ValueError for tensors of another dtype or shape, not contiguous, or not on the CPU.
     """
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("codes", "scale", "row_sums")),
+        *((name, ctypes.c_void_p) for name in ("codes", "unit", "row_sums")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "groups")),
-        *((name, ctypes.c_int32) for name in ("scale_per_row", "scale_is_half")),
-        ("top", ctypes.c_float),
-        ("table", ctypes.c_float * 16),
+        *((name, ctypes.c_int32) for name in ("bits", "unit_per_row", "unit_is_half", "activations")),
+        ("table", ctypes.c_int8 * 16),
     ]
 
-    def __init__(self, codes, scale, row_sums, columns, table, top):
-        shape = (len(codes), (columns + 1) // 2)
-        if codes.dtype != torch.uint8 or codes.shape != shape or scale.dtype not in (torch.float16, torch.float32):
+    def __init__(self, codes, unit, row_sums, shape, bits, table, activations):
+        (rows, columns), width = shape, {3: 32, 4: 8, 8: 4}[bits]  # columns of a tile
+        expected = -(-rows // 16), -(-columns // width) * 2 * width * bits
+        if codes.dtype != torch.uint8 or codes.shape != expected or unit.dtype not in (torch.float16, torch.float32):
             raise ValueError(
-                f"codes are {tuple(codes.shape)} {codes.dtype} and scales {scale.dtype}: the kernel takes codes {shape} "
-                "torch.uint8 and scales of float16 or float32"
+                f"codes are {tuple(codes.shape)} {codes.dtype} and units {unit.dtype}: the kernel takes codes {expected} "
+                "torch.uint8 and units of float16 or float32"
             )
-        if scale.dim() != 2 or len(scale) not in (1, len(codes)) or columns % scale.shape[1]:
-            raise ValueError(
-                f"scales {tuple(scale.shape)} do not fit a weight of {len(codes)} rows and {columns} columns"
-            )
-        if row_sums is not None and (row_sums.shape != (len(codes),) or row_sums.dtype != torch.float32):
-            raise ValueError(f"row_sums are {tuple(row_sums.shape)} {row_sums.dtype}, expected ({len(codes)},) float32")
-        tensors = [t for t in (codes, scale, row_sums) if t is not None]
+        groups, per_row = unit.shape[1], unit.dim() == 3
+        if unit.shape != ((expected[0], groups, 16) if per_row else (1, groups)) or columns % max(1, groups):
+            raise ValueError(f"units {tuple(unit.shape)} do not fit a weight of {rows} rows and {columns} columns")
+        if row_sums is not None and (row_sums.shape != (rows,) or row_sums.dtype != torch.float32):
+            raise ValueError(f"row_sums are {tuple(row_sums.shape)} {row_sums.dtype}, expected ({rows},) float32")
+        tensors = [t for t in (codes, unit, row_sums) if t is not None]
         if not all(t.device.type == "cpu" and t.is_contiguous() for t in tensors):
-            raise ValueError("codes, scales and row_sums must be contiguous and on the CPU")
+            raise ValueError("codes, units and row_sums must be contiguous and on the CPU")
+        levels = [int(v) for v in table] if bits < 8 else []  # 8 bits are levels already
         super().__init__(
-            codes.data_ptr(), scale.data_ptr(), None if row_sums is None else row_sums.data_ptr(), len(codes), columns,
-            scale.shape[1], len(scale) > 1, scale.dtype == torch.float16, top, (ctypes.c_float * 16)(*table),
+            codes.data_ptr(), unit.data_ptr(), None if row_sums is None else row_sums.data_ptr(), rows, columns, groups,
+            bits, per_row, unit.dtype == torch.float16, activations, (ctypes.c_int8 * 16)(*levels),
         )  # fmt: skip
-        self.tensors = codes, scale, row_sums
-
-    @property
-    def pointers(self) -> tuple[int, int]:
-        """Addresses of codes and scale."""
-        return self.codes, self.scale
+        self.tensors = codes, unit, row_sums
+        self.key = self.codes, self.unit, activations
 
 
 # -----------------------------------------------------------------------------
@@ -98,8 +94,7 @@ def load() -> ctypes.CDLL | None:
         )
         return None
     weight, pointer, i64 = ctypes.POINTER(Weight), ctypes.c_void_p, ctypes.c_int64
-    linear = [weight, pointer, pointer, i64, i64, pointer, i64, ctypes.c_int]
-    library.pot_linear.argtypes = library.pot_linear_tiles.argtypes = linear
+    library.pot_linear.argtypes = [weight, pointer, pointer, i64, i64, pointer, i64, ctypes.c_int]
     library.pot_unpack.argtypes = [weight, pointer, i64, i64, pointer, ctypes.c_int]
     library.pot_row_sums.argtypes = [weight, pointer]
     library.pot_quantize.argtypes = [pointer, i64, pointer, pointer, pointer]
@@ -155,43 +150,21 @@ def _processor():
 # -----------------------------------------------------------------------------
 # Calls. `load` must have returned a library.
 
-TILE = 16  # rows of x in an AMX tile; fewer rows gain little from tiles
-FEW_ROWS = 64  # with more rows of x, unpacking a weight once and one large product is faster
-SLICE = 2**22  # weights unpacked at a time: 16 MiB of float32, enough for all but the largest layers
 
-
-def linear(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None, bfloat16: bool) -> torch.Tensor:
+def linear(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x (..., columns) float32 times weight, plus bias (rows) float32 -> (..., rows) float32.
 
-    With row_sums, x is rounded to 8 bits as pot.fake_quantize_activations does. bfloat16 allows rounding many rows of x
-    to bfloat16, where the processor has tiles for that.
+    weight.activations says whether x is rounded to 8 bits, and how.
     """
-    library, threads = load(), torch.get_num_threads()
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
     y = rows.new_empty(len(rows), weight.rows)
     bias_pointer = None if bias is None else bias.data_ptr()
-    args = (weight, bias_pointer, rows.data_ptr(), len(rows), rows.stride(0), y.data_ptr(), weight.rows, threads)
-    if len(rows) > TILE and (weight.row_sums or bfloat16) and library.pot_linear_tiles(*args) == 0:
-        pass
-    elif len(rows) <= FEW_ROWS:
-        library.pot_linear(*args)
-    else:
-        rows = _through_8_bits(rows) if weight.row_sums else rows
-        for i in range(0, weight.rows, step := max(1, SLICE // weight.columns)):
-            w = rows.new_empty(min(step, weight.rows - i), weight.columns)
-            library.pot_unpack(weight, None, i, len(w), w.data_ptr(), threads)
-            y[:, i : i + step] = F.linear(rows, w, None if bias is None else bias[i : i + step])
+    load().pot_linear(
+        weight, bias_pointer, rows.data_ptr(), len(rows), rows.stride(0), y.data_ptr(), weight.rows,
+        torch.get_num_threads(),
+    )  # fmt: skip
     return y.view(*x.shape[:-1], weight.rows)
-
-
-def _through_8_bits(rows):
-    """rows (n, columns) float32 rounded to 8 bits and back: pot.fake_quantize_activations, which imports this
-    package."""
-    low, high = rows.amin(-1, keepdim=True).clamp(max=0), rows.amax(-1, keepdim=True).clamp(min=0)
-    scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
-    zero_point = (-low / scale).round()
-    return (((rows / scale).round() + zero_point).clamp(0, 255) - zero_point) * scale
 
 
 def unpack(weight: Weight, index: torch.Tensor | None = None) -> torch.Tensor:
@@ -213,7 +186,7 @@ def unpack(weight: Weight, index: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def row_sums(weight: Weight) -> torch.Tensor:
-    """(rows) float32: sum of unit * level over each row, which products with 8-bit activations need."""
+    """(rows) float32: sum of unit * level over each row, which products with 8-bit activations per row need."""
     sums = torch.zeros(weight.rows)
     load().pot_row_sums(weight, sums.data_ptr())
     return sums
@@ -229,17 +202,18 @@ def read_once(buffer: torch.Tensor) -> int:
 def _linear_op(
     x: torch.Tensor,
     codes: torch.Tensor,
-    scale: torch.Tensor,
+    unit: torch.Tensor,
     row_sums: torch.Tensor | None,
     table: torch.Tensor,
-    top: float,
+    rows: int,
+    bits: int,
+    activations: int,
     bias: torch.Tensor | None,
-    bfloat16: bool,
 ) -> torch.Tensor:
     """`linear` as an operator, for torch.compile and torch.export."""
-    return linear(Weight(codes, scale, row_sums, x.shape[-1], table.tolist(), top), x, bias, bfloat16)
+    return linear(Weight(codes, unit, row_sums, (rows, x.shape[-1]), bits, table.tolist(), activations), x, bias)
 
 
 @_linear_op.register_fake
-def _(x, codes, scale, row_sums, table, top, bias, bfloat16):
-    return x.new_empty(*x.shape[:-1], len(codes))
+def _(x, codes, unit, row_sums, table, rows, bits, activations, bias):
+    return x.new_empty(*x.shape[:-1], rows)

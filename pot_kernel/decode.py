@@ -13,13 +13,19 @@ from . import Weight, load
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of a GPT."""
+    """Sizes and kind of a GPT."""
 
     n_layer: int
     n_head: int
+    n_kv_head: int
+    head_size: int
     n_embd: int
+    n_inner: int
     block_size: int  # context in tokens
     vocab_size: int
+    rms: bool  # RMSNorm, not LayerNorm
+    gated: bool  # SwiGLU, not GELU
+    norm_eps: float
 
 
 class _Norm(ctypes.Structure):
@@ -42,7 +48,11 @@ class _Gpt(ctypes.Structure):
     """struct Gpt of decode.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("n_layer", "n_head", "n_embd", "capacity")),
+        *((name, ctypes.c_int64) for name in ("n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_inner")),
+        ("capacity", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("rms", "gated")),
+        ("norm_eps", ctypes.c_float),
+        ("frequencies", ctypes.c_void_p),
         *((name, Weight) for name in ("wte", "wpe")),
         ("ln_f", _Norm),
         ("lm_head", _Linear),
@@ -58,12 +68,16 @@ class Decoder:
 
     weights: a packed weight for each matrix, by GPT-2's names ("transformer.h.0.attn.c_attn").
     tensors: norms and biases, float32 and contiguous on the CPU, by name ("transformer.h.0.ln_1.weight"). A bias may be
-    missing. The decoder keeps pointers into both: make a new one after moving, casting or assigning weights.
+    missing. frequencies: (head_size / 2) float32, the rotary angles in radians a position; None for learned positions,
+    whose table is weights["transformer.wpe"]. The decoder keeps pointers into both: make a new one after moving, casting or assigning weights.
     """
 
-    def __init__(self, shape: DecoderShape, weights: dict[str, Weight], tensors: dict[str, torch.Tensor]):
+    def __init__(
+        self, shape: DecoderShape, weights: dict[str, Weight], tensors: dict[str, torch.Tensor],
+        frequencies: torch.Tensor | None = None,
+    ):  # fmt: skip
         self.shape, self.lock = shape, threading.Lock()
-        self.kept = weights, tensors
+        self.kept = weights, tensors, frequencies
         self.step = load().gpt_decode
         self.step.argtypes = [ctypes.POINTER(_Gpt), ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int]
         self.step.restype = None
@@ -84,34 +98,38 @@ class Decoder:
             parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
             self.layers[i] = _Layer(*norms, *(linear(f"{block}.{part}") for part in parts))
         self.gpt = _Gpt(
-            shape.n_layer, shape.n_head, shape.n_embd, 0, weights["transformer.wte"], weights["transformer.wpe"],
+            shape.n_layer, shape.n_head, shape.n_kv_head, shape.head_size, shape.n_embd, shape.n_inner, 0, shape.rms,
+            shape.gated, shape.norm_eps, None if frequencies is None else frequencies.data_ptr(),
+            weights["transformer.wte"], weights["transformer.wte" if frequencies is not None else "transformer.wpe"],
             norm("transformer.ln_f"), linear("lm_head"), self.layers,
         )  # fmt: skip
 
     def __call__(self, token: torch.Tensor, cache) -> torch.Tensor:
         """cache: model.KVCache. Raises ValueError for a token or a cache that does not fit."""
         shape, token = self.shape, int(token)
-        if not 0 <= token < shape.vocab_size or cache.length >= min(cache.capacity, shape.block_size):
-            raise ValueError(
-                f"token {token} at position {cache.length} does not fit a vocabulary of {shape.vocab_size}, a cache of "
-                f"{cache.capacity} and a context of {shape.block_size}"
-            )
-        size = (1, shape.n_head, cache.capacity, shape.n_embd // shape.n_head)
-        layers = [cache.layers.get(i) for i in range(shape.n_layer)]
-        if not all(kv and all(map(_is_plain, kv)) and kv[0].shape == kv[1].shape == size for kv in layers):
-            raise ValueError(
-                f"the cache does not hold float32 keys and values of shape {size} for {shape.n_layer} layers on the CPU: "
-                "let the model itself read the first tokens, a batch of one"
-            )
+        if not 0 <= token < shape.vocab_size:
+            raise ValueError(f"token {token} is not in the vocabulary of {shape.vocab_size}")
+        size = (1, shape.n_kv_head, cache.capacity, shape.head_size)
         logits = torch.empty(1, self.gpt.lm_head.weight.rows)
         with self.lock:
+            layers = [cache.layers.get(i) for i in range(shape.n_layer)]
+            if cache.length >= min(cache.capacity, shape.block_size):
+                raise ValueError(
+                    f"a token at position {cache.length} does not fit a cache of {cache.capacity} and a context of "
+                    f"{shape.block_size}"
+                )
+            if not all(kv and all(map(_is_plain, kv)) and kv[0].shape == kv[1].shape == size for kv in layers):
+                raise ValueError(
+                    f"the cache does not hold float16 keys and values of shape {size} for {shape.n_layer} layers on the "
+                    "CPU: let the model itself read the first tokens, a batch of one, with KVCache(..., torch.float16)"
+                )
             self.gpt.capacity = cache.capacity
             for layer, kv in zip(self.layers, layers):
                 layer.keys, layer.values = (t.data_ptr() for t in kv)
             self.step(self.gpt, token, cache.length, logits.data_ptr(), torch.get_num_threads())
-        cache.length += 1
+            cache.length += 1
         return logits
 
 
 def _is_plain(tensor):
-    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
+    return tensor.dtype == torch.float16 and tensor.device.type == "cpu" and tensor.is_contiguous()

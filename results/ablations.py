@@ -28,7 +28,7 @@ import train
 from configurator import configure
 from machine import provenance
 from metrics import evaluate
-from pot import PoTConfig, PoTQuantizer, compute_scale, fake_quantize, prepare, weight_matrix
+from pot import PoTConfig, PoTQuantizer, compute_unit, fake_quantize, prepare, weight_matrix
 
 STEPS = 500  # of QAT
 TOKENS = 30_001  # of validation text
@@ -49,28 +49,27 @@ RESULT = Path(__file__).with_suffix(".json")
 
 def levels_of(w, q):
     """(levels, unit) of the weights as q rounds them: (out, groups, group_size) and (out or 1, groups, 1)."""
-    unit = q.config.unit(q.scale)
+    unit = q.unit.float().unsqueeze(-1)
     return q.config.round_(w.float().unflatten(1, (unit.shape[1], -1)) / unit), unit
 
 
-def refined_scale(target, levels, q, moment):
-    """The scales with the smallest output error |(target - levels x scale) x|^2, as in the second step of PoTPTQ."""
+def refined_unit(target, levels, q, moment):
+    """The units with the smallest output error |(target - levels x unit) x|^2, as in the second step of PoTPTQ."""
     out, groups, size = levels.shape
     if q.config.granularity == "tensor":
         flat = levels.flatten(1)
-        scale = (((flat @ moment) * target).sum() / ((flat @ moment) * flat).sum()).view(1, 1)
-    else:  # each row gives a linear system, because a scale multiplies the levels of one group
+        unit = (((flat @ moment) * target).sum() / ((flat @ moment) * flat).sum()).view(1, 1)
+    else:  # each row gives a linear system, because a unit multiplies the levels of one group
         seen = torch.einsum("ogs,gsn->ogn", levels, moment.unflatten(0, (groups, size)))
         a = torch.einsum("oghs,ohs->ogh", seen.unflatten(2, (groups, size)), levels).double()
         a.diagonal(dim1=1, dim2=2).add_(1e-4 * a.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True) + 1e-12)
-        scale = torch.linalg.solve(a, torch.einsum("ogn,on->og", seen, target).double()).float()
-    scale = scale * q.config.top
-    return torch.where(scale > 0, scale, q.scale.float()).to(q.scale.dtype)
+        unit = torch.linalg.solve(a, torch.einsum("ogn,on->og", seen, target).double()).float()
+    return torch.where(unit > 0, unit, q.unit.float()).to(q.unit.dtype)
 
 
 def descended(target, value, q, moment, passes=3):
     """Coordinate descent: each weight in turn takes the level with the smallest output error, given all others."""
-    unit = q.config.unit(q.scale).expand(len(target), -1, target.shape[1] // q.scale.shape[1]).flatten(1)
+    unit = q.unit.float().unsqueeze(-1).expand(len(target), -1, target.shape[1] // q.unit.shape[1]).flatten(1)
     value, slope = value.clone(), (value - target) @ moment
     for _ in range(passes):
         for i in range(target.shape[1]):
@@ -88,21 +87,21 @@ def calibrating(weighted=False, refine=0, descend=False):
         w, q = weight_matrix(layer), layer.quantizer
         moment, old = calibrate.damped(xx, calibrate.DAMPING), w.clone()
         if weighted:
-            q.scale = compute_scale(w, q.config, moment.diagonal()[None])
+            q.unit = compute_unit(w, q.config, moment.diagonal()[None])
         target = old + torch.linalg.solve(moment.double(), (old @ dx).double().t()).t().float()
         lost = target - q(w)
-        best, chosen = ((lost @ moment) * lost).sum().item(), (q.scale, old)  # a layer that would lose stays as it was
+        best, chosen = ((lost @ moment) * lost).sum().item(), (q.unit, old)  # a layer that would lose stays as it was
         for _ in range(refine + 1):
-            candidate = calibrate.gptq(target, q.scale, q.config, xx)
+            candidate = calibrate.gptq(target, q.unit, q.config, xx)
             levels, unit = levels_of(candidate, q)
             if descend:
                 candidate = descended(target, (levels * unit).flatten(1), q, moment)
                 levels, unit = levels_of(candidate, q)
             lost = target - (levels * unit).flatten(1)
             if (error := ((lost @ moment) * lost).sum().item()) < best:
-                best, chosen = error, (q.scale, candidate)
-            q.scale = refined_scale(target, levels, q, moment)
-        q.scale, weights = chosen
+                best, chosen = error, (q.unit, candidate)
+            q.unit = refined_unit(target, levels, q, moment)
+        q.unit, weights = chosen
         w.copy_(weights)
         return 1.0, 0.0  # errors that nobody reads
 
@@ -110,8 +109,8 @@ def calibrating(weighted=False, refine=0, descend=False):
 
 
 def tables_unweighted():
-    """Tables of embeddings and heads keep the scales of prepare, which give every weight the same importance."""
-    return mock.patch.object(calibrate, "compute_scale", lambda w, config, importance=None: compute_scale(w, config))
+    """Tables of embeddings and heads keep the units of prepare, which give every weight the same importance."""
+    return mock.patch.object(calibrate, "compute_unit", lambda w, config, importance=None: compute_unit(w, config))
 
 
 def tables_nearest():
@@ -186,21 +185,24 @@ def dampened(strength=1e-2):
     def pull(grad, w, q, steps):
         weight = strength * (1 - math.cos(math.pi * steps[q] / STEPS)) / 2
         steps[q] += 1
-        off = w - fake_quantize(w, q.scale, q.config)
-        off *= (w.abs().unflatten(1, (q.scale.shape[1], -1)) <= q.scale.float().unsqueeze(-1)).flatten(1)
+        off = w - fake_quantize(w, q.unit, q.config)
+        off *= (w.abs().unflatten(1, (q.unit.shape[1], -1)) <= q.config.top * q.unit.float().unsqueeze(-1)).flatten(1)
         return grad + 2 * weight * off
 
     return at_start(act)
 
 
 class LSQ(torch.autograd.Function):
-    """Fake quantization with the gradient of learned scales (Esser et al., arXiv 1902.08153)."""
+    """Fake quantization with the gradient of learned scales (Esser et al., arXiv 1902.08153).
+
+    What is learned is the value of the top level, because a step of Adam is large beside a unit.
+    """
 
     @staticmethod
     def forward(ctx, w, scale, config):
-        scale = scale.half().float()
-        q = fake_quantize(w, scale, config)
-        ctx.save_for_backward(w, scale, q)
+        unit = (scale / config.top).half()
+        q = fake_quantize(w, unit, config)
+        ctx.save_for_backward(w, unit.float() * config.top, q)
         ctx.config = config
         return q.clone()
 
@@ -221,7 +223,7 @@ def learned_scales():
 
     def act(model):
         for q in [m for m in model.modules() if isinstance(m, PoTQuantizer)]:
-            learned[q] = torch.nn.Parameter(q.scale.float())
+            learned[q] = torch.nn.Parameter(q.unit.float() * q.config.top)
             q.forward = lambda w, q=q: LSQ.apply(w, learned[q], q.config)
             q.rows = lambda rows, index, q=q: LSQ.apply(
                 rows.reshape(-1, rows.shape[-1]),
@@ -234,7 +236,7 @@ def learned_scales():
 
     def save_with_scales(*args, **more):
         for q, scale in learned.items():
-            q.scale = scale.detach().half()
+            q.unit = (scale.detach() / q.config.top).half()
         save(*args, **more)
 
     with at_start(act), mock.patch.object(checkpoint, "save_training", save_with_scales):

@@ -19,7 +19,7 @@ import dataset
 from machine import provenance
 from metrics import evaluate
 from model import KVCache
-from pot import PoTConfig, allow_bfloat16, convert, prepare
+from pot import PoTConfig, allow_int8_activations, convert, prepare
 
 TOKENS = 20_000  # of the test split; few, because the decode step takes them one at a time
 
@@ -45,7 +45,7 @@ def main(folder, data):
         packed = convert(copy.deepcopy(fake))
         losses = {"fake-quantized": evaluate(fake, ids)["loss"], "windows": evaluate(packed, ids)["loss"]}
         losses["single tokens"] = by_single_tokens(packed, ids)
-        allow_bfloat16(packed)
+        allow_int8_activations(packed)
         losses["windows, tiles"] = evaluate(packed, ids)["loss"]
         for way, loss in losses.items():
             difference = loss - losses["fake-quantized"]

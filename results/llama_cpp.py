@@ -5,6 +5,7 @@ ten best log-probabilities at each token with ours. It rounds activations to 8 b
     pip install gguf xllamacpp    # the second is llama.cpp, built for Python
     python extras/export.py --ckpt out-mxfp4 --out mxfp4.gguf
     python results/llama_cpp.py out-mxfp4 mxfp4.gguf
+    python results/llama_cpp.py out-smollm2-mxfp4 smollm2-mxfp4.gguf results/llama_cpp_smollm2.json 40
 """
 
 import json
@@ -18,8 +19,8 @@ import xllamacpp
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
-import dataset
 from machine import provenance
+from tokenizer import tokenizer_of
 
 PROMPTS = (
     "The film was a",
@@ -28,33 +29,34 @@ PROMPTS = (
     "She said that the new law would",
     "What I like about this movie is",
 )
-TOKENS = 48  # of each continuation
 
 
 @torch.no_grad()
-def main(folder, gguf):
-    model, _ = checkpoint.load_model(folder)
-    bpe = dataset.BPETokenizer()
+def main(folder, gguf, path="results/llama_cpp.json", tokens=48):
+    """tokens: of each continuation."""
+    model, info = checkpoint.load_model(folder)
+    tokenizer, tokens = tokenizer_of(info.tokenizer, folder), int(tokens)
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx = gguf, model.config.block_size
+    params.model.path, params.n_ctx = gguf, min(model.config.block_size, 1024)
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     server = xllamacpp.Server(params)
     same, differences = 0, []
     for prompt in PROMPTS:
-        request = {"prompt": prompt, "n_predict": TOKENS, "temperature": 0.0, "n_probs": 10, "ignore_eos": True}
+        request = {"prompt": prompt, "n_predict": tokens, "temperature": 0.0, "n_probs": 10, "ignore_eos": True}
         theirs = server.handle_completions(request)["choices"][0]["logprobs"]["content"]
-        ids = torch.tensor([bpe.encode(prompt) + [token["id"] for token in theirs]])
+        ids = torch.tensor([tokenizer.encode(prompt) + [token["id"] for token in theirs]])
         ours = model(ids)[0, -len(theirs) - 1 : -1].log_softmax(-1)
         for token, row in zip(theirs, ours):
             same += token["id"] == row.argmax().item()
             differences += [abs(row[t["id"]].item() - t["logprob"]) for t in token["top_logprobs"]]
     report = {
         "model": folder,
-        "tokens": len(PROMPTS) * TOKENS,
+        "tokens": len(PROMPTS) * tokens,
         "same_best_token": same,
         "log_probability_difference": {"mean": sum(differences) / len(differences), "max": max(differences)},
         "xllamacpp": version("xllamacpp"),
     }
-    Path(__file__).with_suffix(".json").write_text(json.dumps(report | provenance(), indent=1))
+    Path(path).write_text(json.dumps(report | provenance(), indent=1))
     print(json.dumps(report, indent=1))
 
 

@@ -1,8 +1,9 @@
 """
-Peak memory of sample.py for a packed GPT-2, on top of that of `import torch`: a prompt of 32 tokens, then 128 new
+Peak memory of sample.py for a packed model, on top of that of `import torch`: a prompt of 32 tokens, then 128 new
 tokens, or as many as the second argument says.
 
     python results/memory.py out-gpt2-random-pot4
+    python results/memory.py out-smollm2-two-16384 128 results/memory_smollm2.json
 """
 
 import json
@@ -19,7 +20,7 @@ import machine
 PROMPT = "The meaning of life is" + " a question that people have asked" * 4 + " since then."  # 32 tokens
 
 
-def main(folder, new_tokens=128):
+def main(folder, new_tokens=128, path=None):
     before = machine.peak_memory()
     import sample
 
@@ -27,7 +28,7 @@ def main(folder, new_tokens=128):
     above = machine.peak_memory() - before
     file = os.path.getsize(os.path.join(folder, "model.safetensors"))
     print(f"{above / 1e6:.1f} MB above the {before / 1e6:.1f} MB of torch; the file has {file / 1e6:.1f} MB")
-    path = Path(__file__).parent / f"memory_{new_tokens}.json"
+    path = Path(path or Path(__file__).parent / f"memory_{new_tokens}.json")
     report = {"torch_bytes": before, "above_bytes": above, "file_bytes": file}
     path.write_text(json.dumps(report | machine.provenance(), indent=1))
     print(f"written to {path}")

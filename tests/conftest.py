@@ -25,7 +25,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # must precede the import of huggingface_hub
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory):
     """A folder to run scripts in. It has copies of the scripts, a small character data set `tiny`, a small OpenWebText,
-    and a small GPT-2 in Hugging Face's format in `gpt2`, which takes precedence over the hub's model."""
+    a small GPT-2 in Hugging Face's format in `gpt2`, which takes precedence over the hub's model, a small Llama in `llama`,
+    and its data set `openwebtext-llama`."""
     import dataset
 
     folder = tmp_path_factory.mktemp("workdir")
@@ -36,10 +37,14 @@ def workdir(tmp_path_factory):
     (folder / "data" / "tiny").mkdir(parents=True)
     (folder / "data" / "tiny" / "prepare.py").touch()
     gpt2(vocab_size=50257, n_positions=96).save_pretrained(folder / "gpt2")
+    transformers_model("llama grouped").save_pretrained(folder / "llama")
+    write_tokenizer(folder / "llama")
     documents = [f"{i} men went to mow, went to mow a meadow, {i} men and their dog.\n" * 4 for i in range(40)]
     (folder / "documents.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     (folder / "data" / "openwebtext").mkdir()
     dataset.write_documents(folder / "data" / "openwebtext", documents)
+    (folder / "data" / "openwebtext-llama").mkdir()
+    dataset.write_documents(folder / "data" / "openwebtext-llama", documents, str(folder / "llama"))
     text = "the quick brown fox jumps over the lazy dog, and then he sleeps for a while.\n" * 40
     dataset.write_chars(folder / "data" / "tiny", {"train": text, "val": text[:700], "test": text[100:1100]})
     return folder
@@ -55,6 +60,60 @@ def gpt2(**config):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.05)
     return model
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+FAMILIES = {  # model_type and settings of a small model of transformers
+    "gpt2": ("gpt2", {"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": 96}),
+    "gpt2 untied": ("gpt2", {"n_layer": 2, "n_head": 2, "n_embd": 64, "n_inner": 96, "tie_word_embeddings": False}),
+    "llama": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "llama grouped": ("llama", {"num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 50000.0}),
+    "llama 3": ("llama", {"num_key_value_heads": 1, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}),
+    "llama biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 24, "num_key_value_heads": 2}),
+    "qwen2": ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+}
+
+
+def transformers_model(family, **settings):
+    """Returns a small model of FAMILIES with random weights, in eval mode."""
+    import transformers
+
+    torch.manual_seed(0)
+    kind, own = FAMILIES[family]
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    shape |= {"max_position_embeddings": 96, "pad_token_id": None}
+    config = ({} if kind == "gpt2" else shape) | {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0} | own
+    config = transformers.AutoConfig.for_model(kind, **config | settings)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05) if p.dim() > 1 else p.data.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+CHAT += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def write_tokenizer(folder, first=False):
+    """Writes a tokenizer.json of bytes, two merges and the special tokens 0 to 2, and a chat template. first: a text
+    begins with <|im_start|>, as Llama's texts begin with a token of their own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|im_end|>", "<|im_start|>", "<|endoftext|>"]
+    vocabulary = {t: i for i, t in enumerate([*special, *letters, "th", "the"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("t", "h"), ("th", "e")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    if first:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+        )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text(CHAT)
 
 
 def added_memory(setup, code, **env):

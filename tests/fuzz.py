@@ -197,10 +197,10 @@ def change_metadata(rng, data):
 
 
 def change_value(rng, data):
-    """Writes NaN, inf, -inf, zero or a tiny negative number into a scale, or into another tensor without scales."""
+    """Writes NaN, inf, -inf, zero or a tiny negative number into a unit, or into another tensor without units."""
     (n,) = struct.unpack("<Q", data[:8])
     fields, data = json.loads(data[8 : 8 + n]), bytearray(data)
-    keys = [k for k in fields if k.endswith("scale")] or [k for k in fields if k != "__metadata__"]
+    keys = [k for k in fields if k.endswith("unit")] or [k for k in fields if k != "__metadata__"]
     start, end = fields[rng.choice(keys)]["data_offsets"]
     offset = 8 + n + rng.randrange(start, end - 3) // 2 * 2
     data[offset : offset + 2] = rng.choice((b"\x00\x7e", b"\x00\x7c", b"\x00\xfc", b"\x00\x00", b"\x01\x80"))

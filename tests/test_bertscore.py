@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import dataset
+from tokenizer import tokenizer_of
 
 pytest.importorskip("bert_score")
 
@@ -57,7 +58,7 @@ def test_bertscore_against_direct_computation(workdir, sh, monkeypatch, encoder,
     assert all(r["method"] and r["dataset"] == "tiny" and r["split"] == "train" for r in rows)
     # True continuations come from the text. All models get the same prompts and random numbers.
     ids, meta = dataset.load(str(workdir / "data" / "tiny"), "train")
-    text = dataset.tokenizer_of(meta).decode_bytes(ids.tolist()).decode()
+    text = tokenizer_of(meta).decode_bytes(ids.tolist()).decode()
     (written, true), (written_by_qat, true_again), third = texts
     assert all(len(t) == 64 and t in text for t in true) and true == true_again
     assert third == (written, true) and written != written_by_qat

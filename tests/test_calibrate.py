@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import pot
 from calibrate import calibrate
 from model import GPT, GPTConfig
-from pot import PoTConfig, PoTEmbedding, compute_scale, convert, prepare
+from pot import PoTConfig, PoTEmbedding, compute_unit, convert, prepare
 
 CONFIGS = [
     PoTConfig(group_size=32),
@@ -22,23 +22,23 @@ CONFIGS = [
 ]
 
 
-def gptq(w, scale, config, moment):
+def gptq(w, unit, config, moment):
     """Quantizes w (out, in) column by column, given the inputs' second moment (in, in). Returns float64 (out, in)."""
     dtype = w.dtype
     w, hessian = w.double().clone(), moment.double() + 0.01 * moment.double().diagonal().mean() * torch.eye(len(moment))
     levels = torch.tensor(config.levels(), dtype=torch.float64)
     levels = torch.cat([-levels.flip(0), levels])
     remaining = moment.diagonal().argsort(descending=True).tolist()
-    size = w.shape[1] // scale.shape[1]
+    size = w.shape[1] // unit.shape[1]
     while remaining:
         j, inverse = remaining[0], torch.linalg.inv(hessian[remaining][:, remaining])
-        unit = (scale.double() / config.top)[:, j // size].expand(len(w))
+        u = unit.double()[:, j // size].expand(len(w))
         column = w[:, j].to(dtype).double()  # the layer stores this dtype
         if config.grid == "paper":  # rounds to integers, then in the log domain
-            a = (column / unit).abs().round()
-            q = torch.where(a > 0, torch.exp2(a.log2().round()).clamp(max=config.top), 0) * column.sign() * unit
+            a = (column / u).abs().round()
+            q = torch.where(a > 0, torch.exp2(a.log2().round()).clamp(max=config.top), 0) * column.sign() * u
         else:
-            q = levels[(column[:, None] / unit[:, None] - levels).abs().argmin(1)] * unit
+            q = levels[(column[:, None] / u[:, None] - levels).abs().argmin(1)] * u
         error = (column - q) / inverse[0, 0]
         w[:, remaining] -= error[:, None] * inverse[0]
         w[:, j] = q
@@ -56,17 +56,17 @@ def test_one_layer_against_float64(config, n):
     torch.manual_seed(0)
     layer, x = nn.Sequential(nn.Linear(n, 24)), correlated_inputs(n)
     prepare(layer, config)
-    w, scale = layer[0].weight.detach().clone(), layer[0].quantizer.scale
+    w, unit = layer[0].weight.detach().clone(), layer[0].quantizer.unit
     ((before, after),) = calibrate(layer, [x]).values()
-    expected = gptq(w, scale, config, x.double().t() @ x.double())
+    expected = gptq(w, unit, config, x.double().t() @ x.double())
     actual = layer[0].quantizer(layer[0].weight).detach().double()
     assert (actual - expected).abs().lt(1e-5).float().mean() > 0.995  # ties may round either way
-    rounded = pot.fake_quantize(w, scale, config)
+    rounded = pot.fake_quantize(w, unit, config)
     errors = [((x.double() @ (w - q).double().t()) ** 2).sum().item() for q in (rounded, actual)]
     total = ((x @ w.t()).double() ** 2).sum().item()
     assert before == pytest.approx(errors[0] / total, rel=1e-3) and after == pytest.approx(errors[1] / total, rel=1e-3)
     assert after < before
-    assert torch.equal(layer[0].quantizer.scale, scale)
+    assert torch.equal(layer[0].quantizer.unit, unit)
     # calibrate leaves weights unrounded. The layer's own rounding gives the codes, and packing keeps them.
     assert not torch.equal(layer[0].weight, layer[0].quantizer(layer[0].weight))
     y = layer(x)
@@ -110,9 +110,9 @@ def test_layer_in_bfloat16_against_float64():
     layer, x = nn.Sequential(nn.Linear(96, 200)).bfloat16(), correlated_inputs(96).bfloat16()
     config = PoTConfig(terms=2, group_size=32)
     prepare(layer, config)
-    w, scale = layer[0].weight.detach().clone(), layer[0].quantizer.scale
+    w, unit = layer[0].weight.detach().clone(), layer[0].quantizer.unit
     calibrate(layer, [x])
-    expected = gptq(w, scale, config, x.double().t() @ x.double()).bfloat16()
+    expected = gptq(w, unit, config, x.double().t() @ x.double()).bfloat16()
     assert (layer[0].quantizer(layer[0].weight) == expected).float().mean() > 0.995
 
 
@@ -180,7 +180,7 @@ def calibrate_reference(net, batches, order, float_net=None):
         rhs = torch.cat([y @ w.t(), ridge @ w.t()])
         target = torch.linalg.lstsq(torch.cat([x, ridge]), rhs).solution.t().float()
         with torch.no_grad():
-            layer.weight.copy_(gptq(target, layer.quantizer.scale, layer.quantizer.config, moment))
+            layer.weight.copy_(gptq(target, layer.quantizer.unit, layer.quantizer.config, moment))
 
 
 def assert_same_weights(actual_net, expected_net, names):
@@ -202,19 +202,19 @@ def test_model_against_reference():
     hook.remove()
     moment = torch.cat(head_inputs).double().t() @ torch.cat(head_inputs).double()
     square = moment.diagonal().float()
-    reference.emb.quantizer.scale = compute_scale(reference.emb.weight, config, square + 0.01 * square.mean())
+    reference.emb.quantizer.unit = compute_unit(reference.emb.weight, config, square + 0.01 * square.mean())
     moment.diagonal().add_(0.1 * moment.diagonal().mean())
     float_net = copy.deepcopy(reference)
     with torch.no_grad():
-        reference.emb.weight.copy_(gptq(reference.emb.weight, reference.emb.quantizer.scale, config, moment))
+        reference.emb.weight.copy_(gptq(reference.emb.weight, reference.emb.quantizer.unit, config, moment))
     counts = torch.full((8, 1), 16.0)
-    reference.pos.quantizer.scale = compute_scale(reference.pos.weight, config, counts)
+    reference.pos.quantizer.unit = compute_unit(reference.pos.weight, config, counts)
     order = ["blocks.0.a", "blocks.0.b", "blocks.0.c", "twice.0", "blocks.1.a", "blocks.1.b", "blocks.1.c"]
     assert list(errors) == order
     calibrate_reference(reference, [x], order, float_net=float_net)
     assert_same_weights(calibrated, reference, ["emb", *order])
     for layer, expected in ((calibrated.emb, reference.emb), (calibrated.pos, reference.pos)):
-        assert torch.allclose(layer.quantizer.scale, expected.quantizer.scale)
+        assert torch.allclose(layer.quantizer.unit, expected.quantizer.unit)
     assert torch.equal(calibrated.pos.weight, net.pos.weight)
     assert torch.equal(calibrated.unused.weight, net.unused.weight)
     assert calibrated.head.weight is calibrated.emb.weight and calibrated.head.quantizer is calibrated.emb.quantizer
@@ -419,11 +419,11 @@ def test_embedding_rows_are_weighted_by_their_frequency():
     count = torch.bincount(x.flatten(), minlength=10).float()
     weights = (count + 0.01 * count.mean()).unsqueeze(1)
 
-    def error(scale):
-        return (weights * (w - pot.fake_quantize(w, scale, config)) ** 2).sum().item()
+    def error(unit):
+        return (weights * (w - pot.fake_quantize(w, unit, config)) ** 2).sum().item()
 
-    scales = [torch.tensor([[s]]) for s in torch.linspace(0.02, 2, 2000) * w.abs().max()]
-    assert error(q.scale) <= min(map(error, scales)) * 1.02
+    units = [torch.tensor([[u]]) for u in torch.linspace(0.02, 2, 2000) * w.abs().max() / config.top]
+    assert error(q.unit) <= min(map(error, units)) * 1.02
     assert isinstance(net[0], PoTEmbedding)
 
 
@@ -455,11 +455,11 @@ def test_bad_input():
     prepare(net, PoTConfig(group_size=16))
     with pytest.raises(ValueError, match="no batch to calibrate on"):
         calibrate(net, [])
-    scales = [m.quantizer.scale.clone() for m in (net.emb, net.pos)]
+    units = [m.quantizer.unit.clone() for m in (net.emb, net.pos)]
     net.blocks[0]["a"].bias.data.fill_(math.nan)
     with pytest.raises(ValueError, match="emb: its inputs hold NaN or inf"):
         calibrate(net, [x])
-    assert all(torch.equal(m.quantizer.scale, s) for m, s in zip((net.emb, net.pos), scales))
+    assert all(torch.equal(m.quantizer.unit, u) for m, u in zip((net.emb, net.pos), units))
     net.pos.weight.data[0, 0] = math.inf
     with pytest.raises(ValueError, match="pos: its weight holds NaN or inf"):
         calibrate(net, [x])

@@ -9,13 +9,14 @@ from dataclasses import replace
 import huggingface_hub.constants
 import pytest
 import torch
-from conftest import added_memory, gpt2
+from conftest import added_memory, gpt2, transformers_model, write_tokenizer
 from fuzz import deflate
 from safetensors.torch import load_file, save, save_file
 
 import checkpoint
 from model import GPT, GPTConfig
 from pot import PoTConfig, convert, prepare, quantize_
+from tokenizer import tokenizer_of
 
 SHAPE = GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=64)
 SETTINGS = {"init_from": "scratch", "dataset": "tiny", "seed": 1}
@@ -131,7 +132,7 @@ def packed(tmp_path_factory):
         (b'\\"dtype\\":\\"float32\\"', b'\\"dtype\\":\\"float64\\"'),
         (b'n_layer\\":2', b'n_layer\\":3'),
         (b'lm_head.packed.codes\\"', b'lm_heat.packed.codes\\"'),
-        (b'lm_head.packed.scale\\"', b'lm_heat.packed.scale\\"'),
+        (b'lm_head.packed.unit\\"', b'lm_heat.packed.unit\\"'),
     ],
 )
 def test_damaged_packed_files(tmp_path, packed, old, new):
@@ -279,6 +280,58 @@ def test_gpt2_of_transformers(tmp_path, reference_gpt2, form):
     assert torch.equal(checkpoint.load_float(folder)[0](x), model(x)) and checkpoint.exists(folder)
 
 
+# --- models of other families ---
+
+
+@pytest.mark.parametrize("family", ["llama", "llama grouped", "llama 3", "qwen2"])
+def test_folders_of_other_families(tmp_path, family):
+    reference = transformers_model(family)
+    reference.save_pretrained(tmp_path, max_shard_size="40KB" if family == "llama grouped" else "5GB")
+    assert (tmp_path / "model.safetensors").exists() == (family != "llama grouped")
+    with pytest.raises(ValueError, match="has no tokenizer.json"):
+        checkpoint.load_model(str(tmp_path))
+    write_tokenizer(tmp_path)
+    model, info = checkpoint.load_model(str(tmp_path))
+    x = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = reference(x).logits
+        assert (model(x) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert info.tokenizer["tokenizer"] == "file" and info.tokenizer["vocab_size"] == 261
+    assert checkpoint.make_decoder(model) is None
+    # as a run's folder, in float and packed
+    (tmp_path / "run").mkdir()
+    for weights in (model, quantize_(copy.deepcopy(model), PoTConfig(group_size=32))):
+        y = weights(x)
+        checkpoint.save_model(str(tmp_path / "run"), weights, info)
+        loaded, loaded_info = checkpoint.load_model(str(tmp_path / "run"))
+        assert torch.equal(loaded(x), y) and loaded_info == info
+
+
+def test_org_and_name_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    cached = tmp_path / "hub" / "models--some-org--A_model.v1"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    transformers_model("llama grouped").save_pretrained(cached / "snapshots" / "abc")
+    write_tokenizer(cached / "snapshots" / "abc")
+    assert checkpoint.is_foreign("some-org/A_model.v1") and checkpoint.is_at_hand("some-org/A_model.v1")
+    model, info = checkpoint.load_model("some-org/A_model.v1")
+    assert model.config.n_kv_head == 2
+    assert tokenizer_of(info.tokenizer, "some-org/A_model.v1").decode([0]) == "<|im_end|>"
+
+
+def test_a_tokenizer_larger_than_the_model(tmp_path):
+    transformers_model("llama", vocab_size=100).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="a vocabulary of 100, its tokenizer.json needs 261"):
+        checkpoint.load_model(str(tmp_path))
+
+
+# --- damaged folders ---
+
+
 def edit_config(folder, **changes):
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "gone"}))
@@ -311,27 +364,28 @@ WTE = "transformer.wte.weight"
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda f: edit_config(f, model_type="llama"), "model_type is 'llama', and only GPT-2's 'gpt2' is known"),
+        (lambda f: edit_config(f, model_type="mamba"), "model_type is 'mamba', and only gpt2, llama, qwen2 are known"),
+        (lambda f: edit_config(f, model_type="llama"), "has no max_position_embeddings"),
         (lambda f: edit_config(f, model_type="gone"), "model_type is None"),
         (lambda f: edit_config(f, activation_function="relu"), "activation_function is 'relu'"),
-        (lambda f: edit_config(f, n_inner=100), "n_inner is 100"),
+        (lambda f: edit_config(f, n_inner=100), "c_fc.weight is of another shape"),
         (lambda f: edit_config(f, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True"),
-        (lambda f: edit_config(f, tie_word_embeddings=False), "tie_word_embeddings is False"),
+        (lambda f: edit_config(f, tie_word_embeddings=False), "lm_head.weight is missing"),
         (lambda f: edit_config(f, n_layer=3), "h.2.*is missing"),
         (lambda f: edit_config(f, n_layer=1), "h.1.*is unknown"),
         (lambda f: edit_config(f, n_positions="gone"), "has no n_positions"),
-        (lambda f: edit_config(f, n_embd="many"), "is no GPT-2 that can be read"),
+        (lambda f: edit_config(f, n_embd="many"), "is no model that can be read"),
         (lambda f: drop(f, WTE), "wte.weight is missing"),
         (lambda f: drop(f, WTE, {WTE: torch.zeros(50257, 63)}), "wte.weight is of another shape"),
         (lambda f: edit_config(f, quantization_config={"bits": 8}), "quantization_config is"),
-        (lambda f: edit_config(f, n_embd=10**12), "is no GPT-2 that can be read"),
+        (lambda f: edit_config(f, n_embd=10**12), "is no model that can be read"),
         (lambda f: drop(f, WTE, {WTE: torch.zeros(50257, 64, dtype=torch.int32)}), "wte.weight is torch.int32"),
         (lambda f: drop(f, WTE, {WTE: torch.zeros(50257, 64), "wte.weight": torch.zeros(1)}), "or there twice"),
-        (replace_file_by_folder, "is no GPT-2 that can be read"),
-        (lambda f: (f / "config.json").write_text("[" * 99999), "is no GPT-2 that can be read"),
-        (lambda f: (f / "config.json").write_text("{"), "is no GPT-2 that can be read"),
-        (lambda f: (f / "config.json").write_text("[]"), "is no GPT-2 that can be read"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"short"), "is no GPT-2 that can be read"),
+        (replace_file_by_folder, "is no model that can be read"),
+        (lambda f: (f / "config.json").write_text("[" * 99999), "is no model that can be read"),
+        (lambda f: (f / "config.json").write_text("{"), "is no model that can be read"),
+        (lambda f: (f / "config.json").write_text("[]"), "is no model that can be read"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"short"), "is no model that can be read"),
         (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
         (save_pickle_with_code, "pytorch_model.bin is damaged or holds more than tensors"),
     ],
@@ -354,10 +408,14 @@ def test_names_of_the_hub(tmp_path, reference_gpt2, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="cannot download gpt2-xl from the Hugging Face hub .*: check the network"):
+    with pytest.raises(
+        ValueError, match="cannot download gpt2-xl from the Hugging Face hub .*: check the name and the network"
+    ):
         checkpoint.load_model("gpt2-xl")
-    with pytest.raises(ValueError, match="no folder gpt3: pass .* or gpt2, gpt2-medium, gpt2-large, gpt2-xl"):
+    with pytest.raises(ValueError, match="no folder gpt3: pass .*org/name.* or gpt2, gpt2-medium, gpt2-large, gpt2-xl"):
         checkpoint.load_model("gpt3")
+    with pytest.raises(ValueError, match="there is no folder out/nowhere, and cannot download out/nowhere"):
+        checkpoint.load_model("out/nowhere")
     assert not checkpoint.is_at_hand("gpt2-xl")
     cached = tmp_path / "hub" / "models--openai-community--gpt2-xl"  # layout of a download
     (cached / "refs").mkdir(parents=True)

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import added_memory
+from conftest import added_memory, write_tokenizer
 
 import dataset
+from tokenizer import BPETokenizer, tokenizer_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,11 +33,11 @@ def test_write_load_and_decode(tmp_path):
     dataset.write_chars(tmp_path, texts)
     for split, text in texts.items():
         ids, meta = dataset.load(tmp_path, split)
-        tokenizer = dataset.tokenizer_of(meta)
-        assert ids.dtype == np.uint16 and tokenizer.decode_bytes(ids.tolist()).decode() == text
-        assert tokenizer.encode(text) == ids.tolist() and tokenizer.vocab_size == 8
+        chars = tokenizer_of(meta)
+        assert ids.dtype == np.uint16 and chars.decode(ids.tolist()) == text
+        assert chars.encode(text) == ids.tolist() and chars.vocab_size == 8
     with pytest.raises(ValueError, match="'q' is not in this model's vocabulary of 8"):
-        tokenizer.encode("q")
+        chars.encode("q")
     with pytest.raises(ValueError, match="unknown split 'all'"):
         dataset.load(tmp_path, "all")
     (tmp_path / "meta.json").write_text("{")
@@ -54,7 +55,13 @@ def test_missing_data_names_the_command(monkeypatch):
 @pytest.fixture
 def scripts(tmp_path):
     """Copies the data scripts to a temporary folder, which protects the user's data."""
-    for path in ("dataset.py", "configurator.py", "data/pydoc_char/prepare.py", "data/shakespeare_char/prepare.py"):
+    for path in (
+        "dataset.py",
+        "tokenizer.py",
+        "configurator.py",
+        "data/pydoc_char/prepare.py",
+        "data/shakespeare_char/prepare.py",
+    ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text((ROOT / path).read_text())
 
@@ -74,7 +81,7 @@ def test_shakespeare_char(scripts, tmp_path):
     parts = []
     for split in dataset.SPLITS:
         ids, meta = dataset.load(data / "shakespeare_char", split)
-        parts.append(dataset.tokenizer_of(meta).decode_bytes(ids.tolist()).decode())
+        parts.append(tokenizer_of(meta).decode_bytes(ids.tolist()).decode())
     assert "".join(parts) == text  # in order, without gap or overlap
     assert [round(len(p) / len(text), 2) for p in parts] == [0.8, 0.1, 0.1]
     for args in (("--input", "nowhere.txt"), ("--inptu", "x")):
@@ -89,7 +96,7 @@ def test_pydoc_char(scripts):
     texts = {}
     for split in dataset.SPLITS:
         ids, meta = dataset.load(data / "pydoc_char", split)
-        texts[split] = dataset.tokenizer_of(meta).decode_bytes(ids.tolist()).decode()
+        texts[split] = tokenizer_of(meta).decode_bytes(ids.tolist()).decode()
     assert len(texts["train"]) > 1_000_000 and min(len(texts["val"]), len(texts["test"])) > 100_000
     assert set("".join(texts.values())) <= {"\n", *map(chr, range(32, 127))}
     # No long paragraph is in two splits.
@@ -117,7 +124,7 @@ def documents(folder):
     documents_by_split = {}
     for split in dataset.SPLITS:
         ids, meta = dataset.load(str(folder), split)
-        text = dataset.tokenizer_of(meta).decode_bytes(ids.tolist()).decode()
+        text = tokenizer_of(meta).decode_bytes(ids.tolist()).decode()
         documents_by_split[split] = text.split("<|endoftext|>")
     return documents_by_split
 
@@ -137,6 +144,38 @@ def test_openwebtext_from_jsonl(tmp_path, monkeypatch):
     assert sum(text.count("document") for text in text_by_split.values()) == 50
     prepare("openwebtext", tmp_path / "same", monkeypatch, input=str(tmp_path / "a.jsonl"), documents=12)
     assert documents(tmp_path / "same") == documents(tmp_path / "d")  # documents=12 limits the hub's stream only
+
+
+@pytest.mark.parametrize("size", [300, 70000])
+def test_data_for_another_tokenizer(tmp_path, monkeypatch, size):
+    """Against transformers. Token files are uint32 beyond 65,536 tokens."""
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "model").mkdir()
+    write_tokenizer(tmp_path / "model", first=True)
+    if size > 300:  # the last tokens get the ids above 65,535
+        file = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+        vocabulary = file["model"]["vocab"]
+        vocabulary |= {"the": size - 1, **{f"filler {i}": i for i in range(260, size - 1)}}
+        (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(file))
+    texts = [f"the document {i} \N{SNOWMAN} <|endoftext|>\n" for i in range(50)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    settings = dict(input=str(tmp_path / "a.jsonl"), tokenizer=str(tmp_path / "model"), out="data for it")
+    (tmp_path / "here").mkdir()
+    prepare("openwebtext", tmp_path / "here", monkeypatch, **settings)
+    folder = tmp_path / "data for it"  # beside the folder of prepare.py
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "model" / "tokenizer.json"))
+    ids, meta = dataset.load(str(folder), "test")
+    assert ids.dtype == (np.uint16 if size == 300 else np.uint32)
+    expected = []
+    for text in (texts[i] for i in (0, 20, 40)):
+        ordinary = reference(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+        expected += [1, *ordinary, 2]  # the text <|endoftext|> inside a document does not end it
+    assert ids.tolist() == expected and (size == 300 or max(ids) == size - 1)
+    assert tokenizer_of(meta, str(folder)).decode(ids[1:4].tolist()) == "the d"
+    with pytest.raises(ValueError, match="without slashes"):
+        dataset.folder("data/x", "../y")
+    with pytest.raises(ValueError, match="no folder nowhere: pass gpt2"):
+        dataset.write_documents(str(folder), texts, "nowhere")
 
 
 def test_held_out_text_is_bounded(tmp_path, monkeypatch):
@@ -236,7 +275,7 @@ def test_wikitext2(tmp_path, monkeypatch):
 def test_real_byte_pairs():
     """Runs in a new process without the stand-in, if tiktoken's files are available."""
     code = (
-        "import dataset; t = dataset.BPETokenizer(); ids = t.encode('Hello world<|endoftext|> \N{SNOWMAN}');"
+        "import tokenizer; t = tokenizer.BPETokenizer(); ids = t.encode('Hello world<|endoftext|> \N{SNOWMAN}');"
         "print(ids, t.decode_bytes([*ids, 50300]).decode(), t.bpe.n_vocab == t.vocab_size)"
     )
     cache = ROOT.parent / "shared" / "tiktoken_cache"
@@ -247,7 +286,7 @@ def test_real_byte_pairs():
         pytest.skip("no network and no tiktoken cache")
     assert done.stdout == "[15496, 995, 50256, 34719, 225] Hello world<|endoftext|> \N{SNOWMAN} True\n", done.stderr
     # tiktoken's table in Rust takes most of this. A copy in Python would add 8 MB.
-    assert added_memory("import dataset, tiktoken", "t = dataset.BPETokenizer()", **cache_env) < 19e6
+    assert added_memory("import tokenizer, tiktoken", "t = tokenizer.BPETokenizer()", **cache_env) < 19e6
 
 
 def test_byte_pairs_without_network(monkeypatch):
@@ -256,4 +295,4 @@ def test_byte_pairs_without_network(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "tiktoken", types.SimpleNamespace(get_encoding=get_encoding))
     with pytest.raises(ValueError, match="set TIKTOKEN_CACHE_DIR"):
-        dataset.BPETokenizer()
+        BPETokenizer()

@@ -1,6 +1,7 @@
 """extras/export.py: transformers and the package gguf load the same weights as nanoPoT."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,12 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, transformers_model, write_tokenizer
 
 import checkpoint
 import pot
 from extras import export
+from model import GPTConfig
 from pot import PoTConfig
+from tokenizer import FileTokenizer
 
 TEXT = "The naïve café costs 3,000 €;\n\n  don't ask — 日本語 \U0001f600\x00 tabs\tand Ünïcödé<|endoftext|>1234"
 MXFP4 = PoTConfig(terms=2, group_size=32, scale_format="e8m0")
@@ -124,6 +127,81 @@ def test_gguf_has_the_same_weights_to_the_bit(workdir, tmp_path, config):
     # Token 256 + 256 a + b of the stand-in is the bytes a, b. GPT-2 maps unprintable bytes to letters from 256 on.
     assert fields["tokenizer.ggml.tokens"][256 + 256 * 65 + 32] == "AĠ"
     assert fields["tokenizer.ggml.merges"][256 * 65 + 32] == "A Ġ"
+
+
+@pytest.mark.parametrize("family", ["llama", "llama grouped", "llama 3", "llama biases", "qwen2", "gpt2 untied"])
+def test_transformers_loads_other_families(tmp_path, family):
+    transformers = pytest.importorskip("transformers")
+    reference = transformers_model(family)
+    reference.save_pretrained(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    model, info = checkpoint.load_float(str(tmp_path / "model"))
+    pot.quantize_(model, PoTConfig(group_size=32))
+    (tmp_path / "run").mkdir()
+    checkpoint.save_model(str(tmp_path / "run"), model, replace(info, pot=PoTConfig(group_size=32), method="PTQ"))
+    shutil.copy(tmp_path / "model" / "tokenizer.json", tmp_path / "run")
+    shutil.copy(tmp_path / "model" / "tokenizer_config.json", tmp_path / "run")
+    export.main(export.Settings(str(tmp_path / "run"), str(tmp_path / "hf")))
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert type(exported) is type(reference) and exported.config.eos_token_id == 0
+    x = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, logits = model(x), exported(x).logits
+        assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+        assert torch.equal(checkpoint.load_model(str(tmp_path / "hf"))[0](x), expected)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer("the end")["input_ids"] == FileTokenizer(str(tmp_path / "model")).encode("the end")
+
+
+@pytest.mark.parametrize("family", ["llama grouped", "llama 3", "qwen2"])
+def test_gguf_of_other_families(tmp_path, family):
+    """transformers reads the file back, by its own map of names, order of rows and vocabulary."""
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    from extras import import_gguf
+
+    shape = {"num_attention_heads": 4, "hidden_size": 128, "head_dim": 32, "tie_word_embeddings": False}
+    transformers_model(family, **shape).save_pretrained(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    model, info = checkpoint.load_float(str(tmp_path / "model"))
+    pot.quantize_(model, MXFP4)
+    run = tmp_path / "run"
+    run.mkdir()
+    checkpoint.save_model(str(run), model, replace(info, pot=MXFP4, method="PTQ"))
+    for file in (tmp_path / "model").glob("*token*"):
+        shutil.copy(file, run)
+    shutil.copy(tmp_path / "model" / "chat_template.jinja", run)
+    export.main(export.Settings(str(run), str(tmp_path / "model.gguf")))
+    import_gguf.main(import_gguf.Settings(str(tmp_path / "model.gguf"), str(tmp_path / "back")))
+    back, back_info = checkpoint.load_model(str(tmp_path / "back"))
+    keys = ("n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_inner", "block_size", "tie", "qkv_bias")
+    assert [getattr(back.config, k) for k in keys] == [getattr(model.config, k) for k in keys]
+    weights = model.state_dict() | {f"{n}.weight": m.weight for n, m in model.named_modules() if hasattr(m, "packed")}
+    for name, tensor in back.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    assert back_info.tokenizer["vocab_size"] == 300 and back_info.tokenizer["tokenizer"] == "file"
+    own, read = FileTokenizer(str(run)), FileTokenizer(str(tmp_path / "back"))
+    assert read.encode("the other") == own.encode("the other") and read.template == own.template
+    assert 0 in read.stops
+
+
+def test_families_that_nobody_has():
+    with pytest.raises(ValueError, match="nothing to export to"):
+        export.family(GPTConfig(norm="rms"))
+
+
+def test_files_that_gguf_cannot_import(tmp_path):
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    from extras import import_gguf
+
+    (tmp_path / "damaged.gguf").write_bytes(b"GGUF")
+    for file, message in ((tmp_path / "nowhere.gguf", "no file"), (tmp_path / "damaged.gguf", "cannot read")):
+        with pytest.raises(ValueError, match=message):
+            import_gguf.main(import_gguf.Settings(str(file), str(tmp_path / "out")))
+    with pytest.raises(ValueError, match="exists already"):
+        import_gguf.main(import_gguf.Settings(str(file), str(tmp_path)))
+    assert not (tmp_path / "out").exists()
 
 
 def test_models_that_gguf_cannot_hold(workdir, tmp_path, qat_run):

@@ -1,11 +1,14 @@
-"""model.py against GPT-2 of transformers, and cached against uncached results."""
+"""model.py against GPT-2, Llama and Qwen2 of transformers, and cached against uncached results."""
 
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from conftest import FAMILIES, transformers_model
 
-from model import GPT, GPTConfig, KVCache
+from model import GPT, ROPE_SCALING, GPTConfig, KVCache, rotary_frequencies
+
+LLAMA = dict(norm="rms", position="rotary", mlp="swiglu", bias=False, n_head=4, n_kv_head=2, tie=False)
 
 
 def gpt(**kw):
@@ -27,6 +30,40 @@ def test_logits_equal_transformers():
     assert torch.allclose(model(x, x)[1], F.cross_entropy(expected.flatten(0, 1), x.flatten()))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_equal_transformers(family):
+    """For a prompt, and token by token with the cache."""
+    reference = transformers_model(family)
+    model = GPT.from_huggingface(reference.config.to_dict(), reference.state_dict()).eval()
+    x = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, cache = reference(x).logits, KVCache(40)
+        stepwise = torch.cat([model(part, cache=cache) for part in x.split([9] + [1] * 31, dim=1)], dim=1)
+        for logits in (model(x), stepwise):
+            assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert (model.lm_head.weight is model.transformer.wte.weight) == reference.config.tie_word_embeddings
+    heads = getattr(reference.config, "num_key_value_heads", model.config.n_head)
+    assert cache.layers[0][0].shape == (2, heads, 40, model.config.head_size)
+
+
+@pytest.mark.parametrize("theta, scaled", [(10000.0, False), (500000.0, True)])
+def test_rotary_frequencies_equal_transformers(theta, scaled):
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    numbers = dict(zip(ROPE_SCALING, (32.0, 1.0, 4.0, 8192)))
+    rope = {"rope_type": "llama3", **numbers} if scaled else {"rope_type": "default"}
+    config = transformers.LlamaConfig(
+        hidden_size=256, num_attention_heads=4, max_position_embeddings=131072,
+        rope_parameters=rope | {"rope_theta": theta},
+    )  # fmt: skip
+    expected = LlamaRotaryEmbedding(config).inv_freq
+    config = GPTConfig(
+        n_embd=256, n_head=4, position="rotary", rope_theta=theta, rope_scaling=numbers if scaled else None
+    )
+    assert torch.allclose(rotary_frequencies(config), expected, rtol=1e-5, atol=0)
+
+
 def test_causal():
     model, x = gpt(), torch.randint(0, 65, (1, 16))
     y = x.clone()
@@ -34,19 +71,21 @@ def test_causal():
     assert torch.allclose(model(x)[0, :9], model(y)[0, :9], atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [{}, LLAMA])
 @pytest.mark.parametrize("pieces", [[1] * 16, [16], [5, 1, 1, 9], [7, 9]])
-def test_cached_logits_equal_uncached(pieces):
-    model, x = gpt(), torch.randint(0, 65, (2, 16))
+def test_cached_logits_equal_uncached(pieces, shape):
+    model, x = gpt(**shape), torch.randint(0, 65, (2, 16))
     cache = KVCache(model.config.block_size)
     parts = [model(part, cache=cache) for part in x.split(pieces, dim=1)]
     assert torch.allclose(torch.cat(parts, 1), model(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("prompt", [1, 10, 16, 30])
+@pytest.mark.parametrize("shape", [{}, LLAMA])
 @pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=0.8, top_k=20), dict(temperature=1.3)])
-def test_cached_tokens_equal_uncached(prompt, options):
+def test_cached_tokens_equal_uncached(prompt, options, shape):
     """generate against a loop that computes the whole window for each token."""
-    model, x = gpt(), torch.randint(0, 65, (2, prompt))
+    model, x = gpt(**shape), torch.randint(0, 65, (2, prompt))
     tokens = torch.cat(list(model.generate(x, 25, generator=torch.Generator().manual_seed(1), **options)), 1)
     generator, expected = torch.Generator().manual_seed(1), x
     for _ in range(25):
@@ -60,8 +99,10 @@ def test_cached_tokens_equal_uncached(prompt, options):
     assert torch.equal(tokens, expected[:, prompt:])
 
 
-def test_full_graph_compiles_once_for_all_lengths():
-    model, x = gpt(), torch.randint(0, 65, (1, 16))
+@pytest.mark.parametrize("shape", [{}, LLAMA])
+def test_full_graph_compiles_once_for_all_lengths(shape):
+    model, x = gpt(**shape), torch.randint(0, 65, (1, 16))
+    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()  # runs the traced graph; needs no C++ compiler
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch.no_grad():
@@ -98,17 +139,25 @@ def test_tied_head_and_parameter_count():
     assert sum(p.numel() for p in GPT.meta(GPTConfig()).parameters()) == 124_439_808
 
 
-def test_meta_model_has_the_same_structure():
-    model, state = gpt(), torch.get_rng_state()
+@pytest.mark.parametrize("shape", [{}, LLAMA])
+def test_meta_model_has_the_same_structure(shape):
+    model, state = gpt(**shape), torch.get_rng_state()
     meta = GPT.meta(model.config)
     assert torch.equal(torch.get_rng_state(), state)
-    assert meta.lm_head.weight is meta.transformer.wte.weight
+    assert (meta.lm_head.weight is meta.transformer.wte.weight) == model.config.tie
     actual, expected = meta.state_dict(), model.state_dict()
     assert {n: (t.shape, t.dtype) for n, t in actual.items()} == {n: (t.shape, t.dtype) for n, t in expected.items()}
     assert all(t.is_meta for t in actual.values())
 
 
-@pytest.mark.parametrize("bad", [dict(n_embd=33), dict(n_layer=0), dict(dropout=1.0)])
+BAD = [
+    dict(n_embd=33), dict(n_layer=0), dict(dropout=1.0), dict(n_kv_head=5), dict(n_head=0), dict(norm="batch"),
+    dict(norm_eps=0.0), dict(n_inner=0), dict(position="rotary", head_size=15),
+    dict(rope_scaling=dict.fromkeys(ROPE_SCALING, 1.0)), dict(position="rotary", rope_scaling={"factor": 8.0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD)
 def test_invalid_config(bad):
     with pytest.raises(ValueError, match="must be"):
         GPTConfig(**bad)

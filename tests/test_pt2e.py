@@ -53,8 +53,8 @@ def test_export_prepare_train_convert(pt2e, config, steps):
         if isinstance(module, pot.PackedPoTLinear | pot.PackedPoTEmbedding) and name != "transformer.wte":
             key = name.replace(".", "_") + "_weight"
             assert torch.equal(state[f"{key}_codes"], module.packed.codes), name
-            assert torch.equal(state[f"{key}_scale"], module.packed.scale), name
-    assert not [name for name, t in state.items() if t.ndim == 2 and t.is_floating_point() and "scale" not in name]
+            assert torch.equal(state[f"{key}_unit"], module.packed.unit), name
+    assert not [name for name, t in state.items() if t.ndim == 2 and t.is_floating_point() and "_unit" not in name]
     targets = {str(node.target) for node in exported.graph.nodes}
     assert "nanopot.dequantize.default" in targets and not any("quantize_per" in t for t in targets)
 
@@ -73,15 +73,15 @@ def test_odd_widths_and_computed_weights(pt2e):
     config = PoTConfig(granularity="channel")
     prepared = pt2e.prepare_qat_pt2e(torch.export.export(net, (x,)).module(), pt2e.PoTQuantizer(config))
     converted = pt2e.convert_pt2e(prepared)
-    w = pot.fake_quantize(net.odd.weight, pot.compute_scale(net.odd.weight, config), config)
+    w = pot.fake_quantize(net.odd.weight, pot.compute_unit(net.odd.weight, config), config)
     assert torch.allclose(converted(x), F.linear(F.linear(x, w), net.factor * 2), atol=1e-6)
 
 
 def test_operator(pt2e):
     w = torch.randn(6, 128)
     config = PoTConfig()
-    packed = pot.PackedWeight.pack(w, pot.compute_scale(w, config), config)
-    torch.library.opcheck(torch.ops.nanopot.dequantize, (packed.codes, packed.scale, 128, json.dumps(asdict(config))))
+    packed = pot.PackedWeight.pack(w, pot.compute_unit(w, config), config)
+    torch.library.opcheck(torch.ops.nanopot.dequantize, (packed.codes, packed.unit, 128, json.dumps(asdict(config))))
 
 
 CONFIG = PoTConfig()

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import gpt2
+from conftest import gpt2, transformers_model, write_tokenizer
 
 ROOT = Path(__file__).parent.parent
 # The demo's commands come first, because the commands of README.md start from its models.
@@ -38,7 +38,7 @@ SKIPPED = re.compile(
     "make |git |cd |pip |.*[.]gguf|sudo |aarch64|sh results/|torchrun |.*--wandb_log|.*--encoder=roberta-base"
     "|.*--protocol=paper|.*papers-(ptq(3|5|15|20|30)|uniform|qat|ours|control)"  # one row of the papers runs here
 )
-# Inputs for the data scripts, which would download them. For `gpt2`, the test writes a folder of that name.
+# Inputs for the data scripts, which would download them. For `gpt2` and `smollm2`, the test writes folders of that name.
 INPUTS = {"shakespeare_char": "input.txt", "openwebtext": "documents.jsonl", "wikitext2": "input.txt"}
 
 
@@ -50,12 +50,14 @@ def test_readme_names_make_demo_and_make_test():
 def test_commands(tmp_path, monkeypatch, capfd):
     """Runs the commands in the order of the pages, in a copy of the repository."""
     workdir = tmp_path / "nanopot"
-    ignored = shutil.ignore_patterns(".*", "out*", "gpt2*", "*.bin", "meta.json", "__pycache__", "wandb")
+    ignored = shutil.ignore_patterns(".*", "out*", "gpt2*", "smollm2*", "*.bin", "meta.json", "__pycache__", "wandb")
     shutil.copytree(ROOT, workdir, ignore=ignored)
     article = " = Title = \n\nFirst Citizen:\nBefore we proceed any further, hear me speak.\n\n"
     (tmp_path / "input.txt").write_text("".join(f"{article}{i}\n" for i in range(60)))
     (tmp_path / "documents.jsonl").write_text("".join(json.dumps({"text": f"{i} men " * 30}) + "\n" for i in range(60)))
     gpt2(vocab_size=50257, n_positions=96).save_pretrained(workdir / "gpt2")
+    transformers_model("llama grouped").save_pretrained(workdir / "smollm2")
+    write_tokenizer(workdir / "smollm2")
     monkeypatch.chdir(workdir)
     count = 0
     for line in COMMANDS:

@@ -543,10 +543,17 @@ def test_multi_byte_letters_are_streamed_whole(workdir, monkeypatch, capsys):
     from model import GPT
 
     monkeypatch.chdir(workdir)
-    ids = [*"ä\N{SNOWMAN}".encode(), 50256, 50300, 0xC3]  # the last byte starts a letter that never ends
+    ids = [
+        *"ä\N{SNOWMAN}".encode(),
+        50300,
+        0xC3,
+        50256,
+        65,
+    ]  # 0xC3 starts a letter that never ends; 50256 ends the text
     monkeypatch.setattr(GPT, "generate", lambda *args, **kwargs: (torch.tensor([[i]]) for i in ids))
     sample.main(sample.Settings(ckpt="gpt2", prompt="a", max_new_tokens=len(ids)))
-    assert capsys.readouterr().out == "aä\N{SNOWMAN}<|endoftext|>\N{REPLACEMENT CHARACTER}\n"
+    output = capsys.readouterr()
+    assert output.out == "aä\N{SNOWMAN}\N{REPLACEMENT CHARACTER}\n" and "--- 8 tokens" in output.err
 
 
 # --- sample.py ---
@@ -577,6 +584,97 @@ def test_text_is_streamed(workdir, float_run):
     process.wait()
 
 
+# --- a Llama-type model through every script ---
+
+
+def test_llama_through_every_script(workdir, sh, tmp_path):
+    """QAT with distillation, its float control, PTQ, eval, sampling and the exported folder, each with its tokenizer."""
+    common = "--dataset=openwebtext-llama --init_from=llama --block_size=32 --batch_size=2 --eval_interval=2"
+    pot = "--pot_bits=4 --pot_group_size=32 --calibrate_tokens=200"
+    done = sh(f"train.py {common} {pot} --distill=1 --max_iters=2 --out_dir=out-llama-qat")
+    assert "memory: at least" in done.stdout and "the float model to learn from" in done.stdout
+    sh(f"train.py {common} --max_iters=2 --out_dir=out-llama-control")
+    sh(f"train.py {common} {pot} --max_iters=0 --out_dir=out-llama-ptq")
+    for run in ("out-llama-qat", "out-llama-control", "out-llama-ptq"):
+        assert (workdir / run / "tokenizer.json").read_bytes() == (workdir / "llama" / "tokenizer.json").read_bytes()
+        assert sh(f"sample.py --ckpt={run} --prompt=mow --max_new_tokens=5").stdout.startswith("mow")
+        assert sh(f"sample.py --ckpt={run} --chat=True --prompt=mow --max_new_tokens=5").stdout
+    sh(f"train.py {common} {pot} --max_iters=4 --distill=1 --init_from=resume --out_dir=out-llama-qat")
+    done = sh("eval.py --ckpt=llama,out-llama-qat,out-llama-ptq --dataset=openwebtext-llama --json=llama.json")
+    rows = json.loads((workdir / "llama.json").read_text())["rows"]
+    assert [r["block_size"] for r in rows] == [96] * 3 and all(r["kl"] >= 0 for r in rows[1:])
+    assert 4 < rows[1]["bits_per_weight"] < 8 < rows[0]["bits_per_weight"]
+    (workdir / "a.txt").write_text("the men went to mow")
+    sh("eval.py --ckpt=out-llama-ptq --text=a.txt --json=llama.json")
+    assert json.loads((workdir / "llama.json").read_text())["rows"][0]["tokens"] == 17 - 1  # "the" is one token
+
+
+def test_configs_of_smollm2(workdir, sh):
+    """By a small Llama in the folder `smollm2`."""
+    shutil.copytree(workdir / "llama", workdir / "smollm2")
+    shutil.copytree(workdir / "data" / "openwebtext-llama", workdir / "data" / "openwebtext-smollm2")
+    few = "--calibrate_tokens=200 --eval_tokens=200"
+    sh(f"train.py config/ptq_smollm2_pot4.py {few}")
+    done = sh(f"train.py config/finetune_smollm2_pot4.py {few} --max_iters=2 --batch_size=2 --block_size=96")
+    assert "QAT, PoT 4 bits, groups of 64" in done.stdout
+    done = sh("eval.py --ckpt=smollm2,out-smollm2-ptq4,out-smollm2-pot4 --dataset=openwebtext-smollm2 --tokens=300")
+    rows = rows_of(workdir, done)
+    assert [r["method"] for r in rows] == ["float", "PTQ, GPTQ on 192 tokens", "QAT"]
+
+
+def test_a_model_trained_from_scratch_keeps_the_tokenizer_of_its_data(workdir, sh):
+    shape = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --batch_size=2 --max_iters=1"
+    sh(f"train.py --dataset=openwebtext-llama {shape} --out_dir=out-scratch-llama")
+    assert sh("sample.py --ckpt=out-scratch-llama --prompt=the --max_new_tokens=3").stdout.startswith("the")
+
+
+def test_gpt2_keeps_its_tokenizer_beside_it(workdir, sh, monkeypatch):
+    sh(
+        "train.py --dataset=openwebtext --init_from=gpt2 --max_iters=0 --pot_bits=4 --eval_tokens=200 --out_dir=out-gpt2-kept"
+    )
+    monkeypatch.setitem(sys.modules, "tiktoken", None)  # sampling needs it no more
+    assert sh("sample.py --ckpt=out-gpt2-kept --prompt=Hello --max_new_tokens=3").stdout.startswith("Hello")
+
+
+def test_conversation_on_a_terminal(workdir, monkeypatch, capsys):
+    import builtins
+
+    import sample
+    from model import GPT
+    from tokenizer import FileTokenizer
+
+    monkeypatch.chdir(workdir)
+    named, asked, lines = FileTokenizer("llama"), [], iter(["and why?"])
+
+    def generate(model, ids, *args, **kwargs):
+        asked.append(named.decode(ids[0].tolist()))
+        yield from (torch.tensor([[i]]) for i in [*named.encode("so"), 0, 5])  # 0 is <|im_end|>
+
+    def type_line(prompt):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr(GPT, "generate", generate)
+    monkeypatch.setattr(builtins, "input", type_line)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    sample.main(sample.Settings(ckpt="llama", chat=True, prompt="why?"))
+    first = "<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert asked == [first, first + "so<|im_end|>\n<|im_start|>user\nand why?<|im_end|>\n<|im_start|>assistant\n"]
+    assert capsys.readouterr().out == "so\nso\n\n"
+
+
+def test_models_that_do_not_fit_are_refused_before_the_first_step(workdir, sh, monkeypatch):
+    import train
+
+    monkeypatch.setattr(train, "free_memory", lambda device: 2_000_000)
+    common = "--dataset=openwebtext-llama --init_from=llama --block_size=96 --batch_size=2 --out_dir=out-too-large"
+    done = sh(f"train.py {common} --pot_bits=4 --pot_group_size=32 --distill=1 --max_iters=2", ok=False)
+    assert "GiB free: lower batch_size" in done.stderr and "or leave distill out" in done.stderr
+    assert not (workdir / "out-too-large").exists()
+
+
 # --- errors: each prints one line, exits with status 2 and overwrites nothing ---
 
 
@@ -594,6 +692,12 @@ def test_text_is_streamed(workdir, float_run):
          "n_layer=3, but out-float was trained with n_layer=2"),
         ("train.py --dataset=tiny --init_from=resume --out_dir={float} --pot_bits=4", "resume with the same"),
         ("train.py --dataset=other --init_from={float} --out_dir=x", "another vocabulary"),
+        ("eval.py --ckpt=llama --dataset=openwebtext",
+         "prepare that text for it by `python data/DATASET/prepare.py --tokenizer=llama --out=openwebtext`"),
+        ("eval.py --ckpt=gpt2 --dataset=openwebtext-llama", "--tokenizer=gpt2 --out=openwebtext-llama`"),
+        ("sample.py --ckpt={float} --chat=True --prompt=a", "has no chat template, so it is no instruct model"),
+        ("sample.py --ckpt=llama --chat=True", "the prompt is empty"),
+        ("sample.py --ckpt=llama --chat=True --prompt=a --num_samples=2", "num_samples must be 1"),
         ("train.py --dataset=tiny --block_size=100000 --out_dir=x", "lower block_size"),
         ("train.py --dataset=tiny --n_embd=65 --out_dir=x", "n_embd=65 must be a multiple"),
         ("train.py --dataset=tiny --n_embd=32 --n_head=2 --n_layer=1 --block_size=8 --pot_bits=4 --out_dir=x",

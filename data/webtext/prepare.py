@@ -22,12 +22,15 @@ from configurator import run  # noqa: E402
 @dataclass
 class Settings:
     input: str | None = None  # .jsonl or text files to use instead of the streams, with commas between them
+    tokenizer: str = "gpt2"  # or a folder with a tokenizer.json, or a model's name on the hub
+    out: str | None = None  # folder to write under data/; None: this one
 
 
 def main(s: Settings):
     reviews = dataset.stream_documents("stanfordnlp/imdb", ("train", "test", "unsupervised"))
     streamed = chain(islice(dataset.stream_documents(**dataset.OPENWEBTEXT), 1000), reviews)
-    dataset.write_documents(here, dataset.read_documents(s.input) if s.input else streamed)
+    folder = dataset.folder(here, s.out)
+    dataset.write_documents(folder, dataset.read_documents(s.input) if s.input else streamed, s.tokenizer)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """
-WikiText-2 (raw) in GPT-2's tokens, with its own three splits.
+WikiText-2 (raw) in the tokens of GPT-2 or of another model, with its own three splits.
 
     python data/wikitext2/prepare.py                                # downloads it, 5 MB
     python data/wikitext2/prepare.py --input TRAIN,VALID,TEST       # from its three files
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(here)))
 import dataset  # noqa: E402
+import tokenizer  # noqa: E402
 from configurator import run  # noqa: E402
 
 HUB = "Salesforce/wikitext"
@@ -26,19 +27,25 @@ HUB = "Salesforce/wikitext"
 class Settings:
     # the files train, valid and test with commas between them, or one of them; None: download
     input: str | None = None
+    tokenizer: str = "gpt2"  # or a folder with a tokenizer.json, or a model's name on the hub
+    out: str | None = None  # folder to write under data/; None: this one
 
 
 def main(s: Settings):
     paths = s.input.split(",") if s.input else []
     if len(paths) == 1:
         articles = re.split(r"^(?= = [^=])", dataset.read_text(paths[0]), flags=re.MULTILINE)
-        dataset.write_documents(here, articles)
+        dataset.write_documents(dataset.folder(here, s.out), articles, s.tokenizer)
         return
     if len(paths) not in (0, 3):
         raise ValueError(f"--input names {len(paths)} files: pass train, valid and test, or one file")
-    bpe = dataset.BPETokenizer()
+    named = tokenizer.named(s.tokenizer)
     texts = [dataset.read_text(path) for path in paths] or download()
-    dataset.write(here, dataset.GPT2, ((split, bpe.encode(text)) for split, text in zip(dataset.SPLITS, texts)))
+    pieces = ((split, named.encode(text)) for split, text in zip(dataset.SPLITS, texts))
+    folder = dataset.folder(here, s.out)
+    dataset.write(folder, named.meta, pieces)
+    if named.meta != tokenizer.GPT2:
+        tokenizer.keep(folder, named.meta, s.tokenizer)
 
 
 def download():

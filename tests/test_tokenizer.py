@@ -1,0 +1,104 @@
+"""tokenizer.py against transformers."""
+
+import json
+
+import pytest
+from conftest import CHAT, write_tokenizer
+
+import tokenizer
+from tokenizer import FileTokenizer, tokenizer_of
+
+MESSAGES = [
+    {"role": "user", "content": "Why is the sky blue?"},
+    {"role": "assistant", "content": "Because of the air."},
+    {"role": "user", "content": 'the na\u00efve caf\u00e9 \u65e5\u672c <|im_end|> "quoted"'},
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_tokenizer(tmp_path, first=True)
+    return tmp_path
+
+
+def test_encoding_equals_transformers(folder):
+    transformers = pytest.importorskip("transformers")
+    reference, own = transformers.AutoTokenizer.from_pretrained(folder), FileTokenizer(str(folder))
+    for text in ("", "the other", MESSAGES[2]["content"], "  a\n\n b "):
+        ids = own.encode(text)
+        assert ids == reference(text)["input_ids"] and ids[0] == 1
+        assert own.decode(ids) == reference.decode(ids) == "".join(own.stream(ids))
+    # a letter comes with its last byte, and a row without a token is skipped
+    pieces = list(own.stream([*own.encode("\u65e5", special=False), 280, 0]))
+    assert [p for p in pieces if p] == ["\u65e5", "<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHAT,
+        "{%- for m in messages -%}\n  {% if m.role == 'user' %}\n[{{ m['content'] | tojson }}]\n  {% continue %}\n  {% endif %}\n"
+        "{{ m.content | trim }}{{ eos_token }}\n{%- endfor %}{{ bos_token }}",
+    ],
+)
+def test_chat_equals_transformers(folder, template):
+    transformers = pytest.importorskip("transformers")
+    (folder / "chat_template.jinja").write_text(template)
+    reference, own = transformers.AutoTokenizer.from_pretrained(folder), FileTokenizer(str(folder))
+    for messages in (MESSAGES[:1], MESSAGES):
+        expected = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert own.encode_chat(messages) == expected
+
+
+def test_chat_template_that_fails_or_is_missing(folder):
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ValueError, match="the chat template of .* fails: roles must alternate"):
+        FileTokenizer(str(folder)).encode_chat(MESSAGES)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="has no chat template"):
+        FileTokenizer(str(folder)).encode_chat(MESSAGES)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for form in (CHAT, [{"name": "tools", "template": "x"}, {"name": "default", "template": CHAT}]):  # older folders
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": form}))
+        assert FileTokenizer(str(folder)).template == CHAT
+
+
+def test_stop_tokens(folder):
+    assert FileTokenizer(str(folder)).stops == {0, 2}  # eos_token, and <|endoftext|>
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 5]}))
+    assert FileTokenizer(str(folder)).stops == {0, 1, 2, 5}
+    assert FileTokenizer(str(folder)).end_of_text == 2
+
+
+def test_meta_names_the_vocabulary(folder, tmp_path_factory):
+    own = FileTokenizer(str(folder))
+    other = tmp_path_factory.mktemp("other")
+    write_tokenizer(other)
+    assert FileTokenizer(str(other)).meta == own.meta  # what surrounds a text does not matter
+    file = json.loads((other / "tokenizer.json").read_text())
+    file["model"]["vocab"]["new"] = 261
+    (other / "tokenizer.json").write_text(json.dumps(file))
+    assert FileTokenizer(str(other)).meta["digest"] != own.meta["digest"]
+    with pytest.raises(ValueError, match="is not that of its model"):
+        tokenizer_of(own.meta, str(other))
+    (other / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer.json is damaged"):
+        tokenizer_of(own.meta, str(other))
+    (other / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="has no tokenizer.json"):
+        tokenizer_of(own.meta, str(other))
+    for damaged in ({"tokenizer": "file"}, own.meta | {"vocab_size": -1}, {"tokenizer": "sentences"}, 0.5):
+        with pytest.raises(ValueError, match="unknown tokenizer"):
+            tokenizer.vocab_size(damaged)
+
+
+def test_tokenizer_is_kept_beside_a_checkpoint(folder, tmp_path_factory):
+    own, kept = FileTokenizer(str(folder)), tmp_path_factory.mktemp("kept")
+    tokenizer.keep(str(kept), own.meta, str(folder))
+    tokenizer.keep(str(kept), own.meta, str(kept))  # as a resumed run does
+    assert tokenizer_of(own.meta, str(kept)).encode_chat(MESSAGES) == own.encode_chat(MESSAGES)
+    characters = tmp_path_factory.mktemp("characters")
+    tokenizer.keep(str(characters), {"tokenizer": "char", "chars": "abc"})
+    assert not list(characters.iterdir())
+    with pytest.raises(ValueError, match="has no tokenizer.json to keep"):
+        tokenizer.keep(str(kept), own.meta, str(characters))

@@ -1,0 +1,369 @@
+"""
+Tokenizers: characters, GPT-2's byte pairs (tiktoken downloads them), and what other models bring along, a tokenizer.json.
+A data set's meta.json and a checkpoint name their tokenizer by a small dict, the meta:
+
+    {"tokenizer": "char", "chars": "..."}
+    {"tokenizer": "gpt2"}
+    {"tokenizer": "file", "vocab_size": 49152, "digest": "..."}    # of the vocabulary; the file lies beside the checkpoint
+
+Models of the Hugging Face hub are downloaded here, too, because they may be needed for their tokenizer alone.
+"""
+
+import codecs
+import gc
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+
+HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short names; others are org/name
+GPT2 = {"tokenizer": "gpt2"}
+GPT2_DIGEST = "853190d1ed1b5a46c112ce5b3dc8ae79"
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+FILES += ("generation_config.json",)  # it lists the tokens that end an answer
+
+
+class _Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    stops, template = frozenset(), None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of each token as it comes. A token may be a part of a letter."""
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        for i in ids:
+            yield utf8.decode(self.decode_bytes([i]))
+        yield utf8.decode(b"", final=True)
+
+
+class CharTokenizer(_Bytes):
+    """One token per character."""
+
+    def __init__(self, chars: str):
+        self.chars = chars
+        self.ids = {c: i for i, c in enumerate(chars)}
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.chars)
+
+    @property
+    def meta(self) -> dict:
+        return {"tokenizer": "char", "chars": self.chars}
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return [self.ids[c] for c in text]
+        except KeyError as e:
+            raise ValueError(
+                f"the character {e.args[0]!r} is not in this model's vocabulary of {len(self.chars)} characters"
+            ) from None
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return "".join(self.chars[i] for i in ids).encode()
+
+
+class BPETokenizer(_Bytes):
+    """GPT-2's byte pairs. tiktoken downloads them at the first use."""
+
+    vocab_size = 50257
+    end_of_text = 50256
+    stops = frozenset([50256])
+    meta = GPT2
+
+    def __init__(self):
+        import tiktoken
+
+        try:
+            self.bpe = tiktoken.get_encoding("gpt2")
+        except OSError as e:
+            raise ValueError(
+                f"cannot download GPT-2's byte pairs ({type(e).__name__}): connect once, or copy a cache of tiktoken's "
+                "from a machine that has it and set TIKTOKEN_CACHE_DIR to it"
+            ) from None
+        # tiktoken keeps its table in Rust. The Python table that it was made from only takes 8 MB.
+        self.bpe._mergeable_ranks = None
+        gc.collect()
+
+    def encode(self, text: str) -> list[int]:
+        return self.bpe.encode(text, allowed_special="all")
+
+    def encode_documents(self, texts: list[str]) -> list[list[int]]:
+        """An end-of-text token follows each. <|endoftext|> inside of one is plain text."""
+        return [ids + [self.end_of_text] for ids in self.bpe.encode_ordinary_batch(texts)]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        # A model may have more rows than tokens, so that the vocabulary is a multiple of 64 or 128.
+        return self.bpe.decode_bytes([i for i in ids if i < self.vocab_size])
+
+
+class FileTokenizer:
+    """The tokenizer.json of a folder. Raises ValueError if it is missing or damaged."""
+
+    def __init__(self, folder: str):
+        from tokenizers import Tokenizer
+
+        self.folder, path = folder, os.path.join(folder, "tokenizer.json")
+        if not os.path.exists(path):
+            raise ValueError(f"{folder} has no tokenizer.json: copy it there from the model that it comes from")
+        try:
+            self.tokenizer = Tokenizer.from_file(path)
+        except Exception as e:  # tokenizers raises Exception itself
+            raise ValueError(f"{path} is damaged: {e}") from None
+        config = _read_json(folder, "tokenizer_config.json")
+        self.special = {key: _content(config.get(key)) or "" for key in ("bos_token", "eos_token", "pad_token")}
+        known = self.tokenizer.token_to_id
+        ends = ("<|endoftext|>", "<|end_of_text|>", self.special["eos_token"])  # an instruct model's eos ends an answer
+        self.end_of_text = next((known(t) for t in ends if known(t) is not None), None)
+        stops = _read_json(folder, "generation_config.json").get("eos_token_id")
+        stops = stops if isinstance(stops, list) else [stops]
+        self.stops = frozenset([*stops, known(self.special["eos_token"]), self.end_of_text]) - {None}
+        self.template = config.get("chat_template")
+        if isinstance(self.template, list):  # several by name
+            self.template = next((t["template"] for t in self.template if t.get("name") == "default"), None)
+        path = os.path.join(folder, "chat_template.jinja")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                self.template = f.read()
+        self._vocabulary = None
+
+    @property
+    def meta(self) -> dict:
+        if self._vocabulary is None:
+            vocabulary = sorted(self.tokenizer.get_vocab(with_added_tokens=True).items())
+            digest = hashlib.blake2b(json.dumps(vocabulary).encode(), digest_size=16).hexdigest()
+            size = 1 + max((i for _, i in vocabulary), default=-1)
+            self._vocabulary = {"tokenizer": "file", "vocab_size": size, "digest": digest}
+        return GPT2 if self._vocabulary["digest"] == GPT2_DIGEST else self._vocabulary
+
+    @property
+    def vocab_size(self) -> int:
+        return vocab_size(self.meta)
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """special: with what the model expects around a text, such as Llama's first token."""
+        return self.tokenizer.encode(text, add_special_tokens=special).ids
+
+    def encode_documents(self, texts: list[str]) -> list[list[int]]:
+        """An end-of-text token follows each. Special tokens inside of one are plain text."""
+        self.tokenizer.encode_special_tokens = True
+        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=True)
+        self.tokenizer.encode_special_tokens = False
+        end = [] if self.end_of_text is None else [self.end_of_text]
+        return [e.ids + (end if e.ids[-1:] != end else []) for e in encoded]
+
+    def special_ids(self) -> dict[str, int | None]:
+        """{"bos_token_id", "eos_token_id"}, as a config.json has them."""
+        return {f"{name}_id": self.tokenizer.token_to_id(self.special[name]) for name in ("bos_token", "eos_token")}
+
+    def byte_pairs(self) -> tuple[list[str], list[str], set[int], str]:
+        """(tokens by id, merges, ids of special tokens, llama.cpp's name of the way to cut text into words).
+
+        Raises ValueError for a tokenizer that does not merge bytes, or cuts text in a way that is not known here.
+        """
+        file = json.loads(self.tokenizer.to_str())
+        cut = json.dumps(file["pre_tokenizer"])
+        patterns = {"{1,3}": "llama-bpe", "\\\\p{N}": "qwen2", "individual_digits": "smollm", "": "gpt-2"}
+        pre = next(name for pattern, name in patterns.items() if pattern in cut)
+        if file["model"]["type"] != "BPE" or file["model"].get("byte_fallback") or "ByteLevel" not in cut:
+            raise ValueError(f"the tokenizer of {self.folder} does not merge bytes, as a .gguf file of ours has it")
+        by_id = {i: t for t, i in self.tokenizer.get_vocab(with_added_tokens=True).items()}
+        tokens = [by_id.get(i, f"[PAD{i}]") for i in range(self.vocab_size)]
+        merges = [m if isinstance(m, str) else " ".join(m) for m in file["model"]["merges"]]
+        return tokens, merges, {t["id"] for t in file["added_tokens"] if t["special"]}, pre
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of each token as it comes. A token may be a part of a letter."""
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=False)
+        for i in ids:
+            yield stream.step(self.tokenizer, i) or ""
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Tokens of a conversation and of the beginning of the answer. messages: {"role", "content"} each.
+
+        Raises ValueError without a chat template, and if the template refuses the conversation.
+        """
+        if self.template is None:
+            raise ValueError(f"{self.folder} has no chat template, so it is no instruct model: leave chat out")
+        from jinja2 import TemplateError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def refuse(message):
+            raise TemplateError(message)
+
+        # The environment that transformers gives to a template.
+        jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        jinja.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+        jinja.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        try:
+            template = jinja.from_string(self.template)
+            text = template.render(messages=messages, add_generation_prompt=True, **self.special)
+        except TemplateError as e:
+            raise ValueError(f"the chat template of {self.folder} fails: {e}") from None
+        return self.encode(text, special=False)
+
+
+def _read_json(folder, name):
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged")
+    return content
+
+
+def _content(token):
+    """Text of a special token, which may be written as a dict."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+Tokenizer = CharTokenizer | BPETokenizer | FileTokenizer
+
+
+def tokenizer_of(meta: dict, folder: str | None = None) -> Tokenizer:
+    """The tokenizer that meta.json or a checkpoint describes. folder: the checkpoint, or a name on the hub, which keeps
+    its tokenizer.json."""
+    kind = meta.get("tokenizer") if isinstance(meta, dict) else None
+    if kind == "file" or meta == GPT2 and folder is not None:
+        folder = local_folder(folder, FILES)
+        if kind == "file" or os.path.exists(os.path.join(folder, "tokenizer.json")):
+            tokenizer = FileTokenizer(folder)
+            if kind == "file" and tokenizer.meta != meta:
+                raise ValueError(f"the tokenizer.json of {folder} is not that of its model: copy the right one there")
+            return tokenizer
+    if meta == GPT2:
+        return BPETokenizer()
+    if kind != "char" or not isinstance(meta.get("chars"), str):
+        raise ValueError("unknown tokenizer: expected one of characters, of GPT-2's byte pairs, or a tokenizer.json")
+    return CharTokenizer(meta["chars"])
+
+
+def named(name: str) -> BPETokenizer | FileTokenizer:
+    """The tokenizer of a setting --tokenizer: "gpt2", a folder with a tokenizer.json, or a name on the hub."""
+    if name == "gpt2" and not os.path.isdir(name):
+        return BPETokenizer()
+    if not os.path.isdir(name) and not is_hub_name(name):
+        raise ValueError(
+            f"no folder {name}: pass gpt2, a folder with a tokenizer.json, or a name on the hub (org/name)"
+        )
+    return FileTokenizer(local_folder(name, FILES))
+
+
+def vocab_size(meta: dict) -> int:
+    """Number of tokens. Downloads nothing."""
+    if isinstance(meta, dict) and meta.get("tokenizer") == "file":
+        if type(meta.get("vocab_size")) is not int or meta["vocab_size"] < 1 or not isinstance(meta.get("digest"), str):
+            raise ValueError(f"unknown tokenizer: {meta}")
+        return meta["vocab_size"]
+    return BPETokenizer.vocab_size if meta == GPT2 else tokenizer_of(meta).vocab_size
+
+
+def keep(folder: str, meta: dict, source: str | None = None) -> None:
+    """Puts the tokenizer that meta describes beside a checkpoint or a data set, from `source`: a folder or a name on the
+    hub. GPT-2's comes from tiktoken if the source has none, and is left out if there is no network."""
+    if meta.get("tokenizer") == "char":
+        return
+    source = None if source is None else local_folder(source, FILES)
+    if source is not None and os.path.exists(os.path.join(source, "tokenizer.json")):
+        if not os.path.samefile(source, folder):
+            for name in FILES:
+                if os.path.exists(os.path.join(source, name)):
+                    shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
+    elif meta != GPT2:
+        raise ValueError(f"{source} has no tokenizer.json to keep in {folder}: copy it there")
+    elif not os.path.exists(os.path.join(folder, "tokenizer.json")):
+        try:
+            write_gpt2(folder)
+        except ValueError:
+            pass
+
+
+def write_gpt2(folder: str, context: int = 1024) -> None:
+    """Writes tokenizer.json and tokenizer_config.json of GPT-2's byte pairs, made from tiktoken's."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens, merges = gpt2_vocabulary()
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(tokens[-1], special=True, normalized=False)])
+    tokenizer.save(os.path.join(folder, "tokenizer.json"))
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokens[-1])
+    config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": context, **special}
+    with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
+        json.dump(config, f, indent=1)
+
+
+def gpt2_vocabulary() -> tuple[list[str], list[str]]:
+    """GPT-2's (tokens by id, merges by rank), in the letters of its files: a printable byte is its own letter, the
+    other bytes are the letters from 256 on."""
+    bpe = BPETokenizer()
+    end = bpe.end_of_text
+    tokens = [bpe.decode_bytes([i]) for i in range(end)]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    rank, merges = {t: i for i, t in enumerate(tokens)}, []
+
+    def spelled(token):
+        return "".join(letters[b] for b in token)
+
+    for token in tokens:
+        parts = [bytes([b]) for b in token]
+        # A token is the merge of two halves. Merging all lower ranks leaves these two.
+        while len(parts) > 2:
+            i = min(range(len(parts) - 1), key=lambda i: rank.get(parts[i] + parts[i + 1], end))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append(" ".join(map(spelled, parts)))
+    return [*map(spelled, tokens), "<|endoftext|>"], merges
+
+
+# --- the hub ---
+
+
+def is_hub_name(name: str) -> bool:
+    """Is it gpt2, gpt2-medium, ..., or org/name? An existing folder of that name takes precedence."""
+    return not os.path.isdir(name) and (name in HUB or bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)))
+
+
+def local_folder(name: str, files: Iterable[str], required: Iterable[str] = (), offline: bool = False) -> str:
+    """The folder itself, or that of the hub's cache, filled at the first use with `files` (patterns).
+
+    Raises ValueError if it cannot be downloaded, or if none of the patterns `required` is there.
+    """
+    if not is_hub_name(name):
+        return name
+    from huggingface_hub import snapshot_download
+
+    repository = f"openai-community/{name}" if name in HUB else name
+    try:
+        folder = snapshot_download(repository, allow_patterns=list(files), local_files_only=offline)
+        for choices in required:
+            if not any(os.path.exists(os.path.join(folder, file)) for file in choices):
+                raise FileNotFoundError(f"there is no {' or '.join(choices)}")
+        return folder
+    except Exception as e:  # of requests, httpx or the hub, by version and by the state of the network
+        place = "" if name in HUB else f"there is no folder {name}, and "
+        raise ValueError(
+            f"{place}cannot download {name} from the Hugging Face hub ({type(e).__name__}): check the name and the "
+            "network, or pass a folder that holds its config.json and model.safetensors"
+        ) from None
