@@ -30,19 +30,22 @@ from torch.ao.quantization import default_dynamic_qconfig, float_qparams_weight_
 
 import checkpoint
 import machine
-import pot
 import pot_kernel
 from checkpoint import CheckpointInfo
 from configurator import check_minimum, run
 from model import GPT, GPTConfig, KVCache
-from pot import PoTConfig, PoTQuantizer, convert, packed_state, prepare
+from pot import PoTConfig, PoTQuantizer, allow_int8_activations, convert, packed_state, prepare
 
 SHAPES = {  # settings of GPTConfig
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
-}
+    "smollm2-135m": dict(
+        n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_inner=1536, vocab_size=49152, norm="rms", position="rotary",
+        rope_theta=1e5, mlp="swiglu", bias=False,
+    ),
+}  # fmt: skip
 PACKED = {  # absmax because it is quick to compute; the scale makes no difference to speed
     "int4": PoTConfig(grid="uniform", scale="absmax"),  # the same kernel with another table
     "pot4": PoTConfig(scale="absmax"),
@@ -79,7 +82,7 @@ class Settings:
     what: str = "speed"
     # folder of a float checkpoint, or gpt2, gpt2-medium, ...; None: random weights
     ckpt: str | None = None
-    model: str = "gpt2"  # shape of the random weights: gpt2, gpt2-medium, gpt2-large or gpt2-xl
+    model: str = "gpt2"  # shape of the random weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl or smollm2-135m
     n_layer: int | None = None  # fewer layers than the shape has, for shapes that do not fit into memory
     vocab_multiple: int = 1  # the vocabulary is padded to a multiple of this, for example 64
     rounds: int = 5  # in each round everything is measured once, in turn
@@ -245,7 +248,7 @@ class Way:
             self.model.compile()  # dynamic=True makes thousands of symbols; lengths become symbols when they change
         if format in PACKED:
             if way == "int8":
-                round_inputs(self.model)
+                allow_int8_activations(self.model)
             self.decoder = checkpoint.make_decoder(self.model)
 
     def use(self):
@@ -283,11 +286,6 @@ class Way:
         return sum(t.nbytes for n, t in packed_state(self.model)[0].items() if not n.startswith("transformer.wpe."))
 
 
-def round_inputs(model):
-    """Lets a packed model round the inputs of its layers, which is faster."""
-    pot.allow_int8_activations(model)
-
-
 def reorder_weight(module):
     """Makes a linear layer keep its weight in oneDNN's own order, so that no call has to reorder it.
 
@@ -307,9 +305,8 @@ def load_ways(s, files, expected, tokens):
         start = time.perf_counter()
         try:
             w = Way(format, way, files[format])
-            cache = KVCache(
-                PROMPT + 1 + s.new_tokens, torch.float16 if w.decoder else None
-            )  # of the size that generate uses, to compile only once
+            # of the size that generate uses, to compile only once
+            cache = KVCache(PROMPT + 1 + s.new_tokens, torch.float16 if w.decoder else None)
             w.model(tokens[:, :PROMPT], cache=cache)
             last = tokens[:, PROMPT : PROMPT + 1]
             logits = w.decoder(last, cache) if w.decoder else w.model(last, cache=cache)[:, -1]
@@ -497,16 +494,26 @@ def write_gguf(gguf, model, path):
             f"a vocabulary of {c.vocab_size} keeps llama.cpp from its fast code, which takes up to 16 rows of weights "
             "at once: pass --vocab_multiple=64"
         )
-    writer = gguf.GGUFWriter(path, "gpt2")
-    sizes = {"context_length": c.block_size, "embedding_length": c.n_embd, "feed_forward_length": 4 * c.n_embd}
-    sizes |= {"block_count": c.n_layer, "attention.head_count": c.n_head, "vocab_size": c.vocab_size}
-    for key, size in sizes.items():
-        writer.add_uint32(f"gpt2.{key}", size)
-    writer.add_layer_norm_eps(1e-5)
+    writer = gguf.GGUFWriter(path, "llama" if c.position == "rotary" else "gpt2")
+    sizes = {"context_length": c.block_size, "embedding_length": c.n_embd, "feed_forward_length": c.n_inner}
+    sizes |= {"block_count": c.n_layer, "attention.head_count": c.n_head, "attention.head_count_kv": c.n_kv_head}
+    for key, size in (sizes | {"rope.dimension_count": c.head_size, "vocab_size": c.vocab_size}).items():
+        writer.add_uint32(f"{writer.arch}.{key}", size)
+    writer.add_layer_norm_eps(c.norm_eps)
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    writer.add_rope_freq_base(c.rope_theta)
     writer.add_tokenizer_model("no_vocab")  # llama-bench makes up tokens
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, c.n_layer)
-    for name, p in model.named_parameters():  # without the head, which is the token table
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), p.detach().numpy())
+    split, kv = {}, c.n_kv_head * c.head_size
+    if writer.arch == "llama":  # the rows of queries and keys keep our order, which makes no difference to speed
+        split["attn_qkv"] = ("attn_q", "attn_k", "attn_v"), (c.n_head * c.head_size, kv, kv)
+        split["ffn_up"] = ("ffn_gate", "ffn_up"), (c.n_inner, c.n_inner)
+    for name, p in model.named_parameters():  # without the head, if it is the token table
+        name = names.get_name(name, (".weight", ".bias"))
+        own = name.split(".")[-2]
+        parts, rows = split.get(own, ((own,), len(p)))
+        for part, t in zip(parts, p.detach().split(rows)):
+            writer.add_tensor(name.replace(own, part), t.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -531,7 +538,7 @@ def single_layers(s, model):
             convert(packed)
             expected = F.linear(x, packed[0].weight, packed[0].bias)
             if way == "int8":
-                round_inputs(packed)
+                allow_int8_activations(packed)
             for n in ROWS:
                 error = relative_error(packed(x[:n]), expected[:n])
                 if not error <= WAYS[format][way]:

@@ -134,6 +134,30 @@ def test_llama_cpp(workdir, tmp_path, sh, monkeypatch):
     assert "pip install gguf" in sh(command, ok=False).stderr
 
 
+def test_gguf_of_a_llama(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    import bench
+
+    torch.manual_seed(0)
+    model = bench.build(bench.Settings(model="smollm2-135m", n_layer=1))
+    bench.write_gguf(gguf, model, tmp_path / "F32.gguf")
+    reader = gguf.GGUFReader(tmp_path / "F32.gguf")
+    assert reader.get_field("general.architecture").contents() == "llama"
+    sizes = {"attention.head_count": 9, "attention.head_count_kv": 3, "feed_forward_length": 1536, "vocab_size": 49152}
+    assert all(reader.get_field(f"llama.{key}").contents() == value for key, value in sizes.items())
+    tensors = {t.name: torch.from_numpy(np.array(t.data)) for t in reader.tensors}
+    block = model.transformer.h[0]
+    for expected, names in (
+        (block.attn.c_attn, ("attn_q", "attn_k", "attn_v")),
+        (block.mlp.c_fc, ("ffn_gate", "ffn_up")),
+    ):
+        assert torch.equal(torch.cat([tensors.pop(f"blk.0.{name}.weight") for name in names]), expected.weight)
+    others = {"blk.0.attn_output": block.attn.c_proj, "blk.0.ffn_down": block.mlp.c_proj, "blk.0.attn_norm": block.ln_1}
+    others |= {"blk.0.ffn_norm": block.ln_2, "output_norm": model.transformer.ln_f, "token_embd": model.transformer.wte}
+    assert tensors.keys() == {f"{name}.weight" for name in others}
+    assert all(torch.equal(tensors[f"{name}.weight"], module.weight) for name, module in others.items())
+
+
 def test_batches_and_prompt_are_what_the_figures_say(monkeypatch):
     """Counts the tokens that a way reads while it is timed."""
     import bench
