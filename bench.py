@@ -30,19 +30,22 @@ from torch.ao.quantization import default_dynamic_qconfig, float_qparams_weight_
 
 import checkpoint
 import machine
-import pot
 import pot_kernel
 from checkpoint import CheckpointInfo
 from configurator import check_minimum, run
 from model import GPT, GPTConfig, KVCache
-from pot import PoTConfig, PoTQuantizer, convert, packed_state, prepare
+from pot import PoTConfig, PoTQuantizer, allow_int8_activations, convert, packed_state, prepare
 
 SHAPES = {  # settings of GPTConfig
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
-}
+    "smollm2-135m": dict(
+        n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_inner=1536, vocab_size=49152, norm="rms", position="rotary",
+        rope_theta=1e5, mlp="swiglu", bias=False,
+    ),
+}  # fmt: skip
 PACKED = {  # absmax because it is quick to compute; the scale makes no difference to speed
     "int4": PoTConfig(grid="uniform", scale="absmax"),  # the same kernel with another table
     "pot4": PoTConfig(scale="absmax"),
@@ -61,6 +64,14 @@ LLAMA = ("Q4_0", "IQ4_NL", "Q4_K", "MXFP4", "Q8_0", "F32")  # llama.cpp's format
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)  # of inputs of single layers
 COPIES = 200_000_000  # bytes of float32 among which single layers rotate, so that no weight stays in the cache
 BATCHES = {"decode": 1, "decode8": 8, "decode16": 16}  # sequences decoded at once
+RANGE = "{:.1f} ({:.1f}, {:.1f})"
+COLUMNS = (  # of the table: head, width, key of a row, what is shown of its median and quartiles
+    ("decode", 24, "decode_tok_s", RANGE), ("ratio", 7, "decode_ratio", "{:.2f}"),
+    ("/best", 7, "decode_ratio_best", "{:.2f}"), ("share", 7, "bandwidth_share", "{:.0%}"),
+    ("8 rows", 9, "decode8_tok_s", "{:.1f}"), ("ratio", 7, "decode8_ratio", "{:.2f}"),
+    ("16 rows", 9, "decode16_tok_s", "{:.1f}"), ("ratio", 7, "decode16_ratio", "{:.2f}"),
+    ("prompt", 27, "prompt_tok_s", RANGE), ("ratio", 7, "prompt_ratio", "{:.2f}"),
+)  # fmt: skip
 PROMPT = 32  # tokens before the decoded ones
 SEED = 1337  # of weights and tokens
 
@@ -71,7 +82,7 @@ class Settings:
     what: str = "speed"
     # folder of a float checkpoint, or gpt2, gpt2-medium, ...; None: random weights
     ckpt: str | None = None
-    model: str = "gpt2"  # shape of the random weights: gpt2, gpt2-medium, gpt2-large or gpt2-xl
+    model: str = "gpt2"  # shape of the random weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl or smollm2-135m
     n_layer: int | None = None  # fewer layers than the shape has, for shapes that do not fit into memory
     vocab_multiple: int = 1  # the vocabulary is padded to a multiple of this, for example 64
     rounds: int = 5  # in each round everything is measured once, in turn
@@ -90,22 +101,20 @@ class Settings:
 
 
 def main(s: Settings):
-    measures = {"speed": (speed, "bench"), "rows": (rows, "bench_rows"), "qat": (qat, "bench_qat")}
+    measures = {"speed": speed, "rows": single_layers, "qat": qat}
     if s.what not in measures or s.model not in SHAPES:
-        raise ValueError(
-            f"what={s.what}, model={s.model}: choose {', '.join(measures)}, and one of {', '.join(SHAPES)}"
-        )
+        choices = f"choose {', '.join(measures)}, and one of {', '.join(SHAPES)}"
+        raise ValueError(f"what={s.what}, model={s.model}: {choices}")
     least = ("n_layer", "vocab_multiple", "new_tokens", "prompt_tokens", "batch_size", "block_size", "steps")
     check_minimum(s, **dict.fromkeys(least, 1))
     if s.rounds < 2:
         raise ValueError(f"rounds={s.rounds} has no spread: take at least 2")
     torch.manual_seed(SEED)
     model = build(s)
-    measure, name = measures[s.what]
-    results = measure(s, model)
+    results = measures[s.what](s, model)
     shape = {k: getattr(model.config, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size")}
     results |= {"weights": s.ckpt or "random", **shape, "rounds": s.rounds, "seed": SEED, **machine.provenance()}
-    path = s.json or os.path.join("results", f"{name}.json")
+    path = s.json or os.path.join("results", "bench.json" if s.what == "speed" else f"bench_{s.what}.json")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "w") as f:
         json.dump(results, f, indent=1)
@@ -141,6 +150,10 @@ def spread(key, values):
     return {key: median, f"{key}_quartiles": [lower, upper]}
 
 
+def relative_error(x, expected):
+    return ((x.float() - expected).norm() / expected.norm()).item()
+
+
 # -----------------------------------------------------------------------------
 # Speed
 
@@ -153,10 +166,10 @@ def speed(s, model):
     PyTorch's default. The figures of a row:
     - file_bytes: the file of checkpoint.save_model; for int8 of torch.save, with quantized embeddings; or the GGUF
     - bytes_per_token: all weights, except tables of which a decode step reads single rows
-    - peak_bytes: peak memory of a new process that loads the file and decodes, minus its memory after the imports;
-      None for llama.cpp
-    - decode, decode8, decode16, prompt: tokens/s of 1, 8 and 16 sequences and of a prompt, and ratios in the same round: to float32, to float32-best and to the fastest of
-      llama.cpp's formats of 4 bits
+    - peak_bytes: peak memory of a new process that loads the file and decodes, minus its memory after the imports; None
+      for llama.cpp
+    - decode, decode8, decode16, prompt: tokens/s, of 1, 8 and 16 sequences at once and of a prompt, and ratios in the
+      same round: to float32, to float32-best and to the fastest of llama.cpp's formats of 4 bits
     - bandwidth_share: bytes_per_token x decode tokens/s, relative to plain reading in the same round (see take_turns)
     """
     context = model.config.block_size
@@ -176,21 +189,18 @@ def speed(s, model):
             torch.backends.quantized.engine = engine
         read = rates["read_once"]
         check_read(read, rates["sum"])
-        groups = {format: [w for w in ways if w.format == format] for format in dict.fromkeys(w.format for w in ways)}
+        groups = {w.format: [v for v in ways if v.format == w.format] for w in ways}
         floats, four_bits = groups.pop("float32"), [w for w in llama if "4" in w.format]
         groups = {"float32": floats[:1], "float32-best": floats} | groups
         bases = {"ratio": floats[:1], "ratio_best": floats} | ({"ratio_llama": four_bits} if four_bits else {})
         rows = [make_row(s, name, group, bases, read) for name, group in groups.items()]
-    bandwidth = spread("read_gb_s", [r / 1e9 for r in read]) | spread("sum_gb_s", [r / 1e9 for r in rates["sum"]])
-    llama = {kind: fastest(four_bits, kind).format for kind in four_bits[0].rates} if four_bits else {}
-    print_table(s, rows, bandwidth["read_gb_s"], llama)
-    results = {**bandwidth, "rows": rows, "left_out": failed | left_out}
-    results["ways"] = [
-        {"format": w.format, "way": w.way, "error": w.error, "ready_s": w.ready_s} | w.rates for w in ways
-    ]
-    if four_bits:
-        results["llama_cpp"] = four_bits[0].build | {"fastest": llama}
-    return results | {"new_tokens": s.new_tokens, "prompt_tokens": s.prompt_tokens}
+    results = spread("read_gb_s", [r / 1e9 for r in read]) | spread("sum_gb_s", [r / 1e9 for r in rates["sum"]])
+    best = {kind: fastest(four_bits, kind).format for kind in four_bits[0].rates} if four_bits else {}
+    print_table(s, rows, results["read_gb_s"], best)
+    results |= {"rows": rows, "left_out": failed | left_out, "new_tokens": s.new_tokens}
+    results |= {"prompt_tokens": s.prompt_tokens} | ({"llama_cpp": llama[0].build | {"best": best}} if best else {})
+    results["ways"] = [{k: getattr(w, k) for k in ("format", "way", "error", "ready_s")} | w.rates for w in ways]
+    return results
 
 
 def write_formats(model, folder, tokens):
@@ -238,7 +248,7 @@ class Way:
             self.model.compile()  # dynamic=True makes thousands of symbols; lengths become symbols when they change
         if format in PACKED:
             if way == "int8":
-                round_inputs(self.model)
+                allow_int8_activations(self.model)
             self.decoder = checkpoint.make_decoder(self.model)
 
     def use(self):
@@ -266,6 +276,7 @@ class Way:
         self.model(tokens[:, : s.prompt_tokens], cache=KVCache(s.prompt_tokens), last=True)
         return rates | {"prompt": s.prompt_tokens / (time.perf_counter() - start)}
 
+    @property
     def bytes_per_token(self):
         """See speed."""
         if isinstance(self.model.lm_head, int8.Linear):  # its tables are separate from the head
@@ -273,14 +284,6 @@ class Way:
             tensors = [t for m in layers for t in (m.weight(), m.bias()) if t is not None]
             return sum(t.nbytes for t in [*tensors, *self.model.parameters()])
         return sum(t.nbytes for n, t in packed_state(self.model)[0].items() if not n.startswith("transformer.wpe."))
-
-    def peak_bytes(self, new_tokens):
-        return peak_bytes(self.format, self.way, self.file, new_tokens)
-
-
-def round_inputs(model):
-    """Lets a packed model round the inputs of its layers, which is faster."""
-    pot.allow_int8_activations(model)
 
 
 def reorder_weight(module):
@@ -302,9 +305,8 @@ def load_ways(s, files, expected, tokens):
         start = time.perf_counter()
         try:
             w = Way(format, way, files[format])
-            cache = KVCache(
-                PROMPT + 1 + s.new_tokens, torch.float16 if w.decoder else None
-            )  # of the size that generate uses, to compile only once
+            # of the size that generate uses, to compile only once
+            cache = KVCache(PROMPT + 1 + s.new_tokens, torch.float16 if w.decoder else None)
             w.model(tokens[:, :PROMPT], cache=cache)
             last = tokens[:, PROMPT : PROMPT + 1]
             logits = w.decoder(last, cache) if w.decoder else w.model(last, cache=cache)[:, -1]
@@ -314,7 +316,7 @@ def load_ways(s, files, expected, tokens):
             left_out[f"{format}, {way}"] = reason = f"{type(e).__name__}: {e}".splitlines()[0]
             print(f"{format} {way} is left out: {reason}")
             continue
-        w.error = ((logits.float() - expected[format]).norm() / expected[format].norm()).item()
+        w.error = relative_error(logits, expected[format])
         if not w.error <= WAYS[format][way]:
             raise ValueError(f"{format} {way}: its logits are off by {w.error:.2g}, relative to float32")
         w.ready_s = time.perf_counter() - start
@@ -365,27 +367,34 @@ def fastest(ways, kind):
 def make_row(s, name, ways, bases, read):
     """A row of the table, for the best of ways. bases: {ratio: the ways to whose best it is}; read: of take_turns."""
     best = {kind: fastest(ways, kind) for kind in ways[0].rates}
-    weights = ways[0].bytes_per_token()
+    weights, w = ways[0].bytes_per_token, best["decode"]
     row = {"name": name, "ways": {kind: w.way for kind, w in best.items()}}
-    row |= {"file_bytes": os.path.getsize(ways[0].file), "bytes_per_token": weights}
-    row["peak_bytes"] = best["decode"].peak_bytes(s.new_tokens)
+    row |= {"file_bytes": os.path.getsize(w.file), "bytes_per_token": weights}
+    row["peak_bytes"] = peak_bytes(w.format, w.way, w.file, s.new_tokens) if isinstance(w, Way) else None
     for kind, w in best.items():
         row |= spread(f"{kind}_tok_s", w.rates[kind])
         for ratio, others in bases.items():
-            if kind not in others[0].rates:  # llama-bench has no batches
-                continue
-            base = fastest(others, kind).rates[kind]
-            row |= spread(f"{kind}_{ratio}", [r / b for r, b in zip(w.rates[kind], base)])
+            if kind in others[0].rates:  # llama-bench has no batches
+                base = fastest(others, kind).rates[kind]
+                row |= spread(f"{kind}_{ratio}", [r / b for r, b in zip(w.rates[kind], base)])
     return row | spread("bandwidth_share", [weights * d / r for d, r in zip(best["decode"].rates["decode"], read)])
 
 
 @functools.cache
 def peak_bytes(format, way, file, new_tokens):
     """See speed. None where the system does not tell."""
-    call = f"import bench; bench.print_peak{(format, way, file, new_tokens, torch.get_num_threads())}"
     here = os.path.dirname(os.path.abspath(__file__))
-    done = subprocess.run([sys.executable, "-c", call], cwd=here, stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    code = f"import sys; sys.path.insert(0, {here!r}); import bench; bench.print_peak"
+    code += str((format, way, file, new_tokens, torch.get_num_threads()))
+    return json.loads(call(sys.executable, "-c", code).splitlines()[-1])
+
+
+def call(*command):
+    """What a command prints. Raises ValueError if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{os.path.basename(command[0])} fails: {done.stderr.strip().rpartition(chr(10))[2]}")
+    return done.stdout
 
 
 @torch.no_grad()
@@ -398,42 +407,26 @@ def print_peak(format, way, file, new_tokens, threads):
     print("null" if before is None or peak is None else peak - before)
 
 
-def print_table(s, rows, bandwidth, llama):
+def print_table(s, rows, bandwidth, best):
     print(
         f"\nDecoding {s.new_tokens} tokens one by one after {PROMPT}, and a prompt of {s.prompt_tokens}: tokens/s, "
         "median (quartiles); ratios to float32 and\nto the best float32. MB: file, read per token, peak memory. "
         f"Share: of the {bandwidth:.1f} GB/s at which memory is read."
     )
-    line = "{:<16}{:>8}{:>9}{:>8}   {:<22}{:>6}{:>7}{:>7}{:>9}{:>6}{:>9}{:>6}   {:<26}{:>6}"
-    heads = ("decode", "ratio", "/best", "share", "8 rows", "ratio", "16 rows", "ratio", "prompt", "ratio")
-    print(line.format("", "file", "a token", "peak", *heads))
-    rate, ratio, share = "{:.1f}", "{:.2f}", "{:.0%}"
+    print(" " * 16 + "    file  a token   peak" + "".join(f"{head:>{width}}" for head, width, _, _ in COLUMNS))
     for r in rows:
         sizes = ["-" if r[k] is None else f"{r[k] / 1e6:.1f}" for k in ("file_bytes", "bytes_per_token", "peak_bytes")]
-        decode = shown(r, "decode_tok_s", rate, True), shown(r, "decode_ratio", ratio)
-        decode += shown(r, "decode_ratio_best", ratio), shown(r, "bandwidth_share", share)
-        for kind in ("decode8", "decode16"):
-            decode += shown(r, f"{kind}_tok_s", rate), shown(r, f"{kind}_ratio", ratio)
-        print(
-            line.format(
-                r["name"], *sizes, *decode, shown(r, "prompt_tok_s", rate, True), shown(r, "prompt_ratio", ratio)
-            )
-        )
-    print("\nFastest ways, and times as fast as llama.cpp's fastest of 4 bits:" if llama else "\nFastest ways:")
+        figures = "".join(f"{shown(r, key, form):>{width}}" for _, width, key, form in COLUMNS)
+        print("{:<16}{:>8}{:>9}{:>7}".format(r["name"], *sizes) + figures)
+    print("\nFastest ways" + (", and times as fast as llama.cpp's fastest of 4 bits" if best else ""))
     for r in rows:
         if r["name"] != "float32" and "llama" not in r["name"]:
-            ways = ", ".join(f"{kind} {way}" for kind, way in r["ways"].items())
-            ratios = "; ".join(
-                f"{shown(r, f'{kind}_ratio_llama', ratio, True)} x {best}" for kind, best in llama.items()
-            )
-            print(f"{r['name']:<16}{ways:<66}{ratios}")
+            ratios = [f"{shown(r, f'{k}_ratio_llama', '{:.2f} ({:.2f}, {:.2f})')} x {name}" for k, name in best.items()]
+            print(f"{r['name']:<16}" + ", ".join([f"{kind} {way}" for kind, way in r["ways"].items()] + ratios))
 
 
-def shown(row, key, form, with_quartiles=False):
-    if key not in row:
-        return "-"
-    lower, upper = row[f"{key}_quartiles"]
-    return form.format(row[key]) + (f" ({form.format(lower)}, {form.format(upper)})" if with_quartiles else "")
+def shown(row, key, form):
+    return form.format(row[key], *row[f"{key}_quartiles"]) if key in row else "-"
 
 
 # -----------------------------------------------------------------------------
@@ -445,9 +438,9 @@ class LlamaCpp:
 
     way, error = "llama-bench", None  # it does not show logits
 
-    def __init__(self, llama_bench, name, file, weights, ready_s):
+    def __init__(self, llama_bench, name, file, bytes_per_token, ready_s):
         self.llama_bench, self.format, self.file, self.ready_s = llama_bench, f"llama.cpp-{name}", file, ready_s
-        self.rates, self.weights = {}, weights
+        self.rates, self.bytes_per_token = {}, bytes_per_token
 
     def measure(self, s, tokens):
         return {"decode": self.bench(0, s.new_tokens, PROMPT), "prompt": self.bench(s.prompt_tokens, 0, 0)}
@@ -458,20 +451,6 @@ class LlamaCpp:
         [result] = json.loads(call(self.llama_bench, "-m", self.file, *sizes.split()))
         self.build = {key: result[key] for key in ("build_commit", "build_number")}
         return result["avg_ts"]
-
-    def bytes_per_token(self):
-        return self.weights
-
-    def peak_bytes(self, new_tokens):
-        return None
-
-
-def call(*command):
-    """What a command prints. Raises ValueError if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"{os.path.basename(command[0])} fails: {done.stderr.strip().rpartition(chr(10))[2]}")
-    return done.stdout
 
 
 def load_llama(s, model, folder):
@@ -501,8 +480,8 @@ def load_llama(s, model, folder):
             left_out[f"llama.cpp-{name}"] = str(e)
             print(f"llama.cpp-{name} is left out: {e}")
             continue
-        weights = sum(int(t.n_bytes) for t in tensors)
-        ways.append(LlamaCpp(s.llama_bench, name, file, weights, time.perf_counter() - start))
+        size = sum(int(t.n_bytes) for t in tensors)
+        ways.append(LlamaCpp(s.llama_bench, name, file, size, time.perf_counter() - start))
         print(f"{ways[-1].format:<19}ready in {ways[-1].ready_s:5.1f} s", flush=True)
     return ways, left_out
 
@@ -512,19 +491,29 @@ def write_gguf(gguf, model, path):
     c = model.config
     if c.vocab_size % 16:
         raise ValueError(
-            f"llama.cpp's fast code multiplies by 8 or 16 rows at once, which a vocabulary of {c.vocab_size} does not fit: "
-            "pass --vocab_multiple=64"
+            f"a vocabulary of {c.vocab_size} keeps llama.cpp from its fast code, which takes up to 16 rows of weights "
+            "at once: pass --vocab_multiple=64"
         )
-    writer = gguf.GGUFWriter(path, "gpt2")
-    sizes = {"context_length": c.block_size, "embedding_length": c.n_embd, "feed_forward_length": 4 * c.n_embd}
-    sizes |= {"block_count": c.n_layer, "attention.head_count": c.n_head, "vocab_size": c.vocab_size}
-    for key, size in sizes.items():
-        writer.add_uint32(f"gpt2.{key}", size)
-    writer.add_layer_norm_eps(1e-5)
+    writer = gguf.GGUFWriter(path, "llama" if c.position == "rotary" else "gpt2")
+    sizes = {"context_length": c.block_size, "embedding_length": c.n_embd, "feed_forward_length": c.n_inner}
+    sizes |= {"block_count": c.n_layer, "attention.head_count": c.n_head, "attention.head_count_kv": c.n_kv_head}
+    for key, size in (sizes | {"rope.dimension_count": c.head_size, "vocab_size": c.vocab_size}).items():
+        writer.add_uint32(f"{writer.arch}.{key}", size)
+    writer.add_layer_norm_eps(c.norm_eps)
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    writer.add_rope_freq_base(c.rope_theta)
     writer.add_tokenizer_model("no_vocab")  # llama-bench makes up tokens
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, c.n_layer)
-    for name, p in model.named_parameters():  # without the head, which is the token table
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), p.detach().numpy())
+    split, kv = {}, c.n_kv_head * c.head_size
+    if writer.arch == "llama":  # the rows of queries and keys keep our order, which makes no difference to speed
+        split["attn_qkv"] = ("attn_q", "attn_k", "attn_v"), (c.n_head * c.head_size, kv, kv)
+        split["ffn_up"] = ("ffn_gate", "ffn_up"), (c.n_inner, c.n_inner)
+    for name, p in model.named_parameters():  # without the head, if it is the token table
+        name = names.get_name(name, (".weight", ".bias"))
+        own = name.split(".")[-2]
+        parts, rows = split.get(own, ((own,), len(p)))
+        for part, t in zip(parts, p.detach().split(rows)):
+            writer.add_tensor(name.replace(own, part), t.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -532,53 +521,45 @@ def write_gguf(gguf, model, path):
 
 
 # -----------------------------------------------------------------------------
-# Rows
+# Single layers
 
 
 @torch.no_grad()
-def rows(s, model):
-    """How many times as fast as in float32 each shape of linear layer is in each packed way, for 1 to 512 rows of x.
-
-    A round multiplies by many copies of a layer in turn; see COPIES.
-    """
-    table = []
-    for (out, width), layer in {(m.out_features, m.in_features): m for m in linear_layers(model)}.items():
+def single_layers(s, model):
+    """How many times as fast as in float32 each shape of linear layer is in each packed way, for 1 to 512 rows of
+    inputs. A round multiplies by many copies of a layer in turn; see COPIES."""
+    table, layers = [], [m for m in model.modules() if isinstance(m, nn.Linear)]
+    for (out, width), layer in {m.weight.shape: m for m in layers}.items():
         x, count = torch.randn(max(ROWS), width), -(-COPIES // layer.weight.nbytes)
         ways = {("float32", "eager"): [copy.deepcopy(layer) for _ in range(count)]}
-        for format, config in PACKED.items():
+        for format, way in [(f, way) for f in PACKED for way in WAYS[f]]:
             packed = nn.Sequential(copy.deepcopy(layer))
-            prepare(packed, config)
+            prepare(packed, PACKED[format])
             convert(packed)
-            for way, tolerance in WAYS[format].items():
-                ways[format, way] = layers = [copy.deepcopy(packed[0]) for _ in range(count)]
-                if way == "int8":
-                    round_inputs(nn.ModuleList(layers))
-                expected = F.linear(x, layers[0].weight, layers[0].bias)
-                for n in ROWS:
-                    error = ((layers[0](x[:n]) - expected[:n]).norm() / expected[:n].norm()).item()
-                    if not error <= tolerance:
-                        raise ValueError(f"{format} {way}: {n} rows of {out} x {width} are off by {error:.2g}")
-        seconds = {(key, n): [] for n in ROWS for key in ways}
+            expected = F.linear(x, packed[0].weight, packed[0].bias)
+            if way == "int8":
+                allow_int8_activations(packed)
+            for n in ROWS:
+                error = relative_error(packed(x[:n]), expected[:n])
+                if not error <= WAYS[format][way]:
+                    raise ValueError(f"{format} {way}: {n} rows of {out} x {width} are off by {error:.2g}")
+            ways[format, way] = [copy.deepcopy(packed[0]) for _ in range(count)]
+        seconds = {(way, n): [] for n in ROWS for way in ways}
         for i in range(s.rounds + 1):
-            for (key, n), times in seconds.items():
+            for (way, n), times in seconds.items():
                 start = time.perf_counter()
-                for copied in ways[key]:
+                for copied in ways[way]:
                     copied(x[:n])
                 if i > 0:  # the first round warms up
                     times.append((time.perf_counter() - start) / count)
-        print(f"\n{out} x {width}: times as fast as float32\nrows  {'':<20}" + "".join(f"{n:>7}" for n in ROWS))
-        for format, way in ways:
-            row = {"shape": [out, width], "format": format, "way": way, "rows": ROWS}
-            times = [seconds[(format, way), n] for n in ROWS]
-            ratios = [[b / t for b, t in zip(seconds[("float32", "eager"), n], ts)] for n, ts in zip(ROWS, times)]
-            row |= {"us": [1e6 * statistics.median(ts) for ts in times], "ratio": [quartiles(r) for r in ratios]}
-            print(f"{format:<12}{way:<14}" + "".join(f"{median:7.2f}" for _, median, _ in row["ratio"]), flush=True)
-            table.append(row)
+        print(f"\n{out} x {width}: times as fast as float32\nrows{'':<22}" + "".join(f"{n:>7}" for n in ROWS))
+        for way in ways:
+            times = [(seconds[way, n], seconds[next(iter(ways)), n]) for n in ROWS]
+            ratios = [quartiles([base / t for t, base in zip(*both)]) for both in times]
+            print("{:<12}{:<14}".format(*way) + "".join(f"{median:7.2f}" for _, median, _ in ratios), flush=True)
+            row = {"shape": (out, width), "format": way[0], "way": way[1], "rows": ROWS, "ratio": ratios}
+            table.append(row | {"us": [1e6 * statistics.median(ts) for ts, _ in times]})
     return {"rows": table}
-
-
-def linear_layers(model):
-    return [m for m in model.modules() if isinstance(m, nn.Linear)]
 
 
 # -----------------------------------------------------------------------------
