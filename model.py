@@ -48,8 +48,8 @@ class GPTConfig:
                 raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
             self.head_size = self.n_embd // self.n_head
         for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_size", "n_inner"):
-            if type(getattr(self, key)) is not int or getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)!r} must be an integer, at least 1")
+            if type(getattr(self, key)) is not int or not 1 <= getattr(self, key) <= 2**28:
+                raise ValueError(f"{key}={getattr(self, key)!r} must be an integer from 1 to {2**28}")
         for key, known in ("norm", ("layer", "rms")), ("position", ("learned", "rotary")), ("mlp", ("gelu", "swiglu")):
             if getattr(self, key) not in known:
                 raise ValueError(f"{key}={getattr(self, key)!r} must be {known[0]!r} or {known[1]!r}")

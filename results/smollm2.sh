@@ -64,7 +64,7 @@ from machine import provenance
 report = {"note": "The float weights come from a 4-bit file (Q4_1)."}
 for text in ("wikitext2", "openwebtext"):
     with open(f"out-smollm2-eval/{text}.json") as f:
-        report[text] = json.load(f)
+        report[text] = {"rows": json.load(f)["rows"]}
     for row in report[text]["rows"]:
         row["dataset"] = text
 models = {"float": "smollm2", "two terms": "out-smollm2-two-16384", "single powers": "out-smollm2-single-16384"}
