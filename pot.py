@@ -621,6 +621,9 @@ class PackedWeight(_WithUnit):
         if self.on_kernel and not traced:
             return pot_kernel.unpack(self.kernel_weight(), index).to(self.dtype)
         codes, unit, bits, rows = self.codes, self.unit, self.config.bits, self.out_features
+        if index is not None and not traced and index.device.type == "cpu" and index.numel():
+            if not 0 <= index.min() <= index.max() < rows:  # a tile has padding behind the last row
+                raise IndexError(f"an index is out of range: there are {rows} rows")
         if unit.dim() == 3:  # tiles
             unit = unit.transpose(1, 2).flatten(0, 1)[:rows]
         if index is not None:

@@ -17,7 +17,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import pot
 import pot_kernel
 from checkpoint import make_decoder
 from model import GPT, GPTConfig, KVCache
@@ -357,7 +356,11 @@ def test_embeddings_by_index(kernel, bits, on):
     expected = quantize_(copy.deepcopy(embedding), config).weight
     assert bool(kernel("" if on else "off")) == on
     table = quantize_(embedding, config)
-    for index in (torch.tensor([[3, 36], [0, 15], [16, 31]]), torch.tensor([5, 5], dtype=torch.int32), torch.tensor(32)):
+    for index in (
+        torch.tensor([[3, 36], [0, 15], [16, 31]]),
+        torch.tensor([5, 5], dtype=torch.int32),
+        torch.tensor(32),
+    ):
         assert torch.equal(table(index), expected[index.long()])
     assert table(torch.zeros(0, dtype=torch.int64)).shape == (0, 64)
     for bad in (-1, -37, 37):
