@@ -654,11 +654,10 @@ class PackedWeight(_WithUnit):
         ):  # fmt: skip
             return F.linear(fake_quantize_activations(x) if self.config.act_bits else x, self(), bias)
         bias = None if bias is None else bias.float().contiguous()
-        weight = self.kernel_weight()
         if torch.compiler.is_compiling():
             tensors = self.codes, self.unit, self._row_sums, self._table
             return torch.ops.nanopot.linear(x, *tensors, self.out_features, self.config.bits, self.activations, bias)
-        return pot_kernel.linear(weight, x, bias)
+        return pot_kernel.linear(self.kernel_weight(), x, bias)
 
     @property
     def activations(self) -> int:
