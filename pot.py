@@ -621,6 +621,9 @@ class PackedWeight(_WithUnit):
         if self.on_kernel and not traced:
             return pot_kernel.unpack(self.kernel_weight(), index).to(self.dtype)
         codes, unit, bits, rows = self.codes, self.unit, self.config.bits, self.out_features
+        if index is not None and not traced and index.device.type == "cpu" and index.numel():
+            if not 0 <= index.min() <= index.max() < rows:  # a tile has padding behind the last row
+                raise IndexError(f"an index is out of range: there are {rows} rows")
         if unit.dim() == 3:  # tiles
             unit = unit.transpose(1, 2).flatten(0, 1)[:rows]
         if index is not None:
@@ -651,11 +654,10 @@ class PackedWeight(_WithUnit):
         ):  # fmt: skip
             return F.linear(fake_quantize_activations(x) if self.config.act_bits else x, self(), bias)
         bias = None if bias is None else bias.float().contiguous()
-        weight = self.kernel_weight()
         if torch.compiler.is_compiling():
             tensors = self.codes, self.unit, self._row_sums, self._table
             return torch.ops.nanopot.linear(x, *tensors, self.out_features, self.config.bits, self.activations, bias)
-        return pot_kernel.linear(weight, x, bias)
+        return pot_kernel.linear(self.kernel_weight(), x, bias)
 
     @property
     def activations(self) -> int:

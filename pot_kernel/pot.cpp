@@ -43,7 +43,8 @@
 #include <unistd.h>
 #include <vector>
 
-#if defined(__x86_64__)
+#if defined(POT_EMULATE)  // tests/kernel.cpp has the intrinsics
+#elif defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -679,7 +680,10 @@ void product(const Job& job, int64_t from, int64_t to) {
         for (int64_t s = start; s < end; s++) units(w, block, job.x8->segments[s].group, &unit[16 * (s - start)]);
         int64_t done = 0;  // rows of x
 #if defined(POT_AMX)
-        if (std::is_same<V, Amx>::value && n >= 16 && columns % ACT_GROUP == 0 && 4 * (end - start) == columns / 16)
+        const auto* segments = job.x8->segments.data();
+        const auto is_tile = [](const Segment& s) { return 4 * s.quads == ACT_GROUP; };
+        if (std::is_same<V, Amx>::value && n >= 16 && columns % ACT_GROUP == 0 &&
+            std::all_of(segments + start, segments + end, is_tile))
             for (const AmxTiles tiles; done + 16 <= n; done += 16)
                 amx_tile(*job.x8, row + done, panel, source == SIGNED, start, end, unit, bias, &sums[16 * done]);
 #endif

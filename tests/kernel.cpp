@@ -57,6 +57,30 @@ void tile_dot(int sum, int a, int b) {
 #define _tile_dpbsud tile_dot<uint8_t>
 #define _mm256_dpbusd_avx_epi32 simde_mm256_dpbusd_epi32
 
+// What SIMDe lacks, by halves.
+typedef simde__mmask64 __mmask64;
+inline __m512 join(__m256 low, __m256 high) {
+    float f[16];
+    _mm256_storeu_ps(f, low), _mm256_storeu_ps(f + 8, high);
+    return _mm512_loadu_ps(f);
+}
+inline __m512 _mm512_cvtph_ps(__m256i a) {
+    return join(_mm256_cvtph_ps(_mm256_castsi256_si128(a)), _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1)));
+}
+inline __m512 _mm512_cvtepi32_ps(__m512i a) {
+    int32_t n[16];
+    float f[16];
+    _mm512_storeu_si512(n, a);
+    for (int i = 0; i < 16; i++) f[i] = float(n[i]);
+    return _mm512_loadu_ps(f);
+}
+inline __m512i _mm512_srai_epi32(__m512i a, unsigned count) {
+    int32_t n[16];
+    _mm512_storeu_si512(n, a);
+    for (int32_t& i : n) i >>= count;
+    return _mm512_loadu_si512(n);
+}
+
 // This processor has everything now.
 #define syscall(...) 0
 #define __builtin_cpu_supports(name) true

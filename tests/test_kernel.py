@@ -676,7 +676,7 @@ def test_kernel_that_cannot_be_built(tmp_path):
 def test_kernel_rejects_weights_that_it_would_misread(kernel):
     """load_state_dict(assign=True) accepts any dtype and layout, but the kernel reads raw memory."""
     assert kernel()
-    layer = quantize_(nn.Linear(128, 16)).requires_grad_(False)
+    layer = quantize_(nn.Linear(128, 32)).requires_grad_(False)
     state = layer.state_dict()
     codes, unit = state["packed.codes"], state["packed.unit"]
     wrong = [
@@ -687,7 +687,7 @@ def test_kernel_rejects_weights_that_it_would_misread(kernel):
         {"packed.unit": unit.mT.contiguous().mT},
     ]
     for part in wrong:
-        loaded = quantize_(nn.Linear(128, 16)).requires_grad_(False)
+        loaded = quantize_(nn.Linear(128, 32)).requires_grad_(False)
         loaded.load_state_dict(state | part, assign=True)
         with pytest.raises(ValueError, match="the kernel takes codes|must be contiguous"):
             loaded(torch.randn(1, 128))
