@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import pot_kernel
 from checkpoint import make_decoder
-from model import GPT, GPTConfig, KVCache
+from model import GPT, ROPE_SCALING, GPTConfig, KVCache
 from pot import (
     PackedWeight,
     PoTConfig,
@@ -477,20 +477,44 @@ def random_gpt(config, shape):
     return quantize_(model.eval().requires_grad_(False), config)
 
 
+LLAMA = {"norm": "rms", "position": "rotary", "mlp": "swiglu", "bias": False}
+DECODED = [
+    PoTConfig(),
+    PoTConfig(terms=2, granularity="channel"),
+    PoTConfig(bits=3),
+    PoTConfig(grid="uniform", bits=8),
+    PoTConfig(act_bits=8),
+]
+
+
+def layer_by_layer(model):
+    """What a decoder does, by the model itself, with the same cache."""
+    return lambda token, cache: model(token, cache=cache)[:, -1]
+
+
 @every_set
+@pytest.mark.parametrize("config", DECODED, ids=str)
 @pytest.mark.parametrize(
-    "config", [PoTConfig(), PoTConfig(terms=2, granularity="channel"), PoTConfig(act_bits=8)], ids=str
-)
-@pytest.mark.parametrize(
-    "shape", [GPTConfig(40, 101, 3, 4, 128), GPTConfig(40, 300, 2, 3, 192, bias=False), GPTConfig(40, 50, 1, 1, 64)]
-)
+    "shape",
+    [
+        GPTConfig(40, 101, 3, 4, 128),
+        GPTConfig(40, 300, 2, 3, 192, bias=False),
+        GPTConfig(40, 50, 1, 1, 64),
+        GPTConfig(40, 101, 2, 6, 192, n_kv_head=2, n_inner=320, **LLAMA),
+        GPTConfig(
+            40, 101, 2, 4, 64, n_kv_head=2, head_size=32, n_inner=128, tie=False, qkv_bias=True,
+            rope_scaling=dict(zip(ROPE_SCALING, (8.0, 1.0, 4.0, 16))), **LLAMA,
+        ),
+    ],
+    ids=["gpt2", "no-bias", "one-head", "llama", "llama-qkv-bias"],
+)  # fmt: skip
 def test_decode_step(kernel, name, config, shape):
     """The decoder, one call a token, against the model's own layers."""
     assert kernel(name)
     model = random_gpt(config, shape)
     decode = make_decoder(model)
     ids = torch.randint(shape.vocab_size, (1, 40))
-    model_cache, decode_cache = KVCache(40), KVCache(40)
+    model_cache, decode_cache = KVCache(40, torch.float16), KVCache(40, torch.float16)
     model(ids[:, :3], cache=model_cache)
     model(ids[:, :3], cache=decode_cache)
     errors = []
@@ -498,23 +522,23 @@ def test_decode_step(kernel, name, config, shape):
         expected, actual = model(ids[:, i : i + 1], cache=model_cache)[:, -1], decode(ids[:, i : i + 1], decode_cache)
         assert actual.shape == expected.shape and decode_cache.length == i + 1
         errors.append((actual - expected).abs().max() / expected.abs().max())
-    # An 8-bit activation between two steps may round either way.
-    assert torch.stack(errors).quantile(0.5 if config.act_bits else 1.0) < (1e-2 if config.act_bits else 1e-5)
+    # An 8-bit activation between two steps may round either way, and so may a key or value of float16.
+    assert torch.stack(errors).quantile(0.5 if config.act_bits else 1.0) < (1e-2 if config.act_bits else 1e-4)
     with pytest.raises(ValueError, match="context of 40"):
         decode(ids[:, :1], decode_cache)
-    batch = KVCache(40)
+    batch = KVCache(40, torch.float16)
     model(ids[:, :3].expand(2, 3), cache=batch)
-    half_cache = KVCache(40)
-    half_cache.length = 3
-    half_cache.layers = {i: [k.bfloat16() for k in tensors] for i, tensors in model_cache.layers.items()}
-    for wrong in (KVCache(40), batch, half_cache):
+    single = KVCache(40)
+    model(ids[:, :3], cache=single)
+    for wrong in (KVCache(40), batch, single):
         with pytest.raises(ValueError, match="let the model itself read"):
             decode(ids[:, :1], wrong)
     with pytest.raises(ValueError, match="vocabulary"):
         decode(torch.tensor([[shape.vocab_size]]), KVCache(3))
     if not config.act_bits:
         for prompt in (ids[:, :1], ids[:, :30]):  # the second prompt runs beyond the context
-            a, b = (torch.cat(list(model.generate(prompt, 15, temperature=0, decode=d))) for d in (None, decode))
+            ways = layer_by_layer(model), decode
+            a, b = (torch.cat(list(model.generate(prompt, 15, temperature=0, decode=d))) for d in ways)
             assert torch.equal(a, b)
 
 
@@ -528,13 +552,13 @@ def test_decode_step_with_large_attention_scores(kernel):
     for block in model.transformer.h:
         block.attn.c_attn.weight.data *= 60
     model = quantize_(model.eval().requires_grad_(False))
-    model_cache, decode_cache, ids = KVCache(40), KVCache(40), torch.randint(101, (1, 30))
+    model_cache, decode_cache, ids = *(KVCache(40, torch.float16) for _ in range(2)), torch.randint(101, (1, 30))
     for cache in (model_cache, decode_cache):
         model(ids[:, :10], cache=cache)
     decode = make_decoder(model)
     for i in range(10, 30):
         expected, actual = model(ids[:, i : i + 1], cache=model_cache)[:, -1], decode(ids[:, i : i + 1], decode_cache)
-        assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
+        assert (actual - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
 @needs_compiler
@@ -543,7 +567,7 @@ def test_threads_share_a_decoder_that_outlives_the_weights(kernel):
     model = random_gpt(PoTConfig(), GPTConfig(64, 101, 2, 4, 128))
     decode = make_decoder(model)
     prompts = [torch.randint(101, (1, 5)) for _ in range(3)]
-    expected = [torch.cat(list(model.generate(p, 50, temperature=0))) for p in prompts]
+    expected = [torch.cat(list(model.generate(p, 50, temperature=0, decode=layer_by_layer(model)))) for p in prompts]
     wrong = []
 
     def work(i):
@@ -558,11 +582,34 @@ def test_threads_share_a_decoder_that_outlives_the_weights(kernel):
     for t in workers:
         t.join(120)
     assert not wrong and not any(t.is_alive() for t in workers)
-    cache = KVCache(64)
+    cache = KVCache(64, torch.float16)
     model(prompts[0], cache=cache)
     before = model(prompts[0][:, :1], cache=copy.deepcopy(cache))[:, -1]
     model.bfloat16()  # the decoder keeps the old tensors
-    assert torch.allclose(decode(prompts[0][:, :1], cache), before, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(decode(prompts[0][:, :1], cache), before, rtol=1e-3, atol=1e-3)
+
+
+@needs_compiler
+def test_threads_share_a_cache(kernel):
+    """Each token takes a position of its own, and none lies beyond the cache."""
+    assert kernel()
+    model = random_gpt(PoTConfig(), GPTConfig(64, 101, 2, 4, 128))
+    decode, cache, refused = make_decoder(model), KVCache(20, torch.float16), []
+    model(torch.randint(101, (1, 5)), cache=cache)
+
+    def work():
+        for _ in range(10):
+            try:
+                decode(torch.tensor([[1]]), cache)
+            except ValueError as e:
+                refused.append(str(e))
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for t in workers:
+        t.start()
+    for t in workers:
+        t.join(120)
+    assert cache.length == 20 and len(refused) == 40 - 15 and "does not fit a cache of 20" in refused[0]
 
 
 @needs_compiler
@@ -570,7 +617,7 @@ def test_models_without_a_decoder(kernel):
     shape = GPTConfig(16, 50, 1, 2, 64)
     assert kernel() and make_decoder(random_gpt(PoTConfig(), shape))
     assert make_decoder(GPT(shape)) is None and make_decoder(prepare(model := GPT(shape)) and model) is None
-    assert make_decoder(random_gpt(PoTConfig(bits=3), shape)) is None
+    assert make_decoder(random_gpt(PoTConfig(bits=5), shape)) is None
     assert make_decoder(random_gpt(PoTConfig(), shape).bfloat16()) is None
     mixed = GPT(shape)
     prepare(mixed, filter_fn=lambda name, module: "mlp" not in name)
@@ -581,7 +628,7 @@ def test_models_without_a_decoder(kernel):
 
 @needs_compiler
 def test_loss_and_text_of_a_packed_model(kernel, workdir, sh, qat_run):
-    """Whole windows use the unpacked product. Single tokens use the kernel."""
+    """The kernel computes what PyTorch computes, up to the order of summation."""
     import checkpoint
 
     kernel("off")
@@ -591,8 +638,7 @@ def test_loss_and_text_of_a_packed_model(kernel, workdir, sh, qat_run):
     assert fast.lm_head.packed.on_kernel and not plain.lm_head.packed.on_kernel
     x = torch.randint(0, 28, (3, 32))
     with torch.no_grad():
-        assert torch.equal(plain(x), fast(x))
-        a, b = plain(x[:, :1]), fast(x[:, :1])
+        a, b = plain(x), fast(x)
     assert not torch.equal(a, b) and (a - b).abs().max() <= 1e-5 * a.abs().max()
     assert len(sh(f"sample.py --ckpt={qat_run} --max_new_tokens=50 --prompt=the").stdout) == 54
 
@@ -727,13 +773,15 @@ def build_and_run(tmp_path, compiler, flags, *emulator):
 @needs_compiler
 def test_no_kernel_reads_or_writes_out_of_bounds(tmp_path):
     flags = ["-O1", "-g", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    assert "portable: largest error" in build_and_run(tmp_path, COMPILER, flags)
+    assert "portable passes" in build_and_run(tmp_path, COMPILER, flags)
 
 
 @pytest.mark.skipif(
     not (shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64")),
     reason="needs the Debian packages g++-aarch64-linux-gnu and qemu-user",
 )
-def test_neon_under_emulation(tmp_path):
-    out = build_and_run(tmp_path, "aarch64-linux-gnu-g++", ["-O2", "-static"], "qemu-aarch64")
-    assert "neon: largest error" in out
+@pytest.mark.parametrize("march", ["armv8-a", "armv8.2-a+dotprod"])
+def test_neon_under_emulation(tmp_path, march):
+    flags = ["-O1", "-static", f"-march={march}"]
+    out = build_and_run(tmp_path, "aarch64-linux-gnu-g++", flags, "qemu-aarch64", "-cpu", "max")
+    assert "neon passes" in out
