@@ -256,8 +256,9 @@ def tokenizer_of(meta: dict, folder: str | None = None) -> Tokenizer:
 
 
 def named(name: str) -> BPETokenizer | FileTokenizer:
-    """The tokenizer of a setting --tokenizer: "gpt2", a folder with a tokenizer.json, or a name on the hub."""
-    if name == "gpt2" and not os.path.isdir(name):
+    """The tokenizer of a setting --tokenizer: "gpt2", a folder with a tokenizer.json, or a name on the hub. "gpt2" is never
+    a folder, because it is the default."""
+    if name == "gpt2":
         return BPETokenizer()
     if not os.path.isdir(name) and not is_hub_name(name):
         raise ValueError(
