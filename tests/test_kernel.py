@@ -523,7 +523,8 @@ def test_decode_step(kernel, name, config, shape):
         assert actual.shape == expected.shape and decode_cache.length == i + 1
         errors.append((actual - expected).abs().max() / expected.abs().max())
     # An 8-bit activation between two steps may round either way, and so may a key or value of float16.
-    assert torch.stack(errors).quantile(0.5 if config.act_bits else 1.0) < (1e-2 if config.act_bits else 1e-4)
+    errors = torch.stack(errors)
+    assert errors.median() < (1e-2 if config.act_bits else 1e-4) and (config.act_bits or errors.max() < 1e-3)
     with pytest.raises(ValueError, match="context of 40"):
         decode(ids[:, :1], decode_cache)
     batch = KVCache(40, torch.float16)
