@@ -30,14 +30,14 @@ _WEIGHT_OF = {  # operator: position of the weight among its arguments
 
 
 @torch.library.custom_op("nanopot::dequantize", mutates_args=())
-def dequantize(codes: torch.Tensor, unit: torch.Tensor, columns: int, config: str) -> torch.Tensor:
-    """Packed codes (out, bytes) uint8 and unit -> weight (out, columns) float32. config: PoTConfig as JSON."""
-    return PackedWeight(codes, unit, columns, torch.float32, PoTConfig(**json.loads(config)))()
+def dequantize(codes: torch.Tensor, unit: torch.Tensor, rows: int, columns: int, config: str) -> torch.Tensor:
+    """Codes and unit of a PackedWeight -> weight (rows, columns) float32. config: PoTConfig as JSON."""
+    return PackedWeight(codes, unit, (rows, columns), torch.float32, PoTConfig(**json.loads(config)))()
 
 
 @dequantize.register_fake
-def _(codes, unit, columns, config):
-    return codes.new_empty(len(codes), columns, dtype=torch.float32)
+def _(codes, unit, rows, columns, config):
+    return codes.new_empty(rows, columns, dtype=torch.float32)
 
 
 class PoTFakeQuantize(FakeQuantizeBase):
@@ -80,7 +80,7 @@ class PoTFakeQuantize(FakeQuantizeBase):
         model.register_buffer(f"{key}_unit", packed.unit)
         with model.graph.inserting_before(node):
             tensors = [model.graph.get_attr(f"{key}_{part}") for part in ("codes", "unit")]
-            args = (*tensors, w.shape[1], json.dumps(asdict(self.config)))
+            args = (*tensors, *w.shape, json.dumps(asdict(self.config)))
             dequantized = model.graph.call_function(torch.ops.nanopot.dequantize.default, args)
         node.replace_all_uses_with(dequantized)
         model.graph.erase_node(node)
