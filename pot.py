@@ -956,7 +956,12 @@ def _empty_packed(name, rows, columns, dtype, config):
         )
     w = torch.empty(rows, columns, dtype=dtype, device="meta")
     codes = w.new_empty(_codes_shape(rows, columns, config.bits), dtype=torch.uint8)
-    return PackedWeight(codes, _pack_unit(compute_unit(w, config), config.bits), (rows, columns), dtype, config)
+    unit = compute_unit(w, config)
+    if (
+        len(unit) > 1 and config.bits in _TILE_COLUMNS
+    ):  # the shape of _pack_unit; its operations would import the compiler
+        unit = unit.new_empty(len(codes), unit.shape[1], 16)
+    return PackedWeight(codes, unit, (rows, columns), dtype, config)
 
 
 def _check_tensor(name, tensor, expected):
