@@ -1,5 +1,5 @@
 """
-Speed, memory and file size of GPT-2 in each format, measured in turn in one run. Or the speed of single layers, or the
+Speed, memory and file size of a GPT in each format, measured in turn in one run. Or the speed of single layers, or the
 time of a QAT step.
 
     python bench.py                                  # the shape of GPT-2 124M, random weights
@@ -351,7 +351,7 @@ def take_turns(s, ways, tokens, size):
 
 def check_read(read, reference):
     """Raises ValueError if our read is slower than an independent one. Then every share of the bandwidth would look too
-    good. The rounds spread, so it may be 10 % slower."""
+    good. It may be 10 % slower, because the rounds differ by as much."""
     read, reference = statistics.median(read), statistics.median(reference)
     if read < 0.9 * reference:
         raise ValueError(

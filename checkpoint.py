@@ -239,11 +239,11 @@ def model_of(state: TrainingState, quantized: bool = True) -> GPT:
         for name in expected.keys() ^ weights.keys():
             raise ValueError(f"{name} is {'missing' if name in expected else 'not in such a model'}")
         for name, t in weights.items():
-            is_scale = name.endswith("quantizer.unit")
-            dtypes = (torch.float32, torch.float16) if is_scale else (torch.float32,)
+            is_unit = name.endswith("quantizer.unit")
+            dtypes = (torch.float32, torch.float16) if is_unit else (torch.float32,)
             if t.dtype not in dtypes or t.is_sparse or t.is_meta or t.nbytes > t.untyped_storage().nbytes():
                 raise TypeError(f"{name} is {t.dtype}, or has more elements than its storage")
-            if is_scale and not (t > 0).logical_and(t < torch.inf).all():
+            if is_unit and not (t > 0).logical_and(t < torch.inf).all():
                 raise ValueError(f"{name} holds a value that is no positive number")
             if t.shape != expected[name].shape:
                 raise ValueError(f"{name} is {tuple(t.shape)}, not {tuple(expected[name].shape)}")

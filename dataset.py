@@ -209,9 +209,9 @@ def check_vocabulary(ckpt: str, meta_of_ckpt: dict, name: str, meta: dict) -> No
 def tokens_for(
     ckpt: str, meta: dict, name: str | None, split: str, text: str | None = None, count: int | None = None
 ) -> np.ndarray:
-    """The first `count` token ids (None: all), (n) uint16 or uint32, of the file `text`, or else of a split of data/name, for
-    checkpoint `ckpt` with the tokenizer `meta`. Raises ValueError without a data set, for another vocabulary, and for text
-    with unknown characters."""
+    """The first `count` token ids (None: all), (n) uint16 or uint32, of the file `text`, or else of a split of data/name,
+    for checkpoint `ckpt` with the tokenizer `meta`. Raises ValueError without a data set, for another vocabulary, and for
+    text with unknown characters."""
     if text:
         return np.array(tokenizer_of(meta, ckpt).encode(read_text(text)), dtype=token_dtype(meta))[:count]
     if name is None:

@@ -1,7 +1,6 @@
 """
 A GPT in one file: GPT-2, and models of Llama's kind (Llama 3, SmolLM2, TinyLlama, Qwen2), by fields of GPTConfig. The
-names inside are GPT-2's for all of them. It knows nothing of quantization: pot.prepare works on it from outside, as on
-any other model.
+names inside are GPT-2's for all of them. It knows nothing of quantization: pot.prepare works on it from outside.
 """
 
 from collections.abc import Callable, Iterator
@@ -74,10 +73,7 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens so far, for each layer: (batch, n_kv_head, capacity, head size) each.
-
-    dtype: how they are kept; None: as they come.
-    """
+    """Keys and values of each layer so far: (batch, n_kv_head, capacity, head size), in dtype or in the model's."""
 
     def __init__(self, capacity: int, dtype: torch.dtype | None = None):
         self.capacity, self.dtype = capacity, dtype  # capacity in tokens
@@ -92,9 +88,7 @@ class KVCache:
         end = self.length + k.shape[2]
         for kept, new in zip(self.layers[layer], (k, v)):
             kept[:, :, self.length : end] = new
-        if self.length == 0:  # nothing kept is needed, so nothing is rounded
-            return [k, v]
-        return [kept[:, :, :end].to(k.dtype) for kept in self.layers[layer]]
+        return [k, v] if self.length == 0 else [kept[:, :, :end].to(k.dtype) for kept in self.layers[layer]]
 
 
 def rotary_frequencies(config: GPTConfig, device: torch.device | str | None = None) -> torch.Tensor:
@@ -382,10 +376,9 @@ class GPT(nn.Module):
 
         Beyond block_size the context slides. All positions shift then, so the cache is useless and each token computes
         the whole window. For a batch of one, decode(token, cache) -> logits (1, vocab_size) may replace forward for one
-        token. Its cache is float16.
+        token, with a cache of float16.
         """
-        capacity = min(self.config.block_size, idx.shape[1] + max_new_tokens)
-        cache = KVCache(capacity, None if decode is None else torch.float16)
+        cache = KVCache(min(self.config.block_size, idx.shape[1] + max_new_tokens), torch.float16 if decode else None)
         new = idx
         for _ in range(max_new_tokens):
             if idx.shape[1] > self.config.block_size:

@@ -4,9 +4,9 @@ Exports a model: as a folder that transformers loads, or as a GGUF file for llam
     python extras/export.py --ckpt out-gpt2-pot4 --out exported        # AutoModelForCausalLM.from_pretrained("exported")
     python extras/export.py --ckpt out-gpt2-mxfp4 --out model.gguf     # needs `pip install gguf`
 
-A folder holds the tokenizer and the dequantized weights: in bfloat16 where that loses nothing, else in float32. A GGUF file holds the
-matrices as MXFP4, 4.25 bits per weight, and is written only if that loses nothing. This is so for two-term weights and
-for single powers at 3 bits, in groups of 32 with scale_format="e8m0" (config/finetune_gpt2_mxfp4.py).
+A folder holds the tokenizer and the dequantized weights: in bfloat16 where that loses nothing, else in float32. A GGUF
+file holds the matrices as MXFP4, 4.25 bits per weight, and is written only if that loses nothing. This is so for two-term
+weights and for single powers at 3 bits, in groups of 32 with scale_format="e8m0" (config/finetune_gpt2_mxfp4.py).
 """
 
 import json

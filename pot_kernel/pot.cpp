@@ -26,8 +26,8 @@
 //                scale * (128 - zero) * row_sums, where row_sums is the sum of unit * level over a row of the weight.
 // Sums of q * level are exact integers within a group of the weight.
 //
-// Sections: weights, activations, vectors (portable, AVX2, AVX-512, NEON), AMX, products, choice of an instruction set,
-// threads, interface.
+// Sections: weights, activations, vectors (portable, AVX2, AVX-VNNI, AVX-512, NEON), AMX, products, choice of an
+// instruction set, threads, interface.
 
 #include <algorithm>
 #include <atomic>
@@ -75,10 +75,9 @@ namespace {
 // Compilers keep an array of vectors in registers only if every loop over it is unrolled.
 #define UNROLL _Pragma("GCC unroll 16")
 
-constexpr int64_t CHUNK = 256;  // columns of a panel: its floats fill half of a level 1 cache of 32 KiB
+constexpr int64_t CHUNK = 256;     // columns of a panel: its floats fill half of a level 1 cache of 32 KiB
 constexpr int64_t ACT_GROUP = 64;  // columns that share a scale of activations
 
-// Columns of a tile.
 int64_t tile_columns(const PotWeight& w) { return w.bits == 8 ? 4 : w.bits == 4 ? 8 : 32; }
 
 int64_t tile_bytes(const PotWeight& w) { return w.bits == 3 ? 192 : 64; }
@@ -259,8 +258,8 @@ struct Rows8 {
 // Vectors: what the kernels need of each instruction set. I is a register of integers, F one of floats; the 64 bytes of
 // a tile's vector take N = 64 / sizeof(I) registers. The compiler's flags (-march=native) say which sets there are.
 //
-// dot adds products of four bytes of w and of x to each lane. On x86 w is unsigned, so BIAS is added to levels before and
-// its share is subtracted from the sums (`start` in byte_tile).
+// dot adds the products of four bytes of w and of x to each lane. If UNSIGNED, it takes bytes of w as 0 to 255. Then a
+// panel holds level + bias, and a sum begins at -bias times the sum of x. dot_signed takes signed bytes of w everywhere.
 
 template <class V>
 constexpr int N = 64 / sizeof(typename V::I);
@@ -738,7 +737,7 @@ struct InstructionSet {
     const char* name;                               // as in pot_choose
     bool here;                                      // this processor has it
     void (*product)(const Job&, int64_t, int64_t);  // (job, from, to): tile rows of the weight
-    bool negates_bytes;                             // it cannot multiply levels of 8 bits by -128
+    bool negates_bytes;                             // dot_signed negates bytes of x, so x must not be -128
 };
 
 // Fastest first.

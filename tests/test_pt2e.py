@@ -81,7 +81,9 @@ def test_operator(pt2e):
     w = torch.randn(6, 128)
     config = PoTConfig()
     packed = pot.PackedWeight.pack(w, pot.compute_unit(w, config), config)
-    torch.library.opcheck(torch.ops.nanopot.dequantize, (packed.codes, packed.unit, *packed.shape, json.dumps(asdict(config))))
+    torch.library.opcheck(
+        torch.ops.nanopot.dequantize, (packed.codes, packed.unit, *packed.shape, json.dumps(asdict(config)))
+    )
 
 
 CONFIG = PoTConfig()
