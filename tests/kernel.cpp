@@ -1,9 +1,10 @@
-// Tests the kernels against sums in double, on every instruction set of this machine: products with activations of
-// float32 and of 8 bits, unpacking, and the decode step of GPT-2 and of models of Llama's kind. Buffers have exactly the
-// size that the kernels need, so that -fsanitize=address,undefined finds every access outside of them.
+// Tests the kernels against sums in double, on every instruction set of this machine or on the one that argument 1 names:
+// products with activations of float32 and of 8 bits, unpacking, and the decode step of GPT-2 and of models of Llama's
+// kind. Buffers have exactly the size that the kernels need, so that -fsanitize=address,undefined finds every access
+// outside of them.
 // tests/test_kernel.py builds and runs this file, also for 64-bit ARM:
 //
-//     aarch64-linux-gnu-g++ -O1 -std=c++17 -static -pthread tests/kernel.cpp -o kernel && qemu-aarch64 ./kernel
+//     aarch64-linux-gnu-g++ -O1 -std=c++17 -static -pthread tests/kernel.cpp -o kernel && qemu-aarch64 ./kernel neon
 //
 // -DPOT_EMULATE tests the kernels for AVX-VNNI, AVX-512 and AMX on any machine: SIMDe has the intrinsics in portable C++.
 
@@ -404,8 +405,8 @@ void decode_step(const Sizes& z, int bits, int activations) {
     }
 }
 
-int main() {
-    const std::string names = pot_instruction_sets();
+int main(int count, char** arguments) {
+    const std::string names = count > 1 ? arguments[1] : pot_instruction_sets();
     for (size_t start = 0, end; start < names.size(); start = end + 1) {
         end = std::min(names.find(' ', start), names.size());
         const std::string name = names.substr(start, end - start);
