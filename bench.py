@@ -260,6 +260,10 @@ class Way:
         decode = self.decoder if len(prompt) == 1 else None
         return self.model.generate(prompt, new_tokens + 1, temperature=0, decode=decode)
 
+    def read(self, tokens, cache):
+        """Logits of the token after `tokens` (1, T)."""
+        return self.decoder(tokens, cache) if self.decoder else self.model(tokens, cache=cache, last=True)[:, -1]
+
     def measure(self, s, tokens):
         """{kind: tokens/s}"""
         self.use()
@@ -273,7 +277,7 @@ class Way:
                 pass
             rates[kind] = rows * steps / (time.perf_counter() - start)
         start = time.perf_counter()
-        self.model(tokens[:, : s.prompt_tokens], cache=KVCache(s.prompt_tokens), last=True)
+        self.read(tokens[:, : s.prompt_tokens], KVCache(s.prompt_tokens))
         return rates | {"prompt": s.prompt_tokens / (time.perf_counter() - start)}
 
     @property
@@ -306,10 +310,9 @@ def load_ways(s, files, expected, tokens):
         try:
             w = Way(format, way, files[format])
             # of the size that generate uses, to compile only once
-            cache = KVCache(PROMPT + 1 + s.new_tokens, torch.float16 if w.decoder else None)
-            w.model(tokens[:, :PROMPT], cache=cache)
-            last = tokens[:, PROMPT : PROMPT + 1]
-            logits = w.decoder(last, cache) if w.decoder else w.model(last, cache=cache)[:, -1]
+            cache = KVCache(PROMPT + 1 + s.new_tokens)
+            w.read(tokens[:, :PROMPT], cache)
+            logits = w.read(tokens[:, PROMPT : PROMPT + 1], cache)
         except Exception as e:  # torch.compile raises errors of many types, for example without a compiler
             if way not in ("oneDNN", "compiled"):
                 raise
@@ -328,7 +331,9 @@ def load_ways(s, files, expected, tokens):
 def take_turns(s, ways, tokens, size):
     """Appends tokens/s of each round to the rates of all ways. Returns bytes/s of reading a buffer of `size` bytes, or
     of 64 MiB if that is more, in each round: by pot_kernel.read_once, and by torch.sum, which checks it."""
-    buffer, rates = torch.ones(max(size, 2**26) // 4), {"read_once": [], "sum": []}  # a small model fits the cache
+    # as weights are loaded; at least 64 MiB, as a small model fits the cache
+    buffer = machine.large_pages(max(size, 2**26) // 8 * 8).view(torch.float32).fill_(1)
+    rates = {"read_once": [], "sum": []}
     reads = {"read_once": pot_kernel.read_once if pot_kernel.load() else torch.sum, "sum": torch.sum}
     for i in range(s.rounds + 1):
         line = []
@@ -337,12 +342,13 @@ def take_turns(s, ways, tokens, size):
             line.append(f"{w.format} {w.way} {measured['decode']:.1f}")
             for kind, rate in measured.items() if i > 0 else ():  # the first round warms up
                 w.rates.setdefault(kind, []).append(rate)
-        for name, read in reads.items():
+        seconds = dict.fromkeys(reads, 0.0)
+        for name in 10 * list(reads):  # in turn, as the speed of memory changes within a second
             start = time.perf_counter()
-            for _ in range(10):
-                read(buffer)
-            if i > 0:
-                rates[name].append(10 * buffer.nbytes / (time.perf_counter() - start))
+            reads[name](buffer)
+            seconds[name] += time.perf_counter() - start
+        for name in reads if i > 0 else ():
+            rates[name].append(10 * buffer.nbytes / seconds[name])
         if i > 0:
             bandwidth = rates["read_once"][-1] / 1e9
             print(f"round {i}/{s.rounds}, tokens/s: {', '.join(line)}; reads {bandwidth:.1f} GB/s", flush=True)

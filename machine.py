@@ -4,6 +4,7 @@ Facts about the machine: the device, memory, the allocator, and the provenance o
 
 import ctypes
 import math
+import mmap
 import os
 import platform
 import subprocess
@@ -106,3 +107,16 @@ def provenance() -> dict:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
+
+
+def large_pages(size: int) -> torch.Tensor:
+    """Memory (size) uint8 in pages of 2 MiB, where Linux has them. A processor reads them faster than pages of 4 KiB,
+    because it looks up fewer addresses and fetches ahead up to the end of a page."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a system without large pages
+        pass
+    return torch.frombuffer(memory, dtype=torch.uint8)

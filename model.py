@@ -5,7 +5,7 @@ names inside are GPT-2's for all of them. It knows nothing of quantization: pot.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import pi
+from math import isfinite, pi
 
 import torch
 import torch.nn as nn
@@ -88,7 +88,8 @@ class KVCache:
         end = self.length + k.shape[2]
         for kept, new in zip(self.layers[layer], (k, v)):
             kept[:, :, self.length : end] = new
-        return [k, v] if self.length == 0 else [kept[:, :, :end].to(k.dtype) for kept in self.layers[layer]]
+        whole = self.length == 0 and self.dtype in (None, k.dtype)
+        return [k, v] if whole else [kept[:, :, :end].to(k.dtype) for kept in self.layers[layer]]
 
 
 def rotary_frequencies(config: GPTConfig, device: torch.device | str | None = None) -> torch.Tensor:
@@ -375,19 +376,19 @@ class GPT(nn.Module):
         temperature 0 is greedy.
 
         Beyond block_size the context slides. All positions shift then, so the cache is useless and each token computes
-        the whole window. For a batch of one, decode(token, cache) -> logits (1, vocab_size) may replace forward for one
-        token, with a cache of float16.
+        the whole window. For a batch of one, decode(tokens (1, T), cache) -> logits (1, vocab_size) of the last one may
+        replace forward, with a cache of float16.
         """
         cache = KVCache(min(self.config.block_size, idx.shape[1] + max_new_tokens), torch.float16 if decode else None)
         new = idx
         for _ in range(max_new_tokens):
             if idx.shape[1] > self.config.block_size:
                 logits = self(idx[:, -self.config.block_size :], last=True)[:, -1].float()
-            elif decode is not None and cache.length > 0:
+            elif decode is not None:
                 logits = decode(new, cache)
             else:
                 logits = self(new, cache=cache, last=True)[:, -1].float()
-            if not logits.isfinite().all():
+            if not all(map(isfinite, torch.aminmax(logits))):
                 raise ValueError("the model's logits are not finite: its file is damaged, or its training diverged")
             if temperature == 0:
                 new = logits.max(-1, keepdim=True).indices

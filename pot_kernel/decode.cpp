@@ -1,11 +1,12 @@
-// The decode step of a GPT with packed weights: one token in, logits out, in one call. It serves GPT-2 and models of
-// Llama's kind (RMSNorm, rotary positions, grouped key-value heads, SwiGLU).
+// A GPT with packed weights in one call: tokens in, logits of the last one out. It serves GPT-2 and models of Llama's
+// kind (RMSNorm, rotary positions, grouped key-value heads, SwiGLU).
 //
 // Running GPT-2 (124M) layer by layer starts threads for 49 products per token and calls PyTorch's small operations
-// between them. At this size both cost as much as the products. Here one team of threads runs through all layers. Each
-// thread computes its share of rows or heads, and a barrier follows where a thread needs results of the others. Norms
-// and the rounding of activations are cheap, so every thread does them for itself. Keys and values are float16, because
-// at a full context they take more memory than the weights.
+// between them. For a single token both cost as much as the products; for a prompt PyTorch's attention and GELU cost
+// half as much. Here one team of threads runs through all layers. Each thread computes its share of rows or heads, and a
+// barrier follows where a thread needs results of the others. For a single token, norms and the rounding of activations
+// are cheap, so every thread does them for itself. Keys and values are float16, because at a full context they take
+// more memory than the weights.
 
 #define POT_SPINS 5000  // more than in pot.cpp: between two tokens little else needs the cores
 #include "pot.cpp"
@@ -99,10 +100,10 @@ uint16_t to_half(float f) {
 
 // The loops below have 16 partial sums and no branches, so that compilers vectorize them.
 
-float sum_of(const float (&part)[16]) {
-    float sum = 0;
-    for (float f : part) sum += f;
-    return sum;
+float sum_of(float (&part)[16]) {
+    for (int half = 8; half > 0; half /= 2)
+        UNROLL for (int k = 0; k < half; k++) part[k] += part[k + half];
+    return part[0];
 }
 
 // exp(x) by the polynomial of Cephes' expf, with an error of about 2 ulp. Compilers vectorize loops over it, unlike
@@ -185,152 +186,232 @@ void add(float factor, const uint16_t* b, int64_t n, float* out) {
     for (; i < n; i++) out[i] += factor * half_to_float(b[i]);
 }
 
-// Attention of a head over n tokens of the cache and a new one: out (size) = softmax(q keys / sqrt(size)) values.
-// keys, values (n, size); key, value (size): the new token's; score (n + 1) is scratch memory.
-void attend(const uint16_t* keys, const uint16_t* values, const uint16_t* key, const uint16_t* value, int64_t size,
-            const float* q, int64_t n, float* score, float* out) {
-    const float scale = 1 / std::sqrt(float(size));
-    float maximum = -INFINITY, sum[16] = {};
-    for (int64_t t = 0; t <= n; t++) {
-        score[t] = dot(q, t < n ? keys + t * size : key, size) * scale;
-        maximum = std::max(maximum, score[t]);
-    }
-    for (int64_t t = 0; t <= n; t++) score[t] = exponential(score[t] - maximum);
-    for (int64_t t = 0; t <= n; t++) sum[t % 16] += score[t];
+// Makes scores (n) probabilities.
+void softmax(float* score, int64_t n, float scale) {
+    float high[16], sum[16] = {};
+    std::fill_n(high, 16, -INFINITY);
+    for (int64_t t = 0; t < n; t++) high[t % 16] = score[t] > high[t % 16] ? score[t] : high[t % 16];
+    const float maximum = *std::max_element(high, high + 16);
+    for (int64_t t = 0; t < n; t++) score[t] = exponential((score[t] - maximum) * scale);
+    for (int64_t t = 0; t < n; t++) sum[t % 16] += score[t];
     const float inverse = 1 / sum_of(sum);
-    std::fill_n(out, size, 0.0f);
-    for (int64_t t = 0; t <= n; t++) add(score[t] * inverse, t < n ? values + t * size : value, size, out);
+    for (int64_t t = 0; t < n; t++) score[t] *= inverse;
 }
 
-// The state of one decode step, which all threads share.
+constexpr int64_t PROMPT = 144;  // tokens that run through the layers at once: more would need more memory
+
+// The state of some tokens' way through the model, which all threads share.
 struct Step {
     const Gpt* gpt;
-    int64_t token, position;
-    float* logits;                // (vocabulary)
-    std::vector<float> x;         // (n_embd): residual stream
-    std::vector<float> turn;      // (2, head_size / 2): cosines and sines of the position's angles, if rotary
-    std::vector<float> qkv;       // ((n_head + 2 n_kv_head) head_size)
-    std::vector<float> attended;  // (n_head head_size): attention's output
-    std::vector<float> hidden;    // (n_inner, or 2 n_inner if gated): inside the MLP
-    std::vector<float> added;     // (n_embd): output of a projection, added to x
+    const int64_t* tokens = nullptr;  // (n)
+    int64_t n = 0, position = 0;      // tokens, and the position of the first
+    float* logits = nullptr;          // (vocabulary): of the last token; null: they are not needed
+    int64_t width;                // (n_head + 2 n_kv_head) head_size
+    int64_t inner;                // n_inner, or 2 n_inner if gated
+    std::vector<float> x;         // (n, n_embd): residual stream
+    std::vector<float> normed;    // (n, n_embd): x after a norm
+    std::vector<float> turn;      // (n, 2, head_size / 2): cosines and sines of a position's angles, if rotary
+    std::vector<float> qkv;       // (n, width): queries, keys, values
+    std::vector<float> attended;  // (n, n_head head_size): attention's output
+    std::vector<float> hidden;    // (n, inner): inside the MLP
+    std::vector<float> added;     // (n, n_embd): output of a projection, added to x
+    Inputs inputs;                // of the current product
 
-    Step(const Gpt& g, int64_t token, int64_t position, float* logits)
-        : gpt(&g), token(token), position(position), logits(logits), x(g.n_embd), turn(g.frequencies ? g.head_size : 0),
-          qkv((g.n_head + 2 * g.n_kv_head) * g.head_size), attended(g.n_head * g.head_size),
-          hidden(g.n_inner * (g.gated ? 2 : 1)), added(g.n_embd) {}
+    Step(const Gpt& g, int64_t n)  // makes room for n tokens
+        : gpt(&g), width((g.n_head + 2 * g.n_kv_head) * g.head_size), inner(g.n_inner * (g.gated ? 2 : 1)), x(n * g.n_embd),
+          normed(n * g.n_embd), turn(g.frequencies ? n * g.head_size : 0), qkv(n * width),
+          attended(n * g.n_head * g.head_size), hidden(n * inner), added(n * g.n_embd) {}
 };
 
 // One thread's path through the model.
 class Walk {
   public:
     Walk(Step& step, Barrier& barrier, int part, int parts)
-        : s(step), g(*step.gpt), barrier_(barrier), part_(part), parts_(parts), normed_(g.n_embd),
-          score_(step.position + 1), query_(g.head_size), key_(2 * g.head_size) {}
+        : s(step), g(*step.gpt), barrier_(barrier), part_(part), parts_(parts), normed_(g.n_embd) {}
 
     void run() {
-        if (part_ == 0) embed();
+        const Share rows(s.n, 1, part_, parts_);
+        for (int64_t i = rows.from; i < rows.to; i++) embed(i);
         barrier_.wait();
         for (int64_t l = 0; l < g.n_layer; l++) {
             const GptLayer& layer = g.layers[l];
-            normalize(g, layer.ln_1, s.x.data(), normed_.data());
-            product(layer.c_attn, normed_.data(), s.qkv.data());
+            product(layer.c_attn, &layer.ln_1, s.x.data(), g.n_embd, s.n, s.qkv.data());
             barrier_.wait();
-            attention(layer);
+            store(layer);
             barrier_.wait();
-            residual(layer.attn_c_proj, s.attended.data());
+            s.n == 1 ? attend_token(layer) : attend_prompt(layer);
             barrier_.wait();
-            normalize(g, layer.ln_2, s.x.data(), normed_.data());
-            const Share share = product(layer.c_fc, normed_.data(), s.hidden.data());
-            if (!g.gated) gelu(&s.hidden[share.from], share.to - share.from);
+            residual(layer.attn_c_proj, s.attended.data(), g.n_head * g.head_size);
             barrier_.wait();
+            Share part = product(layer.c_fc, &layer.ln_2, s.x.data(), g.n_embd, s.n, s.hidden.data());
             if (g.gated) {
-                const Share part(g.n_inner, 16, part_, parts_);
-                gate(&s.hidden[g.n_inner + part.from], &s.hidden[part.from], part.to - part.from);
                 barrier_.wait();
+                part = Share(g.n_inner, 16, part_, parts_);
             }
-            residual(layer.mlp_c_proj, &s.hidden[g.gated ? g.n_inner : 0]);
+            for (int64_t i = 0; i < s.n; i++) {
+                float* hidden = &s.hidden[i * s.inner + part.from];
+                g.gated ? gate(hidden + g.n_inner, hidden, part.to - part.from) : gelu(hidden, part.to - part.from);
+            }
+            barrier_.wait();
+            residual(layer.mlp_c_proj, &s.hidden[g.gated ? g.n_inner : 0], s.inner);
             barrier_.wait();
         }
-        normalize(g, g.ln_f, s.x.data(), normed_.data());
-        product(g.lm_head, normed_.data(), s.logits);
+        if (s.logits) product(g.lm_head, &g.ln_f, &s.x[(s.n - 1) * g.n_embd], g.n_embd, 1, s.logits);
     }
 
   private:
-    void embed() {
-        decode_row(g.wte, s.token, s.x.data());
-        for (int64_t i = 0, n = g.head_size / 2; g.frequencies && i < n; i++) {
-            const float angle = float(s.position) * g.frequencies[i];
-            s.turn[i] = std::cos(angle), s.turn[n + i] = std::sin(angle);
+    void embed(int64_t i) {
+        float *x = &s.x[i * g.n_embd], *position = &s.added[i * g.n_embd], *turn = s.turn.data() + i * g.head_size;
+        decode_row(g.wte, s.tokens[i], x);
+        for (int64_t k = 0, n = g.head_size / 2; g.frequencies && k < n; k++) {
+            const float angle = float(s.position + i) * g.frequencies[k];
+            turn[k] = std::cos(angle), turn[n + k] = std::sin(angle);
         }
         if (g.frequencies) return;
-        decode_row(g.wpe, s.position, s.added.data());
-        for (int64_t i = 0; i < g.n_embd; i++) s.x[i] += s.added[i];
+        decode_row(g.wpe, s.position + i, position);
+        for (int64_t k = 0; k < g.n_embd; k++) x[k] += position[k];
     }
 
-    // Computes this thread's rows of the product, and returns which rows they are.
-    Share product(const GptLinear& linear, const float* x, float* y) {
+    // Computes this thread's columns of y (n, rows of the weight) for x (n, columns), after a norm unless it is null.
+    // Returns which columns they are.
+    Share product(const GptLinear& linear, const GptNorm* norm, const float* x, int64_t stride, int64_t n, float* y) {
         const PotWeight& w = linear.weight;
-        Job job{&w, linear.bias, x, 1, w.columns, nullptr, y, w.rows};
-        inputs_.round(&job, [](const auto& round) { round(0); });
-        Share rows((w.rows + 15) / 16, 1, part_, parts_);
-        instruction_set().product(job, rows.from, rows.to);
-        rows.from = std::min(w.rows, 16 * rows.from), rows.to = std::min(w.rows, 16 * rows.to);
-        return rows;
-    }
-
-    void residual(const GptLinear& linear, const float* x) {
-        const Share share = product(linear, x, s.added.data());
-        for (int64_t i = share.from; i < share.to; i++) s.x[i] += s.added[i];
-    }
-
-    void attention(const GptLayer& layer) {
-        const int64_t size = g.head_size, queries = g.n_head / g.n_kv_head;  // queries that share a key
-        const Share heads(g.n_head, 1, part_, parts_);
-        for (int64_t h = heads.from; h < heads.to; h++) {
-            const int64_t kv = h / queries, offset = kv * g.capacity * size;
-            for (int part = 0; part < 2; part++) {  // the new token's key and value, for each thread that needs them
-                const int64_t head = g.n_head + kv + part * g.n_kv_head;
-                std::copy_n(&s.qkv[head * size], size, query_.data());
-                if (part == 0 && g.frequencies) rotate(query_.data(), s.turn.data(), size);
-                for (int64_t i = 0; i < size; i++) key_[part * size + i] = to_half(query_[i]);
-            }
-            if (h % queries == 0) {  // nobody reads this position of the cache in this step
-                std::copy_n(key_.data(), size, layer.keys + offset + s.position * size);
-                std::copy_n(key_.data() + size, size, layer.values + offset + s.position * size);
-            }
-            std::copy_n(&s.qkv[h * size], size, query_.data());
-            if (g.frequencies) rotate(query_.data(), s.turn.data(), size);
-            attend(layer.keys + offset, layer.values + offset, key_.data(), key_.data() + size, size, query_.data(),
-                   s.position, score_.data(), &s.attended[h * size]);
+        const bool single = n == 1;  // then every thread prepares x for itself, which takes less time than to wait
+        Inputs& inputs = single ? inputs_ : s.inputs;
+        float* normed = single ? normed_.data() : s.normed.data();
+        Job job{&w, linear.bias, norm ? normed : x, n, norm ? w.columns : stride, nullptr, y, w.rows};
+        if (single || part_ == 0) inputs.reset(job);
+        if (!single) barrier_.wait();
+        const Share rows(n, 1, single ? 0 : part_, single ? 1 : parts_);
+        for (int64_t i = rows.from; i < rows.to; i++) {
+            if (norm) normalize(g, *norm, x + i * stride, normed + i * w.columns);
+            inputs.fill(job, i);
         }
+        if (!single) barrier_.wait();
+        inputs.give(&job);
+        Share columns((w.rows + 15) / 16, 1, part_, parts_);
+        instruction_set().product(job, columns.from, columns.to);
+        columns.from = std::min(w.rows, 16 * columns.from), columns.to = std::min(w.rows, 16 * columns.to);
+        return columns;
+    }
+
+    void residual(const GptLinear& linear, const float* x, int64_t stride) {
+        const Share share = product(linear, nullptr, x, stride, s.n, s.added.data());
+        for (int64_t i = 0; i < s.n; i++)
+            for (int64_t k = share.from; k < share.to; k++) s.x[i * g.n_embd + k] += s.added[i * g.n_embd + k];
+    }
+
+    // Turns queries and keys by their positions, and puts keys and values into the cache.
+    void store(const GptLayer& layer) {
+        const int64_t size = g.head_size, heads = g.n_head + 2 * g.n_kv_head;
+        const Share share(s.n * heads, 1, part_, parts_);
+        for (int64_t k = share.from; k < share.to; k++) {
+            const int64_t i = k / heads, kv = k % heads - g.n_head;  // kv: keys, then values; negative: queries
+            float* x = &s.qkv[k * size];
+            if (g.frequencies && kv < g.n_kv_head) rotate(x, &s.turn[i * size], size);
+            if (kv < 0) continue;
+            uint16_t* cache = kv < g.n_kv_head ? layer.keys : layer.values;
+            cache += (kv % g.n_kv_head * g.capacity + s.position + i) * size;
+            for (int64_t d = 0; d < size; d++) cache[d] = to_half(x[d]);
+        }
+    }
+
+    // Attention of a single token, which reads the cache as it is.
+    void attend_token(const GptLayer& layer) {
+        const int64_t size = g.head_size, n = s.position + 1;
+        const Share heads(g.n_head, 1, part_, parts_);
+        score_.resize(n);
+        for (int64_t h = heads.from; h < heads.to; h++) {
+            const int64_t offset = h / (g.n_head / g.n_kv_head) * g.capacity * size;
+            const uint16_t *keys = layer.keys + offset, *values = layer.values + offset;
+            float* out = &s.attended[h * size];
+            for (int64_t t = 0; t < n; t++) score_[t] = dot(&s.qkv[h * size], keys + t * size, size);
+            softmax(score_.data(), n, 1 / std::sqrt(float(size)));
+            std::fill_n(out, size, 0.0f);
+            for (int64_t t = 0; t < n; t++) add(score_[t], values + t * size, size, out);
+        }
+    }
+
+    // Attention of several tokens, as products of tiles: scores = queries keys^T, out = probabilities values.
+    void attend_prompt(const GptLayer& layer) {
+        constexpr int64_t R = Best::FLOAT_ROWS;
+        const int64_t size = g.head_size, tiles = (s.n + R - 1) / R, stride = (s.position + s.n + 15) / 16 * 16;
+        const int64_t features = (size + 15) / 16 * 16;
+        const Share share(g.n_head * tiles, 1, part_, parts_);
+        keys_.resize(stride * size), values_.resize(stride * features), score_.resize(R * stride);
+        for (int64_t k = share.from, kv = -1; k < share.to; k++) {
+            const int64_t h = k / tiles, first = k % tiles * R, rows = std::min(R, s.n - first);
+            const int64_t n = s.position + first + rows;  // keys that the last of these tokens sees
+            if (kv != h / (g.n_head / g.n_kv_head)) {
+                kv = h / (g.n_head / g.n_kv_head);
+                decode_cache(layer, kv, stride);
+            }
+            float sums[R * 16];
+            auto multiply = [&](const float* x, int64_t x_stride, const float* panel, int64_t columns) {
+                std::fill_n(sums, 16 * rows, 0.0f);
+                in_tiles<R>(rows, [&](int64_t i, auto count) {
+                    float_tile<Best, count.value>(x + i * x_stride, x_stride, panel, columns, sums + 16 * i);
+                });
+            };
+            for (int64_t t = 0; t < n; t += 16) {
+                multiply(&s.qkv[first * s.width + h * size], s.width, &keys_[t * size], size);
+                for (int64_t i = 0; i < rows; i++) std::copy_n(sums + 16 * i, 16, &score_[i * stride + t]);
+            }
+            for (int64_t i = 0; i < rows; i++) {
+                const int64_t seen = n - rows + i + 1;
+                softmax(&score_[i * stride], seen, 1 / std::sqrt(float(size)));
+                std::fill_n(&score_[i * stride + seen], n - seen, 0.0f);
+            }
+            for (int64_t d = 0; d < size; d += 16) {
+                multiply(score_.data(), stride, &values_[d * stride], n);
+                for (int64_t i = 0; i < rows; i++)
+                    std::copy_n(sums + 16 * i, std::min<int64_t>(16, size - d),
+                                &s.attended[((first + i) * g.n_head + h) * size + d]);
+            }
+        }
+    }
+
+    // Decodes a head's keys to panels of 16 tokens, (head_size, 16), and its values to panels of 16 features,
+    // (stride, 16).
+    void decode_cache(const GptLayer& layer, int64_t kv, int64_t stride) {
+        const int64_t size = g.head_size, n = s.position + s.n;
+        for (int64_t t = 0; t < stride; t++)
+            for (int64_t d = 0; d < size; d++) {
+                const int64_t from = (kv * g.capacity + t) * size + d;
+                keys_[t / 16 * 16 * size + d * 16 + t % 16] = t < n ? half_to_float(layer.keys[from]) : 0;
+                values_[d / 16 * 16 * stride + t * 16 + d % 16] = t < n ? half_to_float(layer.values[from]) : 0;
+            }
     }
 
     Step& s;
     const Gpt& g;
     Barrier& barrier_;
-    const int part_, parts_;     // number of this thread, and of all threads
-    std::vector<float> normed_;  // (n_embd)
-    std::vector<float> score_;   // (position + 1)
-    std::vector<float> query_;   // (head_size): of the current head, or its key or value
-    std::vector<uint16_t> key_;  // (2, head_size): the new token's key and value of the current head, float16
-    Inputs inputs_;              // of the current product
+    const int part_, parts_;                     // number of this thread, and of all threads
+    std::vector<float> normed_;                  // (n_embd): x after a norm, of a single token
+    std::vector<float> score_, keys_, values_;   // scratch memory of attention
+    Inputs inputs_;                              // of the current product, of a single token
 };
 
 }  // namespace
 
-// Computes logits (vocabulary) of the token that follows `token`. Reads keys and values of the tokens before
-// `position`, and writes those of `token`. The caller checks that token and position are in range.
-extern "C" void gpt_decode(const Gpt* gpt, int64_t token, int64_t position, float* logits, int threads) {
-    Step step(*gpt, token, position, logits);
-    std::unique_ptr<Barrier> barrier;
-    std::atomic<Barrier*> ready{nullptr};
-    team().run(threads, [&](int part, int parts) {
-        if (part == 0) {  // the number of threads is known only here
-            barrier.reset(new Barrier(parts));
-            ready.store(barrier.get(), std::memory_order_release);
-        }
-        Barrier* b;
-        while (!(b = ready.load(std::memory_order_acquire))) relax();
-        Walk(step, *b, part, parts).run();
-    });
+// Computes logits (vocabulary) of the token that follows tokens (n). Reads keys and values of the tokens before
+// `position`, and writes those of `tokens`. The caller checks that tokens and positions are in range.
+extern "C" void gpt_decode(const Gpt* gpt, const int64_t* tokens, int64_t n, int64_t position, float* logits,
+                           int threads) {
+    Step step(*gpt, std::min(PROMPT, n));
+    for (int64_t from = 0; from < n; from += PROMPT) {
+        step.tokens = tokens + from, step.n = std::min(PROMPT, n - from), step.position = position + from;
+        step.logits = from + step.n == n ? logits : nullptr;
+        std::unique_ptr<Barrier> barrier;
+        std::atomic<Barrier*> ready{nullptr};
+        team().run(threads, [&](int part, int parts) {
+            if (part == 0) {  // the number of threads is known only here
+                barrier.reset(new Barrier(parts));
+                ready.store(barrier.get(), std::memory_order_release);
+            }
+            Barrier* b;
+            while (!(b = ready.load(std::memory_order_acquire))) relax();
+            Walk(step, *b, part, parts).run();
+        });
+    }
 }

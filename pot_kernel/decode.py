@@ -1,9 +1,10 @@
 """
-The decode step of a GPT in one call: a token in, logits out, by decode.cpp. For packed 4-bit weights on a CPU.
+A GPT in one call: tokens in, logits of the last one out, by decode.cpp. For packed weights on a CPU.
 """
 
 import ctypes
 import threading
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -61,15 +62,16 @@ class _Gpt(ctypes.Structure):
 
 
 class Decoder:
-    """decoder(token, cache) -> logits (1, vocab_size) float32 of the token after `token` (1, 1), for a batch of one.
+    """decoder(tokens, cache) -> logits (1, vocab_size) float32 of the token after `tokens` (1, T), for a batch of one.
 
-    The result is that of the model layer by layer, up to the order of summation. The token continues the cache, which
-    grows by it. Threads may share a decoder; they take turns.
+    The result is that of the model layer by layer with a float16 cache, up to the order of summation. The tokens
+    continue the cache, which grows by them. Threads may share a decoder; they take turns.
 
     weights: a packed weight for each matrix, by GPT-2's names ("transformer.h.0.attn.c_attn").
     tensors: norms and biases, float32 and contiguous on the CPU, by name ("transformer.h.0.ln_1.weight"). A bias may be
     missing. frequencies: (head_size / 2) float32, the rotary angles in radians a position; None for learned positions,
-    whose table is weights["transformer.wpe"]. The decoder keeps pointers into both: make a new one after moving, casting or assigning weights.
+    whose table is weights["transformer.wpe"]. The decoder keeps pointers into both: make a new one after moving, casting
+    or assigning weights.
     """
 
     def __init__(
@@ -77,9 +79,12 @@ class Decoder:
         frequencies: torch.Tensor | None = None,
     ):  # fmt: skip
         self.shape, self.lock = shape, threading.Lock()
+        self.cache = lambda: None  # a weak reference to the cache of the last token
         self.kept = weights, tensors, frequencies
         self.step = load().gpt_decode
-        self.step.argtypes = [ctypes.POINTER(_Gpt), ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int]
+        self.step.argtypes = [
+            ctypes.POINTER(_Gpt), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+        ]  # fmt: skip
         self.step.restype = None
 
         def pointer(name):
@@ -104,31 +109,44 @@ class Decoder:
             norm("transformer.ln_f"), linear("lm_head"), self.layers,
         )  # fmt: skip
 
-    def __call__(self, token: torch.Tensor, cache) -> torch.Tensor:
-        """cache: model.KVCache. Raises ValueError for a token or a cache that does not fit."""
-        shape, token = self.shape, int(token)
-        if not 0 <= token < shape.vocab_size:
-            raise ValueError(f"token {token} is not in the vocabulary of {shape.vocab_size}")
-        size = (1, shape.n_kv_head, cache.capacity, shape.head_size)
-        logits = torch.empty(1, self.gpt.lm_head.weight.rows)
+    def __call__(self, tokens: torch.Tensor, cache) -> torch.Tensor:
+        """cache: model.KVCache, empty or of float16. Raises ValueError for tokens or a cache that do not fit."""
+        shape = self.shape
+        if tokens.dim() != 2 or len(tokens) != 1 or not tokens.numel():
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)}: the decoder takes a batch of one, (1, T)")
+        tokens = tokens.long().contiguous()
+        low, high = (int(t) for t in tokens.aminmax())
+        if not 0 <= low <= high < shape.vocab_size:
+            raise ValueError(f"token {low if low < 0 else high} is not in the vocabulary of {shape.vocab_size}")
+        logits, n = torch.empty(1, self.gpt.lm_head.weight.rows), tokens.shape[1]
         with self.lock:
-            layers = [cache.layers.get(i) for i in range(shape.n_layer)]
-            if cache.length >= min(cache.capacity, shape.block_size):
+            if cache.length + n > min(cache.capacity, shape.block_size):
                 raise ValueError(
-                    f"a token at position {cache.length} does not fit a cache of {cache.capacity} and a context of "
+                    f"{n} tokens from position {cache.length} on do not fit a cache of {cache.capacity} and a context of "
                     f"{shape.block_size}"
                 )
-            if not all(kv and all(map(_is_plain, kv)) and kv[0].shape == kv[1].shape == size for kv in layers):
-                raise ValueError(
-                    f"the cache does not hold float16 keys and values of shape {size} for {shape.n_layer} layers on the "
-                    "CPU: let the model itself read the first tokens, a batch of one, with KVCache(..., torch.float16)"
-                )
-            self.gpt.capacity = cache.capacity
-            for layer, kv in zip(self.layers, layers):
-                layer.keys, layer.values = (t.data_ptr() for t in kv)
-            self.step(self.gpt, token, cache.length, logits.data_ptr(), torch.get_num_threads())
-            cache.length += 1
+            if self.cache() is not cache:
+                self._point_to(cache)
+            self.step(self.gpt, tokens.data_ptr(), n, cache.length, logits.data_ptr(), torch.get_num_threads())
+            cache.length += n
         return logits
+
+    def _point_to(self, cache):
+        """Checks the tensors of a cache, which stay the same as long as it lives, and keeps pointers to them."""
+        shape, self.cache = self.shape, lambda: None
+        size = (1, shape.n_kv_head, cache.capacity, shape.head_size)
+        if not cache.layers:
+            cache.layers = {i: [torch.empty(size, dtype=torch.float16) for _ in "kv"] for i in range(shape.n_layer)}
+        layers = [cache.layers.get(i) for i in range(shape.n_layer)]
+        if not all(kv and all(map(_is_plain, kv)) and kv[0].shape == kv[1].shape == size for kv in layers):
+            raise ValueError(
+                f"the cache does not hold float16 keys and values of shape {size} for {shape.n_layer} layers on the "
+                "CPU: begin with an empty cache, or with KVCache(..., torch.float16) and a batch of one"
+            )
+        self.gpt.capacity = cache.capacity
+        for layer, kv in zip(self.layers, layers):
+            layer.keys, layer.values = (t.data_ptr() for t in kv)
+        self.cache = weakref.ref(cache)
 
 
 def _is_plain(tensor):

@@ -77,6 +77,7 @@ namespace {
 
 constexpr int64_t CHUNK = 256;     // columns of a panel: its floats fill half of a level 1 cache of 32 KiB
 constexpr int64_t ACT_GROUP = 64;  // columns that share a scale of activations
+constexpr int64_t AHEAD = 4096;    // bytes to fetch ahead of use; processors stop doing so by themselves at a page's end
 
 int64_t tile_columns(const PotWeight& w) { return w.bits == 8 ? 4 : w.bits == 4 ? 8 : 32; }
 
@@ -95,17 +96,10 @@ float half_to_float(uint16_t half) {  // of a finite number
     return f * 0x1p112f;
 }
 
-// Units of 16 rows from 16 * block on in one group: out (16).
-void units(const PotWeight& w, int64_t block, int64_t group, float* out) {
-    const int64_t start = w.unit_per_row ? (block * w.groups + group) * 16 : group;
-    const uint16_t* half = static_cast<const uint16_t*>(w.unit) + start;
-    const float* single = static_cast<const float*>(w.unit) + start;
-    if (!w.unit_per_row)
-        std::fill_n(out, 16, w.unit_is_half ? half_to_float(*half) : *single);
-    else if (w.unit_is_half)
-        for (int i = 0; i < 16; i++) out[i] = half_to_float(half[i]);
-    else
-        std::copy_n(single, 16, out);
+// Unit of a row in a group.
+float unit_at(const PotWeight& w, int64_t row, int64_t group) {
+    const int64_t i = w.unit_per_row ? (row / 16 * w.groups + group) * 16 + row % 16 : group;
+    return w.unit_is_half ? half_to_float(static_cast<const uint16_t*>(w.unit)[i]) : static_cast<const float*>(w.unit)[i];
 }
 
 // Level of one weight.
@@ -121,10 +115,10 @@ int level_at(const PotWeight& w, int64_t row, int64_t column) {
 // Decodes a row to float32: out (columns).
 void decode_row(const PotWeight& w, int64_t row, float* out) {
     const int64_t size = w.columns / w.groups;
-    float unit[16];
+    float unit = 0;
     for (int64_t c = 0; c < w.columns; c++) {
-        if (c % size == 0) units(w, row / 16, c / size, unit);
-        out[c] = float(level_at(w, row, c)) * unit[row % 16];
+        if (c % size == 0) unit = unit_at(w, row, c / size);
+        out[c] = float(level_at(w, row, c)) * unit;
     }
 }
 
@@ -170,26 +164,24 @@ bool quantize(const float* x, int64_t columns, uint8_t* q, float* scale, int32_t
 // Rounds up to 64 values of x to q, which has room for 64: x = scale * q, q from -127 to 127. Returns the scale: NaN if
 // x holds NaN or infinities. The rest of q becomes zero.
 float quantize_group(const float* x, int64_t n, int8_t* q) {
-    float v[ACT_GROUP] = {}, high[16] = {};
-    int32_t nan[16] = {};
+    float v[ACT_GROUP] = {}, most;
+    int32_t bits[ACT_GROUP], high = 0;
     std::memcpy(v, x, 4 * n);
-    for (int c = 0; c < ACT_GROUP; c += 16)
-        for (int k = 0; k < 16; k++) {
-            const float size = std::fabs(v[c + k]);
-            high[k] = size > high[k] ? size : high[k];
-            nan[k] |= !(size < INFINITY);
-        }
-    for (int k = 1; k < 16; k++) high[0] = std::max(high[0], high[k]), nan[0] |= nan[k];
-    const float scale = std::max(high[0], 0x1p-100f) / 127;
-    if (nan[0]) std::fill_n(v, ACT_GROUP, 0.0f);
-    for (int c = 0; c < ACT_GROUP; c++) {
-        int32_t bits;
-        const float f = v[c] / scale + MAGIC;  // the low bits of MAGIC + n are n
-        std::memcpy(&bits, &f, 4);
-        q[c] = int8_t(bits);
-    }
-    return nan[0] ? NAN : scale;
+    std::memcpy(bits, v, sizeof v);
+    for (int32_t b : bits) high = std::max(high, b & 0x7fffffff);  // absolute values are ordered as their bits are
+    std::memcpy(&most, &high, 4);
+    const bool finite = high < 0x7f800000;
+    const float scale = std::max(most, 0x1p-100f) / 127;
+    if (!finite) std::fill_n(v, ACT_GROUP, 0.0f);
+    for (float& f : v) f = f / scale + MAGIC;  // the low bits of MAGIC + n are n
+    std::memcpy(bits, v, sizeof v);
+    for (int c = 0; c < ACT_GROUP; c++) q[c] = int8_t(bits[c]);
+    return finite ? scale : NAN;
 }
+
+// n, padded to an odd number of cache lines, each of which holds `line` values. Caches put lines that are 4,096 bytes
+// apart into the same few places, so rows of such a stride would drive each other out.
+int64_t padded(int64_t n, int64_t line) { return ((n + line - 1) / line | 1) * line; }
 
 // Columns of a chunk that share a unit of the weight and a scale of x.
 struct Segment {
@@ -200,18 +192,19 @@ struct Segment {
 
 // Rows of x in 8 bits, for products with a weight whose groups are multiples of 4 columns.
 struct Rows8 {
-    int64_t stride = 0;             // bytes from a row to the next: columns, padded to 64
+    int64_t stride = 0;             // bytes from a row to the next: columns, padded by `padded`
     std::vector<Segment> segments;  // of all columns
     std::vector<int8_t> q;          // (n, padded to 16; stride)
     std::vector<float> scale;       // (n, segments): of x within the segment, without the row's scale
-    std::vector<int32_t> sum;       // (n, segments): sum of q
+    std::vector<int32_t> start;     // (n, segments): -bias times the sum of q, where sums of products begin
     std::vector<float> row_scale;   // (n): 1 if scales are per group; NaN if x holds NaN or infinities
     std::vector<float> offset;      // (n): 128 - zero, or 0
+    int bias = 0;                   // added to levels of the weight, so that they are not negative
 
     // Makes room for n rows.
-    void reset(const PotWeight& w, int64_t n) {
+    void reset(const PotWeight& w, int64_t n, bool is_unsigned) {
         const int64_t size = w.columns / w.groups;
-        stride = (w.columns + 63) / 64 * 64;
+        stride = padded(w.columns, 64);
         segments.clear();
         for (int64_t c = 0, end; c < w.columns; c = end) {
             end = std::min({w.columns, (c / size + 1) * size, (c / CHUNK + 1) * CHUNK});
@@ -220,9 +213,10 @@ struct Rows8 {
         }
         q.assign((n + 15) / 16 * 16 * stride, 0);
         scale.assign(n * segments.size(), 1.0f);
-        sum.resize(n * segments.size());
+        start.resize(n * segments.size());
         row_scale.assign(n, 1.0f);
         offset.assign(n, 0.0f);
+        bias = is_unsigned && w.bits != 8 ? *std::max_element(w.table, w.table + 16) : 0;
     }
 
     // Rounds row i, which is x (columns).
@@ -249,7 +243,7 @@ struct Rows8 {
             }
             int32_t total = 0;
             for (int64_t c = 0; c < 4 * segment.quads; c++) total += row[segment.column + c];
-            sum[i * segments.size() + s] = total;
+            start[i * segments.size() + s] = -bias * total;
         }
     }
 };
@@ -268,7 +262,6 @@ struct Portable {
     typedef int32_t I __attribute__((vector_size(16)));
     typedef float F __attribute__((vector_size(16)));
     static constexpr int ROWS = 2, FLOAT_ROWS = 4;  // rows of x whose sums fit the registers
-    static constexpr int SUMS = 1;                  // independent sums that hide the latency of dot
     static constexpr bool UNSIGNED = false;
 
     static F set(float f) { return F{f, f, f, f}; }
@@ -308,7 +301,7 @@ struct Portable {
 struct Avx2 {
     using I = __m256i;
     using F = __m256;
-    static constexpr int ROWS = 3, FLOAT_ROWS = 6, SUMS = 1;
+    static constexpr int ROWS = 3, FLOAT_ROWS = 6;
     static constexpr bool UNSIGNED = true;
 
     static F set(float f) { return _mm256_set1_ps(f); }
@@ -339,7 +332,6 @@ struct Avx2 {
 
 #if defined(__AVXVNNI__)
 struct AvxVnni : Avx2 {  // Intel's processors without AVX-512
-    static constexpr int SUMS = 2;
     static I dot(I sum, I w, I x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
     static I dot_signed(I sum, I w, I x) { return dot(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w)); }
 };
@@ -349,7 +341,7 @@ struct AvxVnni : Avx2 {  // Intel's processors without AVX-512
 struct Avx512 {
     using I = __m512i;
     using F = __m512;
-    static constexpr int ROWS = 12, FLOAT_ROWS = 12, SUMS = 4;
+    static constexpr int ROWS = 12, FLOAT_ROWS = 12;
     static constexpr bool UNSIGNED = true;
 
     static F set(float f) { return _mm512_set1_ps(f); }
@@ -384,7 +376,7 @@ struct Avx512 {
 struct Neon {
     using I = int32x4_t;
     using F = float32x4_t;
-    static constexpr int ROWS = 4, FLOAT_ROWS = 4, SUMS = 1;
+    static constexpr int ROWS = 4, FLOAT_ROWS = 4;
     static constexpr bool UNSIGNED = false;
 
     static F set(float f) { return vdupq_n_f32(f); }
@@ -421,6 +413,15 @@ struct Neon {
 };
 #endif
 
+// Units of a register of rows, from 16 * block + h * lanes on, in a group.
+template <class V>
+typename V::F load_unit(const PotWeight& w, int64_t block, int64_t group, int h) {
+    if (!w.unit_per_row) return V::set(unit_at(w, 0, group));
+    const int64_t i = (block * w.groups + group) * 16 + h * int(sizeof(typename V::F) / 4);
+    return w.unit_is_half ? V::load_half(static_cast<const uint16_t*>(w.unit) + i)
+                          : V::load(static_cast<const float*>(w.unit) + i);
+}
+
 // -----------------------------------------------------------------------------
 // AMX multiplies tiles: 16 rows of x times a panel of 64 columns and 16 rows of the weight in one instruction. It serves
 // many rows of x with 8 bits.
@@ -436,23 +437,23 @@ bool has_amx() {
 }
 
 // As byte_tile, for 16 rows of x and segments of 64 columns.
-void amx_tile(const Rows8& x, int64_t i, const uint8_t* panel, bool is_signed, int64_t from, int64_t to,
-              const float* unit, int bias, float* sums) {
+void amx_tile(const PotWeight& w, const Rows8& x, int64_t i, int64_t block, const uint8_t* panel, int64_t from,
+              int64_t to, float* sums) {
     const int64_t count = int64_t(x.segments.size());
     alignas(64) int32_t product[16][16];
-    for (int64_t s = from; s < to; s++, unit += 16, panel += 1024) {
+    for (int64_t s = from; s < to; s++, panel += 1024) {
         _tile_zero(0);
         _tile_loadd(1, &x.q[i * x.stride + x.segments[s].column], size_t(x.stride));
         _tile_loadd(2, panel, 64);
-        if (is_signed)
+        if (w.bits == 8)
             _tile_dpbssd(0, 1, 2);
         else
             _tile_dpbsud(0, 1, 2);
         _tile_stored(0, product, 64);
-        const __m512 units = _mm512_loadu_ps(unit);
+        const __m512 units = load_unit<Avx512>(w, block, x.segments[s].group, 0);
         UNROLL for (int r = 0; r < 16; r++) {
             const int64_t k = (i + r) * count + s;
-            const __m512i total = _mm512_sub_epi32(_mm512_load_si512(product[r]), _mm512_set1_epi32(bias * x.sum[k]));
+            const __m512i total = _mm512_add_epi32(_mm512_load_si512(product[r]), _mm512_set1_epi32(x.start[k]));
             const __m512 scaled = _mm512_mul_ps(units, _mm512_set1_ps(x.scale[k]));
             _mm512_storeu_ps(sums + 16 * r, _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), scaled,
                                                             _mm512_loadu_ps(sums + 16 * r)));
@@ -490,12 +491,6 @@ struct Job {
     int64_t y_stride;   // floats from a row of y to the next
 };
 
-// Added to levels in a panel of bytes, so that they are not negative.
-template <class V>
-int bias_of(const PotWeight& w) {
-    return V::UNSIGNED && w.bits != 8 ? *std::max_element(w.table, w.table + 16) : 0;
-}
-
 // Decodes 16 rows of a chunk of columns to a panel of bytes, which has room for CHUNK columns. levels (64) is the table,
 // four times.
 template <class V>
@@ -532,56 +527,57 @@ enum Source {
     CODES,   // tiles of 4-bit codes: for few rows of x a panel costs more than it saves
 };
 
-// Multiplies R rows of x, from row i on, by the levels of segments `from` to `to` - 1, and adds the products to sums
-// (R, 16). p: where these segments begin. levels (64): the table + bias, four times, for CODES.
+// Multiplies R rows of x, from row i on, by the levels of segments `from` to `to` - 1 of 16 rows of the weight, and adds
+// the products to sums (R, 16). p: where these segments begin. levels (64): the table + bias, four times, for CODES.
 template <class V, int R, Source S>
-void byte_tile(const Rows8& x, int64_t i, const uint8_t* p, const uint8_t* levels, int64_t from, int64_t to,
-               const float* unit, int bias, float* sums) {
+void byte_tile(const PotWeight& w, const Rows8& x, int64_t i, int64_t block, const uint8_t* p, const uint8_t* levels,
+               int64_t from, int64_t to, float* sums) {
     using I = typename V::I;
-    constexpr int size = sizeof(I), lanes = size / 4, SUMS = (V::SUMS + R - 1) / R, QUADS = S == CODES ? 2 : 1;
+    constexpr int size = sizeof(I), lanes = size / 4, QUADS = S == CODES ? 2 : 1;
+    constexpr int CHAINS = R < 4 ? QUADS : 1;  // sums of few rows wait for their own last addition, so they get two
     const I table = V::load(levels), mask = V::set(0x0f0f0f0f);
     const int64_t count = int64_t(x.segments.size()), stride = x.stride;
-    for (int64_t s = from; s < to; s++, unit += 16) {
+    const float* scale = &x.scale[i * count];
+    const int32_t* start = &x.start[i * count];
+    typename V::F total[R][N<V>];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int h = 0; h < N<V>; h++) total[r][h] = V::load(sums + 16 * r + h * lanes);
+    for (int64_t s = from; s < to; s++) {
         const Segment& segment = x.segments[s];
         const int8_t* q = &x.q[i * stride + segment.column];
-        I sum[SUMS][R][N<V>];
+        I sum[CHAINS][R][N<V>];
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int h = 0; h < N<V>; h++) {
-                sum[0][r][h] = V::set(-bias * x.sum[(i + r) * count + s]);
-                UNROLL for (int k = 1; k < SUMS; k++) sum[k][r][h] = V::set(0);
+                sum[0][r][h] = V::set(start[r * count + s]);
+                if (CHAINS == 2) sum[CHAINS - 1][r][h] = V::set(0);
             }
-        auto add = [&](int k, const uint8_t* vector, int64_t column) {
+        for (int64_t quad = 0; quad < segment.quads; quad += QUADS, p += 64, q += 4 * QUADS) {
+            if (S != LEVELS && R < 3) __builtin_prefetch(p + AHEAD);
             UNROLL for (int h = 0; h < N<V>; h++) {
-                const I w = V::load(vector + h * size);
-                UNROLL for (int half = 0; half < QUADS; half++) {
-                    const I v = S == CODES ? V::look_up(table, V::and_bits(half ? V::shift(w, -4) : w, mask)) : w;
+                const I vector = V::load(p + h * size);
+                UNROLL for (int k = 0; k < QUADS; k++) {
+                    const I code = V::and_bits(k ? V::shift(vector, -4) : vector, mask);
+                    const I v = S == CODES ? V::look_up(table, code) : vector;
                     UNROLL for (int r = 0; r < R; r++) {
                         int32_t four;
-                        std::memcpy(&four, q + r * stride + column + 4 * half, 4);
-                        I& total = sum[k][r][h];
-                        total = S == SIGNED ? V::dot_signed(total, v, V::set(four)) : V::dot(total, v, V::set(four));
+                        std::memcpy(&four, q + r * stride + 4 * k, 4);
+                        I& out = sum[k % CHAINS][r][h];
+                        out = S == SIGNED ? V::dot_signed(out, v, V::set(four)) : V::dot(out, v, V::set(four));
                     }
                 }
             }
-        };
-        constexpr int UNROLLED = R < 3 ? 4 / R : 1;  // vectors in a turn of the loop; more would not fit the registers
-        const int64_t vectors = (segment.quads + QUADS - 1) / QUADS, whole = vectors / UNROLLED * UNROLLED;
-        int64_t v = 0;
-        for (; v < whole; v += UNROLLED)
-            UNROLL for (int k = 0; k < UNROLLED; k++) add(k % SUMS, p + 64 * (v + k), 4 * QUADS * (v + k));
-        for (; v < vectors; v++) add(0, p + 64 * v, 4 * QUADS * v);
-        p += 64 * vectors;
-        UNROLL for (int r = 0; r < R; r++) {
-            const auto scale = V::set(x.scale[(i + r) * count + s]);
-            UNROLL for (int h = 0; h < N<V>; h++) {
-                I total = sum[0][r][h];
-                UNROLL for (int k = 1; k < SUMS; k++) total = V::add(total, sum[k][r][h]);
-                float* out = sums + 16 * r + h * lanes;
-                V::store(out, V::multiply_add(V::to_float(total), V::multiply(V::load(unit + h * lanes), scale),
-                                              V::load(out)));
+        }
+        UNROLL for (int h = 0; h < N<V>; h++) {
+            const auto unit = load_unit<V>(w, block, segment.group, h);
+            UNROLL for (int r = 0; r < R; r++) {
+                if (CHAINS == 2) sum[0][r][h] = V::add(sum[0][r][h], sum[CHAINS - 1][r][h]);
+                total[r][h] = V::multiply_add(V::to_float(sum[0][r][h]), V::multiply(unit, V::set(scale[r * count + s])),
+                                              total[r][h]);
             }
         }
     }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int h = 0; h < N<V>; h++) V::store(sums + 16 * r + h * lanes, total[r][h]);
 }
 
 // Decodes 16 rows of a chunk to a panel of floats (columns, 16). bytes is a panel of levels without bias.
@@ -590,14 +586,12 @@ void decode_floats(const PotWeight& w, int64_t block, int64_t column, int64_t co
     using I = typename V::I;
     constexpr int size = sizeof(I), lanes = size / 4;
     const int64_t group_size = w.columns / w.groups;
-    float unit[16];
     typename V::F u[N<V>] = {};
     for (int64_t c = 0, change = 0; c < columns; c += 4, bytes += 64)
         for (int64_t k = 0; k < 4 && c + k < columns; k++, out += 16) {
             if (c + k == change) {
                 const int64_t group = (column + c + k) / group_size;
-                units(w, block, group, unit);
-                for (int h = 0; h < N<V>; h++) u[h] = V::load(unit + h * lanes);
+                for (int h = 0; h < N<V>; h++) u[h] = load_unit<V>(w, block, group, h);
                 change = (group + 1) * group_size - column;
             }
             for (int h = 0; h < N<V>; h++)
@@ -646,25 +640,25 @@ void in_tiles(int64_t n, const Tile& tile) {
     for (; i < n; i++) tile(i, std::integral_constant<int, 1>());
 }
 
-// Computes y for tile rows `from` to `to` - 1 of the weight. With few rows of x, codes are read in the order of memory.
-// With many, a chunk of columns of x stays in the cache while all tile rows are multiplied by it.
+// Computes y for tile rows `from` to `to` - 1 of the weight.
 template <class V>
 void product(const Job& job, int64_t from, int64_t to) {
     const PotWeight& w = *job.w;
-    const int64_t chunks = (w.columns + CHUNK - 1) / CHUNK, most = job.x8 ? 512 : 192;  // rows of x that fit the cache
-    const int bias = job.x8 ? bias_of<V>(w) : 0;
+    constexpr int64_t MOST = 144;  // rows of x for which a panel is decoded; in 8 bits they fit a level 2 cache
     const bool few = job.x8 && job.n <= V::ROWS && w.columns / w.groups % 8 == 0;
     const Source source = w.bits == 8 ? SIGNED : w.bits == 4 && few ? CODES : LEVELS;
+    const int64_t width = job.x8 && source != LEVELS ? w.columns : CHUNK;  // columns of a chunk
+    const int64_t chunks = (w.columns + width - 1) / width;
     std::vector<int64_t> first(chunks + 1);  // (chunks + 1): first segment of each chunk
     if (job.x8) {
         first[chunks] = int64_t(job.x8->segments.size());
-        for (int64_t s = first[chunks] - 1; s >= 0; s--) first[job.x8->segments[s].column / CHUNK] = s;
+        for (int64_t s = first[chunks] - 1; s >= 0; s--) first[job.x8->segments[s].column / width] = s;
     }
     alignas(64) uint8_t levels[64], bytes[CHUNK * 16];  // vectors that cross a cache line cost twice the time
-    alignas(64) float floats[CHUNK * 16], unit[CHUNK / 4 * 16], sums[512 * 16];
-    for (int i = 0; i < 64; i++) levels[i] = uint8_t(w.table[i % 16] + bias);
+    alignas(64) float floats[CHUNK * 16], sums[MOST * 16];
+    for (int i = 0; i < 64; i++) levels[i] = uint8_t(w.table[i % 16] + (job.x8 ? job.x8->bias : 0));
     auto multiply = [&](int64_t block, int64_t chunk, int64_t row, int64_t n) {  // adds to sums (n, 16)
-        const int64_t column = chunk * CHUNK, columns = std::min(CHUNK, w.columns - column);
+        const int64_t column = chunk * width, columns = std::min(width, w.columns - column);
         const uint8_t *codes = codes_at(w, block, column), *panel = codes;
         if (source == LEVELS) decode_bytes<V>(w, codes, columns, levels, bytes), panel = bytes;
         if (!job.x8) {
@@ -676,7 +670,6 @@ void product(const Job& job, int64_t from, int64_t to) {
             return;
         }
         const int64_t start = first[chunk], end = first[chunk + 1];
-        for (int64_t s = start; s < end; s++) units(w, block, job.x8->segments[s].group, &unit[16 * (s - start)]);
         int64_t done = 0;  // rows of x
 #if defined(POT_AMX)
         const auto* segments = job.x8->segments.data();
@@ -684,50 +677,31 @@ void product(const Job& job, int64_t from, int64_t to) {
         if (std::is_same<V, Amx>::value && n >= 16 && columns % ACT_GROUP == 0 &&
             std::all_of(segments + start, segments + end, is_tile))
             for (const AmxTiles tiles; done + 16 <= n; done += 16)
-                amx_tile(*job.x8, row + done, panel, source == SIGNED, start, end, unit, bias, &sums[16 * done]);
+                amx_tile(w, *job.x8, row + done, block, panel, start, end, &sums[16 * done]);
 #endif
         in_tiles<V::ROWS>(n - done, [&](int64_t k, auto size) {
-            const int64_t i = done + k;
             auto tile = source == LEVELS   ? byte_tile<V, size.value, LEVELS>
                         : source == SIGNED ? byte_tile<V, size.value, SIGNED>
                                            : byte_tile<V, size.value, CODES>;
-            tile(*job.x8, row + i, panel, levels, start, end, unit, bias, &sums[16 * i]);
+            const int64_t i = done + k;
+            tile(w, *job.x8, row + i, block, panel, levels, start, end, &sums[16 * i]);
         });
     };
-    auto load = [&](int64_t block, int64_t row, int64_t n, bool zero) {
-        const int64_t rows = std::min<int64_t>(16, w.rows - 16 * block);
-        for (int64_t i = 0; i < n; i++) {
-            const float* y = job.y + (row + i) * job.y_stride + 16 * block;
-            for (int64_t r = 0; r < 16; r++) sums[16 * i + r] = zero || r >= rows ? 0 : y[r];
-        }
-    };
-    auto store = [&](int64_t block, int64_t row, int64_t n, bool last) {
-        const int64_t rows = std::min<int64_t>(16, w.rows - 16 * block);
-        for (int64_t i = 0; i < n; i++) {
-            float *y = job.y + (row + i) * job.y_stride + 16 * block, *sum = &sums[16 * i];
-            if (last && w.activations == 1 && job.x8)
-                for (int64_t r = 0; r < rows; r++)
-                    sum[r] = job.x8->row_scale[row + i] *
-                             (sum[r] + job.x8->offset[row + i] * w.row_sums[16 * block + r]);
-            for (int64_t r = 0; r < rows; r++) y[r] = sum[r] + (last && job.bias ? job.bias[16 * block + r] : 0);
-        }
-    };
-    for (int64_t row = 0; row < job.n; row += most) {
-        const int64_t n = std::min(most, job.n - row);
-        if (n <= 16)
-            for (int64_t block = from; block < to; block++) {
-                std::fill_n(sums, 16 * n, 0.0f);
-                for (int64_t chunk = 0; chunk < chunks; chunk++) multiply(block, chunk, row, n);
-                store(block, row, n, true);
+    for (int64_t row = 0; row < job.n; row += MOST)
+        for (int64_t block = from; block < to; block++) {
+            const int64_t n = std::min(MOST, job.n - row), rows = std::min<int64_t>(16, w.rows - 16 * block);
+            std::fill_n(sums, 16 * n, 0.0f);
+            for (int64_t chunk = 0; chunk < chunks; chunk++) multiply(block, chunk, row, n);
+            float bias[16] = {}, offset[16] = {};  // offset: the sum of q + 128 - zero is that of q plus this
+            if (job.bias) std::copy_n(job.bias + 16 * block, rows, bias);
+            if (job.x8 && w.activations == 1) std::copy_n(w.row_sums + 16 * block, rows, offset);
+            for (int64_t i = 0; i < n; i++) {
+                float *y = job.y + (row + i) * job.y_stride + 16 * block, *sum = &sums[16 * i];
+                const float scale = job.x8 ? job.x8->row_scale[row + i] : 1, shift = job.x8 ? job.x8->offset[row + i] : 0;
+                for (int r = 0; r < 16; r++) sum[r] = scale * (sum[r] + shift * offset[r]) + bias[r];
+                rows == 16 ? std::memcpy(y, sum, 64) : std::memcpy(y, sum, 4 * rows);
             }
-        else
-            for (int64_t chunk = 0; chunk < chunks; chunk++)
-                for (int64_t block = from; block < to; block++) {
-                    load(block, row, n, chunk == 0);
-                    multiply(block, chunk, row, n);
-                    store(block, row, n, chunk == chunks - 1);
-                }
-    }
+        }
 }
 
 // -----------------------------------------------------------------------------
@@ -737,28 +711,28 @@ struct InstructionSet {
     const char* name;                               // as in pot_choose
     bool here;                                      // this processor has it
     void (*product)(const Job&, int64_t, int64_t);  // (job, from, to): tile rows of the weight
-    bool negates_bytes;                             // dot_signed negates bytes of x, so x must not be -128
+    bool is_unsigned;                               // its dot takes bytes of w as 0 to 255
 };
 
 // Fastest first.
 const std::vector<InstructionSet>& instruction_sets() {
     static const std::vector<InstructionSet> sets = {
 #if defined(POT_AMX)
-        {"amx", has_amx(), product<Amx>, true},
+        {"amx", has_amx(), product<Amx>, Amx::UNSIGNED},
 #endif
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
-        {"avx512", bool(__builtin_cpu_supports("avx512vnni")), product<Avx512>, true},
+        {"avx512", bool(__builtin_cpu_supports("avx512vnni")), product<Avx512>, Avx512::UNSIGNED},
 #endif
 #if defined(__AVXVNNI__)
-        {"avxvnni", true, product<AvxVnni>, true},
+        {"avxvnni", true, product<AvxVnni>, AvxVnni::UNSIGNED},
 #endif
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-        {"avx2", bool(__builtin_cpu_supports("avx2")), product<Avx2>, true},
+        {"avx2", bool(__builtin_cpu_supports("avx2")), product<Avx2>, Avx2::UNSIGNED},
 #endif
 #if defined(__aarch64__)
-        {"neon", true, product<Neon>, false},
+        {"neon", true, product<Neon>, Neon::UNSIGNED},
 #endif
-        {"portable", true, product<Portable>, false},
+        {"portable", true, product<Portable>, Portable::UNSIGNED},
     };
     return sets;
 }
@@ -778,10 +752,11 @@ const InstructionSet& instruction_set() {
     return *set;
 }
 
-// Can the kernel multiply by activations of 8 bits as integers? If not, they are rounded and stay float32.
+// Can the kernel multiply by activations of 8 bits as integers? If not, they are rounded and stay float32. Where bytes
+// are unsigned, dot_signed negates bytes of x, so x must not be -128.
 bool takes_bytes(const PotWeight& w) {
     return (w.groups == 1 || w.columns / w.groups % 4 == 0) &&
-           !(w.activations == 1 && w.bits == 8 && instruction_set().negates_bytes);
+           !(w.activations == 1 && w.bits == 8 && instruction_set().is_unsigned);
 }
 
 // Rounds x (columns) to 8 bits and back.
@@ -802,25 +777,36 @@ void round_floats(const PotWeight& w, const float* x, float* out) {
     }
 }
 
-// The rows of x as a product takes them.
+// The rows of x as a product takes them. A caller makes room, fills all rows, and gives them to the job.
 struct Inputs {
     Rows8 rows8;
-    std::vector<float> rounded;  // (n, columns)
+    std::vector<float> floats;  // (n, stride)
+    int64_t stride = 0;         // of floats; 0: the job's own x is good
 
-    // Rounds job's x if its weight says so. each_row(round) calls round(i) for all rows i of x.
-    template <class EachRow>
-    void round(Job* job, const EachRow& each_row) {
-        const PotWeight& w = *job->w;
-        const Job from = *job;
-        if (w.activations && takes_bytes(w)) {
-            rows8.reset(w, job->n);
-            each_row([&](int64_t i) { rows8.round(w, from.x + i * from.x_stride, i); });
+    void reset(const Job& job) {
+        const PotWeight& w = *job.w;
+        const bool bytes = w.activations && takes_bytes(w);
+        stride = !bytes && (w.activations || job.n >= 8) ? padded(w.columns, 16) : 0;  // a copy of a few rows does not pay
+        if (bytes) rows8.reset(w, job.n, instruction_set().is_unsigned);
+        floats.resize(job.n * stride);
+    }
+
+    void fill(const Job& job, int64_t i) {
+        const PotWeight& w = *job.w;
+        const float* x = job.x + i * job.x_stride;
+        if (stride && w.activations)
+            round_floats(w, x, &floats[i * stride]);
+        else if (stride)
+            std::copy_n(x, w.columns, &floats[i * stride]);
+        else if (w.activations)
+            rows8.round(w, x, i);
+    }
+
+    void give(Job* job) const {
+        if (stride)
+            job->x = floats.data(), job->x_stride = stride;
+        else if (job->w->activations)
             job->x8 = &rows8;
-        } else if (w.activations) {
-            rounded.resize(job->n * w.columns);
-            each_row([&](int64_t i) { round_floats(w, from.x + i * from.x_stride, &rounded[i * w.columns]); });
-            job->x = rounded.data(), job->x_stride = w.columns;
-        }
     }
 };
 
@@ -951,12 +937,12 @@ void pot_linear(const PotWeight* w, const float* bias, const float* x, int64_t n
                 int64_t y_stride, int threads) {
     Job job{w, bias, x, n, x_stride, nullptr, y, y_stride};
     Inputs inputs;
-    inputs.round(&job, [&](const auto& round) {
-        team().run(n < 8 ? 1 : threads, [&](int part, int parts) {  // a few rows take less time than waking threads
-            const Share rows(n, 1, part, parts);
-            for (int64_t i = rows.from; i < rows.to; i++) round(i);
-        });
+    inputs.reset(job);
+    team().run(n < 8 ? 1 : threads, [&](int part, int parts) {  // a few rows take less time than waking threads
+        const Share rows(n, 1, part, parts);
+        for (int64_t i = rows.from; i < rows.to; i++) inputs.fill(job, i);
     });
+    inputs.give(&job);
     team().run(threads, [&](int part, int parts) {
         const Share blocks((w->rows + 15) / 16, 1, part, parts);
         instruction_set().product(job, blocks.from, blocks.to);
@@ -984,10 +970,8 @@ void pot_row_sums(const PotWeight* w, float* out) {
         double sum = 0;
         for (int64_t g = 0; g < w->groups; g++) {
             int64_t group_sum = 0;
-            float unit[16];
             for (int64_t c = g * size; c < (g + 1) * size; c++) group_sum += level_at(*w, r, c);
-            units(*w, r / 16, g, unit);
-            sum += double(group_sum) * unit[r % 16];
+            sum += double(group_sum) * unit_at(*w, r, g);
         }
         out[r] = float(sum);
     }
@@ -999,21 +983,21 @@ int pot_quantize(const float* x, int64_t columns, uint8_t* q, float* scale, int3
 }
 
 // Reads a buffer (n) as fast as possible, so that bench.py can measure memory bandwidth. The sum of its words that it
-// returns keeps the compiler from removing the loop. Eight sums in registers: a single one would make each addition wait
+// returns keeps the compiler from removing the loop. Each thread reads four parts of its share in turn, because a
+// processor fetches ahead in several places at once. Eight sums in registers: a single sum would make each addition wait
 // for the one before it, and sums in an array would be loaded and stored again for each word.
 uint64_t pot_read(const uint64_t* buffer, int64_t n, int threads) {
     typedef uint64_t Vector __attribute__((vector_size(32), aligned(8), may_alias));
     std::atomic<uint64_t> total{0};
     team().run(threads, [&](int part, int parts) {
         const Share share(n, 32, part, parts);
+        const int64_t quarter = (share.to - share.from) / 32 * 8;
         Vector sum[8] = {};
-        int64_t i = share.from;
-        for (; i + 32 <= share.to; i += 32) {
-            const Vector* words = reinterpret_cast<const Vector*>(buffer + i);
-            UNROLL for (int k = 0; k < 8; k++) sum[k] += words[k];
-        }
+        for (int64_t i = share.from; i < share.from + quarter; i += 8)
+            UNROLL for (int k = 0; k < 8; k++)
+                sum[k] += *reinterpret_cast<const Vector*>(buffer + i + k / 2 * quarter + k % 2 * 4);
         uint64_t part_sum = 0;
-        for (; i < share.to; i++) part_sum += buffer[i];
+        for (int64_t i = share.from + 4 * quarter; i < share.to; i++) part_sum += buffer[i];
         for (const Vector& vector : sum) part_sum += vector[0] + vector[1] + vector[2] + vector[3];
         total += part_sum;
     });

@@ -286,10 +286,10 @@ struct Sizes {
     bool llama, bias, qkv_bias;
 };
 
-// Decodes a few tokens with random weights, and compares the logits with those of the same model in double. Attention
+// Reads tokens, several or one at a time, with random weights, and compares the logits with those of the same model in double. Attention
 // reads the keys and values that the decoder rounds to float16, which are compared with the model's own.
 void decode_step(const Sizes& z, int bits, int activations) {
-    const int64_t context = 9, queries = z.heads / z.kv_heads, n_qkv = (z.heads + 2 * z.kv_heads) * z.size;
+    const int64_t context = 17, queries = z.heads / z.kv_heads, n_qkv = (z.heads + 2 * z.kv_heads) * z.size;
     const double tolerance = activations ? 0.1 : 1e-5;  // the reference does not round activations to 8 bits
     using Vector = std::vector<double>;
     std::vector<std::unique_ptr<Matrix>> matrices;
@@ -351,10 +351,13 @@ void decode_step(const Sizes& z, int bits, int activations) {
         }
         return y;
     };
+    Buffer<int64_t> tokens(context);
+    Buffer<float> logits(z.vocabulary);
+    for (int64_t t = 0; t < context; t++) tokens.data[t] = random_bits() % z.vocabulary;
     for (int64_t t = 0; t < context; t++) {
-        const int64_t token = random_bits() % z.vocabulary;
-        Buffer<float> logits(z.vocabulary);
-        gpt_decode(&gpt, token, t, logits.data, 1 + t % 3);
+        if (t == 0 || t == 1 || t == 14 || t == 15)
+            gpt_decode(&gpt, tokens.data + t, t == 1 ? 13 : t == 15 ? 2 : 1, t, logits.data, 1 + t % 3);
+        const int64_t token = tokens.data[t];
         Vector x(z.E);
         for (int64_t i = 0; i < z.E; i++)
             x[i] = values_of[wte.codes][token * z.E + i] + (z.llama ? 0 : values_of[wpe.codes][t * z.E + i]);
@@ -401,7 +404,9 @@ void decode_step(const Sizes& z, int bits, int activations) {
         const Vector expected = product(gpt.lm_head, normalize(gpt.ln_f, x));
         double largest = 0;
         for (double f : expected) largest = std::max(largest, std::fabs(f));
-        for (int64_t i = 0; i < z.vocabulary; i++) check(logits.data[i], expected[i], largest, tolerance, "decode");
+        const bool last = t == 0 || t == 13 || t == 14 || t == 16;  // token of a call
+        for (int64_t i = 0; i < z.vocabulary && last; i++)
+            check(logits.data[i], expected[i], largest, tolerance, "decode");
     }
 }
 

@@ -508,19 +508,17 @@ def layer_by_layer(model):
     ],
     ids=["gpt2", "no-bias", "one-head", "llama", "llama-qkv-bias"],
 )  # fmt: skip
-def test_decode_step(kernel, name, config, shape):
-    """The decoder, one call a token, against the model's own layers."""
+def test_decoder(kernel, name, config, shape):
+    """The decoder, which reads some tokens and then one after the other, against the model's own layers."""
     assert kernel(name)
     model = random_gpt(config, shape)
     decode = make_decoder(model)
     ids = torch.randint(shape.vocab_size, (1, 40))
     model_cache, decode_cache = KVCache(40, torch.float16), KVCache(40, torch.float16)
-    model(ids[:, :3], cache=model_cache)
-    model(ids[:, :3], cache=decode_cache)
-    errors = []
-    for i in range(3, 40):
-        expected, actual = model(ids[:, i : i + 1], cache=model_cache)[:, -1], decode(ids[:, i : i + 1], decode_cache)
-        assert actual.shape == expected.shape and decode_cache.length == i + 1
+    errors, ends = [], [3, 4, 17, *range(18, 41)]
+    for start, end in zip([0, *ends], ends):
+        expected, actual = model(ids[:, start:end], cache=model_cache)[:, -1], decode(ids[:, start:end], decode_cache)
+        assert actual.shape == expected.shape and decode_cache.length == end
         errors.append((actual - expected).abs().max() / expected.abs().max())
     # An 8-bit activation between two steps may round either way, and so may a key or value of float16.
     errors = torch.stack(errors)
@@ -531,11 +529,17 @@ def test_decode_step(kernel, name, config, shape):
     model(ids[:, :3].expand(2, 3), cache=batch)
     single = KVCache(40)
     model(ids[:, :3], cache=single)
-    for wrong in (KVCache(40), batch, single):
-        with pytest.raises(ValueError, match="let the model itself read"):
+    for wrong in (batch, single):
+        with pytest.raises(ValueError, match="begin with an empty cache"):
             decode(ids[:, :1], wrong)
-    with pytest.raises(ValueError, match="vocabulary"):
-        decode(torch.tensor([[shape.vocab_size]]), KVCache(3))
+    for token in (shape.vocab_size, -1):
+        with pytest.raises(ValueError, match=f"token {token} is not in the vocabulary"):
+            decode(torch.tensor([[0, token, 0]]), KVCache(3))
+    for tokens in (ids[:, :0], ids[0], ids[:, :4].view(2, 2)):
+        with pytest.raises(ValueError, match="batch of one"):
+            decode(tokens, KVCache(3))
+    with pytest.raises(ValueError, match="4 tokens from position 0 on do not fit a cache of 3"):
+        decode(ids[:, :4], KVCache(3))
     if not config.act_bits:
         for prompt in (ids[:, :1], ids[:, :30]):  # the second prompt runs beyond the context
             ways = layer_by_layer(model), decode
@@ -560,6 +564,20 @@ def test_decode_step_with_large_attention_scores(kernel):
     for i in range(10, 30):
         expected, actual = model(ids[:, i : i + 1], cache=model_cache)[:, -1], decode(ids[:, i : i + 1], decode_cache)
         assert (actual - expected).abs().max() <= 1e-3 * expected.abs().max()
+    assert (decode(ids, KVCache(30)) - actual).abs().max() <= 1e-3 * actual.abs().max()
+
+
+@needs_compiler
+def test_a_long_prompt(kernel):
+    """The decoder reads long prompts in parts."""
+    assert kernel()
+    model = random_gpt(PoTConfig(), GPTConfig(400, 101, 2, 4, 128, n_kv_head=2, n_inner=192, **LLAMA))
+    ids, decode = torch.randint(101, (1, 400)), make_decoder(model)
+    for n in (144, 145, 333, 399):
+        caches = [KVCache(400, torch.float16) for _ in range(2)]
+        for tokens in (ids[:, :n], ids[:, n : n + 1]):
+            expected, actual = model(tokens, cache=caches[0], last=True)[:, -1], decode(tokens, caches[1])
+            assert (actual - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
 @needs_compiler
@@ -610,7 +628,7 @@ def test_threads_share_a_cache(kernel):
         t.start()
     for t in workers:
         t.join(120)
-    assert cache.length == 20 and len(refused) == 40 - 15 and "does not fit a cache of 20" in refused[0]
+    assert cache.length == 20 and len(refused) == 40 - 15 and "do not fit a cache of 20" in refused[0]
 
 
 @needs_compiler
