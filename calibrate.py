@@ -11,13 +11,14 @@ the second moment of the layer's inputs, sum of x x^T. Only the rounding step de
 powers of two as it does on integers.
 
 Here a layer also makes up for the errors of the layers before it: it sees the inputs of the quantized model and aims at
-the outputs of the float model (as in GPTAQ, arXiv 2504.02692).
+the outputs of the float model (as in GPTAQ, arXiv 2504.02692), as far as text kept aside supports that.
 
 Sections: calibrate, passes through the model, GPTQ of one layer.
 """
 
 import copy
 import graphlib
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -39,18 +40,21 @@ def calibrate(
     """Chooses the codes of a prepared model by the inputs that its layers see, in place.
 
     batches: inputs of the model; 16k tokens of text are usual. It is called as model(batch), as model(*batch) for a
-    tuple or list, and as model(**batch) for a mapping. An output of every finished block is kept in memory for each
-    batch, and a copy of the float model.
+    tuple or list, and as model(**batch) for a mapping. Memory holds the outputs of a block or two for each batch,
+    and a copy of the float model.
     progress(done, total) is called after each set of layers.
 
     First come embeddings and weights that several layers share (a tied head). Weighted least squares gives them new
     units, and GPTQ gives codes to those that a linear layer uses. Then come linear layers in the order of execution.
     Afterwards `weight` holds compensated values that are not rounded yet; the layer's own rounding gives the codes. So
-    convert the model, or train on. A layer that the batches do not reach, or whose error would grow, stays as it was.
+    convert the model, or train on. An eighth of the rows that a layer sees is kept aside. A layer
+    that the batches do not reach, or whose error on these rows would grow, stays as it was. So does the model, with a
+    warning, if its output there ends further from the float model's than that of rounding. Another warning says that
+    the text is short for the width of a layer.
 
     Returns {name: (before, after)}: squared distance of a linear layer's output from the float model's, relative to the
-    squared output. Raises ValueError if there is nothing to calibrate, if there is no batch, or if weights or inputs
-    hold NaN or inf.
+    squared output, on rows kept aside. Raises ValueError if there is nothing to calibrate, if there is no batch, or if
+    weights or inputs hold NaN or inf.
     """
     batches = list(batches)
     names = {m: name for name, m in model.named_modules() if is_prepared(m) and m.quantizer.enabled}
@@ -72,24 +76,39 @@ def calibrate(
         for twin in twins.values():
             twin.quantizer.enabled = False
         float_runner = _Runner(reference, batches, twins.values())
-        sets, calls, importance = _record(float_runner, {twin: layer for layer, twin in twins.items()}, shared)
+        sets, calls, importance, last = _record(float_runner, {twin: layer for layer, twin in twins.items()}, shared)
         for q, moment in importance.items():
             _check_finite(names[shared[q][0]], moment)
+        rounded = _distance(runner, float_runner, last, twins[last]) if last else 0.0
         for q, moment in importance.items():
             calibrate_shared(weight_matrix(shared[q][0]), q, moment)
         unreached = names.keys() - {layer for layers in sets for layer in layers}
         runner.finish(unreached)
         float_runner.finish(twins[layer] for layer in unreached)
-        errors = {}
+        errors, short = {}, {}
         for done, layers in enumerate(sets, start=1):
-            moments = _moments(runner, float_runner, layers[0], twins[layers[0]], calls)
-            _check_finite(names[layers[0]], *moments)
+            fitted, aside, rows = _moments(runner, float_runner, layers[0], twins[layers[0]], calls)
+            _check_finite(names[layers[0]], fitted, aside)
             for layer in layers:
-                errors[names[layer]] = calibrate_layer(layer, *moments)
+                errors[names[layer]] = calibrate_layer(layer, fitted, aside)
+            if rows < 4 * fitted.shape[1]:
+                short[names[layers[0]]] = rows, fitted.shape[1]
             runner.finish(layers)
             float_runner.finish(twins[layer] for layer in layers)
             if progress:
                 progress(done, len(sets))
+        if short:
+            name, (rows, n) = max(short.items(), key=lambda item: item[1][1] / (item[1][0] + 1))
+            warnings.warn(
+                f"{rows} tokens are few for the {n} input features of {name}: calibrate on {8 * n} or more",
+                stacklevel=3,
+            )
+        if last and _distance(runner, float_runner, last, twins[last]) > rounded:
+            warnings.warn("calibration took the model further from the float model: it stays rounded", stacklevel=3)
+            for layer, twin in twins.items():
+                layer.weight.copy_(twin.weight)
+                layer.quantizer.unit = twin.quantizer.unit
+            errors = {name: (before, before) for name, (before, _) in errors.items()}
         return errors
     finally:
         for m in training:
@@ -109,12 +128,26 @@ class _Stop(BaseException):
     """Ends a forward pass early. It is no Exception, because models may catch those."""
 
 
+class _Freed(torch.Tensor):
+    """Stands for a kept output that no later pass should need."""
+
+    @classmethod
+    def __torch_function__(cls, *_, **__):
+        raise _Needed
+
+
+class _Needed(BaseException):
+    """Ends a forward pass that uses a freed output. No Exception, like _Stop."""
+
+
 class _Runner:
-    """Runs a model over batches, and caches outputs of finished modules.
+    """Runs a model over batches, and keeps outputs of finished modules.
 
     A module is finished once every prepared layer in it is calibrated. The output of a finished module that runs before
     the first unfinished layer does not change any more, so it is kept, until a finished module around it is kept
-    instead. So reaching a layer in block n recomputes only block n.
+    instead. So reaching a layer in block n recomputes only block n. Kept outputs are handed on without a copy; one that
+    was written to since is computed again, and copied from then on. An output that went into a module whose output is
+    kept too is freed. If the model uses it all the same, the pass starts again, and nothing is freed any more.
     """
 
     def __init__(self, model, batches, layers):
@@ -123,7 +156,8 @@ class _Runner:
         self.unfinished = {m: inside for m, inside in self.unfinished.items() if inside}
         compiled = [m for m in model.modules() if hasattr(m, "_orig_mod")]
         self.uncached = {d for m in compiled for d in m.modules()}  # torch.compile cannot trace the cache
-        self.finished, self.outputs = [], {}
+        self.finished, self.outputs = [], {}  # outputs: {batch: {(module, call): (output, version; None: a copy)}}
+        self.written, self.frees = set(), not compiled
 
     def finish(self, layers):
         """Marks layers as calibrated."""
@@ -145,7 +179,7 @@ class _Runner:
 
     def inputs(self, layer, i, limit):
         """Inputs of a layer in batch i, of its first `limit` calls (None: all): a list of (rows, in) float32."""
-        inputs = []
+        inputs, needed = [], False
 
         def record(_, args):
             rows = _rows(layer.quantizer, args[0])
@@ -154,7 +188,7 @@ class _Runner:
             if len(inputs) == limit:
                 raise _Stop
 
-        self.settled, calls, hidden = True, {}, {}
+        self.settled, self.last, calls, hidden = True, None, {}, {}
         hooks = [m.register_forward_pre_hook(self._unsettle) for m in self.unfinished if is_prepared(m)]
         hooks.append(layer.register_forward_pre_hook(record))
         try:
@@ -164,6 +198,8 @@ class _Runner:
             self.call(self.batches[i])
         except _Stop:
             pass
+        except _Needed:
+            needed = True
         finally:
             for hook in hooks:
                 hook.remove()
@@ -171,6 +207,10 @@ class _Runner:
                 del m.forward
                 if forward is not None:
                     m.forward = forward
+        if needed:
+            self.frees = False
+            self.outputs.clear()
+            return self.inputs(layer, i, limit)
         return inputs
 
     def _unsettle(self, module, inputs):
@@ -178,22 +218,37 @@ class _Runner:
 
     def _cached(self, module, i, calls):
         """module.forward for batch i, which returns the kept output where there is one."""
-        compute = module.forward
+        compute, kept = module.forward, self.outputs.setdefault(i, {})
 
         def forward(*args, **kwargs):
             call = calls[module] = calls.get(module, -1) + 1
-            kept = self.outputs.setdefault((module, i), {})
-            if call in kept:
-                return copy.deepcopy(kept[call])  # the next module may work in place
+            key, previous = (module, call), self.last
+            if key in kept:
+                output, version = kept[key]
+                if version is None:
+                    return copy.deepcopy(output)
+                if type(output) is _Freed or output._version == version:
+                    if (
+                        previous in kept
+                        and any(a is kept[previous][0] for a in (*args, *kwargs.values()))
+                        and self.frees
+                    ):
+                        kept[previous] = torch.empty(0).as_subclass(_Freed), 0
+                    self.last = key
+                    return output
+                self.written.add(module)
             before, earlier = _fingerprint(args, kwargs), dict(calls)
-            result = compute(*args, **kwargs)
+            output = compute(*args, **kwargs)
             if self.settled and before == _fingerprint(args, kwargs):  # a module with side effects must run again
-                kept[call] = copy.deepcopy(result)
-                for inner in module.modules():
-                    if inner is not module:
-                        self.outputs.pop((inner, i), None)
-                        calls[inner] = earlier.get(inner, -1)  # as in a pass that does not enter module
-            return result
+                plain = type(output) is torch.Tensor and not output.is_nested and module not in self.written
+                kept[key] = (output, output._version) if plain else (copy.deepcopy(output), None)
+                inside = set(module.modules()) - {module}
+                for inner, n in list(kept):
+                    if inner in inside:
+                        del kept[inner, n]
+                for inner in inside:
+                    calls[inner] = earlier.get(inner, -1)  # as in a pass that does not enter module
+            return output
 
         return forward
 
@@ -210,18 +265,20 @@ def _fingerprint(args, kwargs):
 def _record(runner, layers, shared):
     """Runs one whole pass over all batches. layers: {module that runs: the layer that it stands for}.
 
-    Returns (sets, calls, importance):
+    Returns (sets, calls, importance, last):
     sets: lists of layers with the same inputs, in the order of execution;
     calls: {(batch, layer): how often the batch calls the layer};
-    importance: {quantizer of a shared weight: (rows, 1), how often each row is looked up, or (in, in), sum of x x^T}.
+    importance: {quantizer of a shared weight: (rows, 1), how often each row is looked up, or (in, in), sum of x x^T};
+    last: the last linear layer.
     """
-    inputs_of, calls, importance, number, last = {}, {}, {}, 0, None
+    inputs_of, calls, importance, number, seen, last = {}, {}, {}, 0, None, None
     before, previous = {}, None  # {layer: layers that run just before it}; a batch need not call all layers
 
     def record(module, inputs):
-        nonlocal number, last, previous
+        nonlocal number, seen, previous, last
         x, layer = inputs[0], layers[module]
         q = layer.quantizer
+        last = last if isinstance(layer, PoTEmbedding) else layer
         if q in shared:
             if not isinstance(layer, PoTEmbedding):
                 rows = _rows(q, x)
@@ -230,8 +287,8 @@ def _record(runner, layers, shared):
                 importance[q] = importance.get(q, 0) + torch.bincount(x.flatten(), minlength=len(layer.weight))[:, None]
             return
         version = None if x.is_nested else x._version
-        number += not (last is not None and last[0] is x and last[1:] == (version, q.config.act_bits))
-        last = x, version, q.config.act_bits
+        number += not (seen is not None and seen[0] is x and seen[1:] == (version, q.config.act_bits))
+        seen = x, version, q.config.act_bits
         inputs_of.setdefault(layer, []).append(number)
         if (i, layer) not in calls:
             before.setdefault(layer, set()).update([previous] if previous is not None else [])
@@ -253,7 +310,7 @@ def _record(runner, layers, shared):
     sets = {}
     for layer in order:
         sets.setdefault(tuple(inputs_of[layer]), []).append(layer)
-    return list(sets.values()), calls, {q: moment.float() for q, moment in importance.items() if moment.any()}
+    return list(sets.values()), calls, {q: moment.float() for q, moment in importance.items() if moment.any()}, last
 
 
 def _rows(quantizer, x):
@@ -262,24 +319,50 @@ def _rows(quantizer, x):
     return quantizer.inputs(x).float().reshape(-1, x.shape[-1])
 
 
+def _aside(n, turn):
+    """The rows of n that are kept aside: an eighth, another one in each turn, the last one first. Below 8: all."""
+    piece = 7 - turn % 8
+    return slice(n * piece // 8, n * (piece + 1) // 8) if n >= 8 else slice(0, n)
+
+
 def _moments(runner, float_runner, layer, twin, calls):
-    """Sums (in, in) float32 of x x^T, (y - x) x^T and (y - x) (y - x)^T over all inputs x of a layer and the inputs y
-    of the same layer in the float model."""
-    n = weight_matrix(layer).shape[1]
-    xx, dx, dd = (layer.weight.new_zeros(n, n, dtype=torch.float32) for _ in range(3))
+    """Sums (in, in) float32 over all inputs x of a layer and the inputs y of the same layer in the float model.
+
+    Returns (fitted, aside, rows). fitted: sums of x x^T and (y - x) x^T; aside: the same and (y - x) (y - x)^T, over
+    the rows that are kept aside; rows: how many there are in all. Fewer than 8 rows of a call serve as both.
+    """
+    n, rows = weight_matrix(layer).shape[1], 0
+    fitted, aside = (layer.weight.new_zeros(k, n, n, dtype=torch.float32) for k in (2, 3))
     for i in range(len(runner.batches)):
         limit = calls.get((i, layer))  # None: the float model does not reach the layer with this batch
         inputs = runner.inputs(layer, i, limit)
         targets = float_runner.inputs(twin, i, limit) if limit else []
         for k, x in enumerate(inputs):
-            xx.addmm_(x.t(), x)
             y = targets[k] if len(inputs) == len(targets) and targets[k].shape == x.shape else x
             d = y - x
             # A mixture of experts may send a token another way. Then the two inputs cannot be compared.
-            if not d.square().sum() >= y.square().sum():
-                dx.addmm_(d.t(), x)
-                dd.addmm_(d.t(), d)
-    return xx, dx, dd
+            if d.square().sum() >= y.square().sum():
+                d = torch.zeros_like(d)
+            kept = _aside(len(x), i + k)
+            rows += len(x)
+            others = (slice(kept.start), slice(kept.stop, None)) if len(x) >= 8 else (kept,)
+            for sums, part in ((aside, kept), *((fitted, part) for part in others)):
+                sums[0].addmm_(x[part].t(), x[part])
+                sums[1].addmm_(d[part].t(), x[part])
+            aside[2].addmm_(d[kept].t(), d[kept])
+    return fitted, aside, rows
+
+
+def _distance(runner, float_runner, layer, twin):
+    """Squared distance of the model's last linear layer, its own rounding left out, from the float model's, on rows
+    kept aside of a few batches."""
+    w, total = weight_matrix(twin).float(), 0.0
+    for i in range(0, len(runner.batches), max(1, len(runner.batches) // 4)):
+        for k, (x, y) in enumerate(zip(runner.inputs(layer, i, None), float_runner.inputs(twin, i, None))):
+            if x.shape == y.shape:
+                kept = _aside(len(x), i + k)
+                total += ((y - x)[kept] @ w.t()).square().sum().item()
+    return total
 
 
 # -----------------------------------------------------------------------------
@@ -303,30 +386,50 @@ def calibrate_shared(w: torch.Tensor, q: PoTQuantizer, importance: torch.Tensor)
             w.copy_(old)
 
 
-def calibrate_layer(layer: nn.Module, xx: torch.Tensor, dx: torch.Tensor, dd: torch.Tensor) -> tuple[float, float]:
-    """GPTQ of a layer by its _moments, in place. Returns its relative output error (before, after)."""
+def calibrate_layer(layer: nn.Module, fitted: torch.Tensor, aside: torch.Tensor) -> tuple[float, float]:
+    """GPTQ of a layer by its _moments, in place. Returns its relative output error on the rows kept aside (before,
+    after)."""
     w, q = weight_matrix(layer), layer.quantizer
-    old = w.float().clone()
-    signal = ((old @ (xx + dx + dx.t() + dd)) * old).sum().item()
+    old, kept = w.float().clone(), w.clone()
+    xx, dx, dd = aside
+    missed = ((old @ dd) * old).sum()  # |(y - x) W^T|^2, what an unrounded layer would leave
+    aim = old @ dx
+    signal = (missed + ((old @ xx + 2 * aim) * old).sum()).item()
 
     def error():
         """|y W^T - x Q^T|^2 / |y W^T|^2, where y W^T - x Q^T = (y - x) W^T + x (W - Q)^T."""
         lost = old - q(w).float()
-        noise = ((old @ dd) * old).sum() + 2 * ((old @ dx) * lost).sum() + ((lost @ xx) * lost).sum()
+        noise = missed + ((2 * aim + lost @ xx) * lost).sum()
         return max(0.0, noise.item()) / signal if signal > 0 else 0.0
 
-    before, kept = error(), w.clone()
+    before = error()
     if before == 0:
         return before, before
-    # The float weight T with the least |y W^T - x T^T|^2, damped so that it stays near W where x has little to say:
-    # T = W + W dx (xx + damping)^-1.
-    factor = torch.linalg.cholesky(_double(damped(xx, DAMPING)))
-    target = old + torch.cholesky_solve(_double(old @ dx).t(), factor).t().to(old)
-    w.copy_(gptq(target.to(w.dtype), q.unit, q.config, xx))
+    w.copy_(gptq((old + correction(old, fitted, aside)).to(w.dtype), q.unit, q.config, fitted[0]))
     after = error()
     if not after < before:
         w.copy_(kept)
     return before, min(before, after)
+
+
+def correction(w: torch.Tensor, fitted: torch.Tensor, aside: torch.Tensor) -> torch.Tensor:
+    """What to add to a float weight w (out, in) so that the layer makes up for its inputs' errors y - x.
+
+    Least squares, shrunk twice by the rows kept aside: to the multiple that is best for them, and by the share of the
+    error that goes away. For least squares also shrink the signal where noise cannot be told from it. A little less
+    error of one layer is not worth that: with the first factor alone SmolLM2 ends worse than without a correction.
+    """
+    xx, dx, dd = aside
+    factor = torch.linalg.cholesky(_double(damped(fitted[0], DAMPING)))
+    # The weight T = W + W dx (xx + damping)^-1 has the least |y W^T - x T^T|^2 on the fitted rows.
+    delta = torch.cholesky_solve(_double(w @ fitted[1]).t(), factor).t().to(w)
+    # The error on the rows kept aside is missed - 2 a * common + a^2 * size for a * delta, least for a = common / size.
+    missed, common, size = (((u @ m) * v).sum() for u, m, v in ((w, dd, w), (w, dx, delta), (delta, xx, delta)))
+    if not common > 0 or not missed > 0:
+        return torch.zeros_like(delta)
+    a = (common / size).clamp(max=1)
+    gain = a * (2 * common - a * size) / missed
+    return a * gain.clamp(max=1) * delta
 
 
 def gptq(w: torch.Tensor, unit: torch.Tensor, config: PoTConfig, moment: torch.Tensor) -> torch.Tensor:
