@@ -79,7 +79,8 @@ def calibrate(
         sets, calls, importance, last = _record(float_runner, {twin: layer for layer, twin in twins.items()}, shared)
         for q, moment in importance.items():
             _check_finite(names[shared[q][0]], moment)
-        rounded = _distance(runner, float_runner, last, twins[last]) if last else 0.0
+        checked = range(0, len(batches), max(1, len(batches) // 4)) if last else ()  # batches that check the model
+        rounded = [runner.inputs(last, i, calls.get((i, last))) for i in checked]
         for q, moment in importance.items():
             calibrate_shared(weight_matrix(shared[q][0]), q, moment)
         unreached = names.keys() - {layer for layers in sets for layer in layers}
@@ -103,7 +104,9 @@ def calibrate(
                 f"{rows} tokens are few for the {n} input features of {name}: calibrate on {8 * n} or more",
                 stacklevel=3,
             )
-        if last and _distance(runner, float_runner, last, twins[last]) > rounded:
+        ends = [runner.inputs(last, i, calls.get((i, last))) for i in checked]
+        targets = [float_runner.inputs(twins[last], i, calls.get((i, last))) for i in checked]
+        if checked and _distance(ends, targets, twins[last]) > _distance(rounded, targets, twins[last]):
             warnings.warn("calibration took the model further from the float model: it stays rounded", stacklevel=3)
             for layer, twin in twins.items():
                 layer.weight.copy_(twin.weight)
@@ -129,10 +132,18 @@ class _Stop(BaseException):
 
 
 class _Freed(torch.Tensor):
-    """Stands for a kept output that no later pass should need."""
+    """Stands for a kept output whose values no later pass should need. Its shape and dtype can be read."""
+
+    @staticmethod
+    def of(output):
+        return output.new_empty(()).expand(output.shape).as_subclass(_Freed)
 
     @classmethod
-    def __torch_function__(cls, *_, **__):
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.dropout:  # it changes nothing outside of training
+            return args[0]
+        if function.__name__ == "__get__":  # of an attribute
+            return super().__torch_function__(function, types, args, kwargs or {})
         raise _Needed
 
 
@@ -228,12 +239,9 @@ class _Runner:
                 if version is None:
                     return copy.deepcopy(output)
                 if type(output) is _Freed or output._version == version:
-                    if (
-                        previous in kept
-                        and any(a is kept[previous][0] for a in (*args, *kwargs.values()))
-                        and self.frees
-                    ):
-                        kept[previous] = torch.empty(0).as_subclass(_Freed), 0
+                    source = kept[previous][0] if self.frees and previous in kept else None
+                    if type(source) is torch.Tensor and any(a is source for a in (*args, *kwargs.values())):
+                        kept[previous] = _Freed.of(source), 0
                     self.last = key
                     return output
                 self.written.add(module)
@@ -353,16 +361,12 @@ def _moments(runner, float_runner, layer, twin, calls):
     return fitted, aside, rows
 
 
-def _distance(runner, float_runner, layer, twin):
-    """Squared distance of the model's last linear layer, its own rounding left out, from the float model's, on rows
-    kept aside of a few batches."""
-    w, total = weight_matrix(twin).float(), 0.0
-    for i in range(0, len(runner.batches), max(1, len(runner.batches) // 4)):
-        for k, (x, y) in enumerate(zip(runner.inputs(layer, i, None), float_runner.inputs(twin, i, None))):
-            if x.shape == y.shape:
-                kept = _aside(len(x), i + k)
-                total += ((y - x)[kept] @ w.t()).square().sum().item()
-    return total
+def _distance(inputs, targets, twin):
+    """Squared distance of a layer's outputs for inputs and for targets, lists of what _Runner.inputs returns, on the rows
+    kept aside."""
+    pairs = [(x, y) for xs, ys in zip(inputs, targets) for x, y in zip(xs, ys) if x.shape == y.shape]
+    w, kept = weight_matrix(twin).float(), [_aside(len(x), i) for i, (x, _) in enumerate(pairs)]
+    return sum(((y - x)[rows] @ w.t()).square().sum().item() for (x, y), rows in zip(pairs, kept))
 
 
 # -----------------------------------------------------------------------------
