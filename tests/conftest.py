@@ -22,6 +22,10 @@ os.environ["NANOPOT_KERNEL"] = "off"  # the kernel sums in another order; only t
 os.environ["HF_HUB_OFFLINE"] = "1"  # must precede the import of huggingface_hub; no test waits for a network
 
 
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:.* tokens are few")  # tests calibrate on little text
+
+
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory):
     """A folder to run scripts in. It has copies of the scripts, a small character data set `tiny`, a small OpenWebText,

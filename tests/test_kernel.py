@@ -708,7 +708,7 @@ def test_copy_with_calibrate(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     code = (
         "import torch, pot, calibrate\n"
-        "layer, x = torch.nn.Sequential(torch.nn.Linear(64, 8)), torch.randn(99, 64) @ torch.randn(64, 64)\n"
+        "layer, x = torch.nn.Sequential(torch.nn.Linear(64, 8)), torch.randn(600, 64) @ torch.randn(64, 64)\n"
         "pot.prepare(layer)\n"
         "((before, after),) = calibrate.calibrate(layer, [x]).values()\n"
         "assert after < before\n"

@@ -88,7 +88,7 @@ def test_python_code(code, tmp_path):
     for name in ("pot.py", "calibrate.py"):  # the files that a user copies into another project
         shutil.copy(ROOT / name, tmp_path)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "tokens are few" not in done.stderr, done.stderr
 
 
 def test_demo_script_names_existing_files():
