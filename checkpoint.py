@@ -225,7 +225,8 @@ def _read_aligned(path, tensors):
         for name, t in tensors.items():
             f.seek(8 + length + header[name]["data_offsets"][0])
             part = memory[starts[name] : starts[name] + t.nbytes]
-            f.readinto(part.numpy())
+            if f.readinto(part.numpy()) != t.nbytes:
+                raise ValueError(f"it ends within {name}")
             aligned[name] = part.view(t.dtype).view(t.shape)
     return aligned
 
