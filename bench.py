@@ -331,7 +331,7 @@ def load_ways(s, files, expected, tokens):
 def take_turns(s, ways, tokens, size):
     """Appends tokens/s of each round to the rates of all ways. Returns bytes/s of reading a buffer of `size` bytes, or
     of 64 MiB if that is more, in each round: by pot_kernel.read_once, and by torch.sum, which checks it."""
-    # as weights are loaded; at least 64 MiB, as a small model fits the cache
+    # in large pages, as packed weights are; at least 64 MiB, because a small model fits the cache
     buffer = machine.large_pages(max(size, 2**26) // 8 * 8).view(torch.float32).fill_(1)
     rates = {"read_once": [], "sum": []}
     reads = {"read_once": pot_kernel.read_once if pot_kernel.load() else torch.sum, "sum": torch.sum}
@@ -344,7 +344,7 @@ def take_turns(s, ways, tokens, size):
                 w.rates.setdefault(kind, []).append(rate)
         seconds = dict.fromkeys(reads, 0.0)
         for name in 5 * list(reads):  # in turn, as the speed of memory changes within a second
-            reads[name](buffer)  # leaves in the cache what this way of reading leaves there
+            reads[name](buffer)  # not timed: the other way of reading has left other parts of the buffer in the cache
             start = time.perf_counter()
             for _ in range(2):
                 reads[name](buffer)

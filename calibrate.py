@@ -11,7 +11,7 @@ the second moment of the layer's inputs, sum of x x^T. Only the rounding step de
 powers of two as it does on integers.
 
 Here a layer also makes up for the errors of the layers before it: it sees the inputs of the quantized model and aims at
-the outputs of the float model (as in GPTAQ, arXiv 2504.02692), as far as text kept aside supports that.
+the outputs of the float model (as in GPTAQ, arXiv 2504.02692), but only as far as that helps on text kept aside.
 
 Sections: calibrate, passes through the model, GPTQ of one layer.
 """
@@ -47,10 +47,10 @@ def calibrate(
     First come embeddings and weights that several layers share (a tied head). Weighted least squares gives them new
     units, and GPTQ gives codes to those that a linear layer uses. Then come linear layers in the order of execution.
     Afterwards `weight` holds compensated values that are not rounded yet; the layer's own rounding gives the codes. So
-    convert the model, or train on. An eighth of the rows that a layer sees is kept aside. A layer
-    that the batches do not reach, or whose error on these rows would grow, stays as it was. So does the model, with a
-    warning, if its output there ends further from the float model's than that of rounding. Another warning says that
-    the text is short for the width of a layer.
+    convert the model, or train on. An eighth of the rows that a layer sees is kept aside. A layer that the batches do
+    not reach, or whose error on these rows would grow, stays as it was. If the whole model's error there would grow,
+    all layers stay as they were, and a warning says so. Another warning says that the text is too short for the width
+    of a layer.
 
     Returns {name: (before, after)}: squared distance of a linear layer's output from the float model's, relative to the
     squared output, on rows kept aside. Raises ValueError if there is nothing to calibrate, if there is no batch, or if
@@ -107,7 +107,10 @@ def calibrate(
         ends = [runner.inputs(last, i, calls.get((i, last))) for i in checked]
         targets = [float_runner.inputs(twins[last], i, calls.get((i, last))) for i in checked]
         if checked and _distance(ends, targets, twins[last]) > _distance(rounded, targets, twins[last]):
-            warnings.warn("calibration took the model further from the float model: it stays rounded", stacklevel=3)
+            warnings.warn(
+                "calibration made the error of the model grow, so it stays rounded to the nearest levels: pass more text",
+                stacklevel=3,
+            )
             for layer, twin in twins.items():
                 layer.weight.copy_(twin.weight)
                 layer.quantizer.unit = twin.quantizer.unit
@@ -148,7 +151,7 @@ class _Freed(torch.Tensor):
 
 
 class _Needed(BaseException):
-    """Ends a forward pass that uses a freed output. No Exception, like _Stop."""
+    """Ends a forward pass that uses a freed output. Like _Stop, it is no Exception."""
 
 
 class _Runner:
@@ -156,9 +159,10 @@ class _Runner:
 
     A module is finished once every prepared layer in it is calibrated. The output of a finished module that runs before
     the first unfinished layer does not change any more, so it is kept, until a finished module around it is kept
-    instead. So reaching a layer in block n recomputes only block n. Kept outputs are handed on without a copy; one that
-    was written to since is computed again, and copied from then on. An output that went into a module whose output is
-    kept too is freed. If the model uses it all the same, the pass starts again, and nothing is freed any more.
+    instead. So reaching a layer in block n recomputes only block n. Kept outputs are handed on without a copy. If the
+    model has written to an output, it is computed again, and copied from then on. An output is freed when the module
+    that takes it has a kept output, too. If the model uses a freed output, the pass starts again, and no more outputs
+    are freed.
     """
 
     def __init__(self, model, batches, layers):
@@ -167,7 +171,10 @@ class _Runner:
         self.unfinished = {m: inside for m, inside in self.unfinished.items() if inside}
         compiled = [m for m in model.modules() if hasattr(m, "_orig_mod")]
         self.uncached = {d for m in compiled for d in m.modules()}  # torch.compile cannot trace the cache
-        self.finished, self.outputs = [], {}  # outputs: {batch: {(module, call): (output, version; None: a copy)}}
+        self.finished, self.outputs = (
+            [],
+            {},
+        )  # outputs: {batch: {(module, call): (output, its version, or None for a copy)}}
         self.written, self.frees = set(), not compiled
 
     def finish(self, layers):
@@ -288,6 +295,7 @@ def _record(runner, layers, shared):
         q = layer.quantizer
         last = last if isinstance(layer, PoTEmbedding) else layer
         if q in shared:
+            calls[i, layer] = calls.get((i, layer), 0) + 1
             if not isinstance(layer, PoTEmbedding):
                 rows = _rows(q, x)
                 importance[q] = importance.get(q, 0) + rows.t() @ rows
@@ -328,7 +336,7 @@ def _rows(quantizer, x):
 
 
 def _aside(n, turn):
-    """The rows of n that are kept aside: an eighth, another one in each turn, the last one first. Below 8: all."""
+    """Which of n rows are kept aside: an eighth, another one in each turn. If n is below 8, all of them."""
     piece = 7 - turn % 8
     return slice(n * piece // 8, n * (piece + 1) // 8) if n >= 8 else slice(0, n)
 
@@ -337,7 +345,7 @@ def _moments(runner, float_runner, layer, twin, calls):
     """Sums (in, in) float32 over all inputs x of a layer and the inputs y of the same layer in the float model.
 
     Returns (fitted, aside, rows). fitted: sums of x x^T and (y - x) x^T; aside: the same and (y - x) (y - x)^T, over
-    the rows that are kept aside; rows: how many there are in all. Fewer than 8 rows of a call serve as both.
+    the rows that are kept aside; rows: how many there are in all. If a call has fewer than 8 rows, they serve as both.
     """
     n, rows = weight_matrix(layer).shape[1], 0
     fitted, aside = (layer.weight.new_zeros(k, n, n, dtype=torch.float32) for k in (2, 3))
@@ -362,8 +370,8 @@ def _moments(runner, float_runner, layer, twin, calls):
 
 
 def _distance(inputs, targets, twin):
-    """Squared distance of a layer's outputs for inputs and for targets, lists of what _Runner.inputs returns, on the rows
-    kept aside."""
+    """Squared distance between the outputs of layer twin for inputs and for targets, on the rows kept aside. Both are
+    lists of results of _Runner.inputs."""
     pairs = [(x, y) for xs, ys in zip(inputs, targets) for x, y in zip(xs, ys) if x.shape == y.shape]
     w, kept = weight_matrix(twin).float(), [_aside(len(x), i) for i, (x, _) in enumerate(pairs)]
     return sum(((y - x)[rows] @ w.t()).square().sum().item() for (x, y), rows in zip(pairs, kept))
@@ -419,9 +427,9 @@ def calibrate_layer(layer: nn.Module, fitted: torch.Tensor, aside: torch.Tensor)
 def correction(w: torch.Tensor, fitted: torch.Tensor, aside: torch.Tensor) -> torch.Tensor:
     """What to add to a float weight w (out, in) so that the layer makes up for its inputs' errors y - x.
 
-    Least squares, shrunk twice by the rows kept aside: to the multiple that is best for them, and by the share of the
-    error that goes away. For least squares also shrink the signal where noise cannot be told from it. A little less
-    error of one layer is not worth that: with the first factor alone SmolLM2 ends worse than without a correction.
+    It is the least-squares solution times two factors, which come from the rows kept aside: the multiple that is best for
+    them, and the share of the error that goes away. With the first factor alone, and little text, SmolLM2 ends worse than
+    without a correction.
     """
     xx, dx, dd = aside
     factor = torch.linalg.cholesky(_double(damped(fitted[0], DAMPING)))

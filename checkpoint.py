@@ -185,8 +185,8 @@ def load_model(folder: str) -> tuple[GPT, CheckpointInfo]:
     """The model of a folder, on the CPU, in eval mode: the finished model, else the model in training (fake-quantized
     if it is QAT). folder may be in Hugging Face's format, or a name on the hub.
 
-    The tensors of a finished float model are its mapped file, copied where they are written to. While they are in use,
-    replace the file, as save_model does, instead of writing into it. Raises ValueError for a checkpoint that is
+    The tensors of a packed model are read into memory. Those of a finished float model are its mapped file, copied where
+    they are written to: while they are in use, replace the file, as save_model does, instead of writing into it. Raises ValueError for a checkpoint that is
     missing, damaged or cannot be downloaded.
     """
     if is_foreign(folder):
@@ -213,8 +213,8 @@ def load_model(folder: str) -> tuple[GPT, CheckpointInfo]:
 
 
 def _read_aligned(path, tensors):
-    """The tensors of a safetensors file, read into memory that the kernel reads fastest: large pages, and each tensor
-    from the start of a cache line on. A mapped file has pages of 4 KiB."""
+    """The tensors of a safetensors file, read into large pages, each from the start of a cache line on. The kernel reads
+    them faster than a mapped file, which has pages of 4 KiB."""
     starts, size = {}, 0
     for name, t in tensors.items():
         starts[name], size = size, size + t.nbytes + -t.nbytes % 64
@@ -278,8 +278,8 @@ def model_of(state: TrainingState, quantized: bool = True) -> GPT:
 
 
 def make_decoder(model: GPT) -> Decoder | None:
-    """The model in one call of the kernel. None if a part of the model is not packed in float32 on the CPU, or if the kernel is not
-    available. Call allow_int8_activations before: the decoder keeps what it says."""
+    """Runs the model in one call of the kernel. None if a part of the model is not packed in float32 on the CPU, or if the
+    kernel is not available. Call allow_int8_activations before: the decoder keeps what it says."""
     c = model.config
     named = list(model.named_modules())
     packed = {n: m.packed for n, m in named if isinstance(m, (PackedPoTLinear, PackedPoTEmbedding))}

@@ -110,8 +110,8 @@ def provenance() -> dict:
 
 
 def large_pages(size: int) -> torch.Tensor:
-    """Memory (size) uint8 in pages of 2 MiB, where Linux has them. A processor reads them faster than pages of 4 KiB,
-    because it looks up fewer addresses and fetches ahead up to the end of a page."""
+    """Memory (size) uint8, on Linux in pages of 2 MiB where they are available. A processor reads them faster than pages
+    of 4 KiB, because it looks up fewer addresses."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8)
     memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -88,8 +88,8 @@ class KVCache:
         end = self.length + k.shape[2]
         for kept, new in zip(self.layers[layer], (k, v)):
             kept[:, :, self.length : end] = new
-        whole = self.length == 0 and self.dtype in (None, k.dtype)
-        return [k, v] if whole else [kept[:, :, :end].to(k.dtype) for kept in self.layers[layer]]
+        exact = self.length == 0 and self.dtype in (None, k.dtype)  # k and v are all there is, and kept as they are
+        return [k, v] if exact else [kept[:, :, :end].to(k.dtype) for kept in self.layers[layer]]
 
 
 def rotary_frequencies(config: GPTConfig, device: torch.device | str | None = None) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """
-Products of packed 4-bit weights on a CPU. Copy this folder beside pot.py to make packed layers fast.
+Products of packed weights on a CPU. Copy this folder beside pot.py to make packed layers fast.
 
 pot.cpp multiplies by the codes as they are, with the processor's best instruction set (AMX, AVX-512, AVX2, NEON or
-portable C++). decode.cpp runs the whole decode step of a GPT in one call; decode.py calls it. `load` builds both at the
+portable C++). decode.cpp runs a whole GPT in one call; decode.py calls it. `load` builds both at the
 first use for this machine and keeps the library in the user's cache.
 
 NANOPOT_KERNEL=off turns the kernel off. NANOPOT_KERNEL=amx, avx512, avx2, neon or portable forces an instruction set.

@@ -186,7 +186,7 @@ void add(float factor, const uint16_t* b, int64_t n, float* out) {
     for (; i < n; i++) out[i] += factor * half_to_float(b[i]);
 }
 
-// Makes scores (n) probabilities.
+// Turns scores (n), times scale, into probabilities.
 void softmax(float* score, int64_t n, float scale) {
     float high[16], sum[16] = {};
     std::fill_n(high, 16, -INFINITY);
@@ -198,14 +198,14 @@ void softmax(float* score, int64_t n, float scale) {
     for (int64_t t = 0; t < n; t++) score[t] *= inverse;
 }
 
-constexpr int64_t PROMPT = 144;  // tokens that run through the layers at once: more would need more memory
+constexpr int64_t PROMPT = 144;  // tokens that run through the layers at once, so that results stay in the level 2 cache
 
-// The state of some tokens' way through the model, which all threads share.
+// The state of a forward pass over n tokens, which all threads share.
 struct Step {
     const Gpt* gpt;
     const int64_t* tokens = nullptr;  // (n)
-    int64_t n = 0, position = 0;      // tokens, and the position of the first
-    float* logits = nullptr;          // (vocabulary): of the last token; null: they are not needed
+    int64_t n = 0, position = 0;      // number of tokens, and the position of the first
+    float* logits = nullptr;          // (vocabulary): of the last token; null if nobody needs them
     int64_t width;                // (n_head + 2 n_kv_head) head_size
     int64_t inner;                // n_inner, or 2 n_inner if gated
     std::vector<float> x;         // (n, n_embd): residual stream
@@ -218,8 +218,8 @@ struct Step {
     Inputs inputs;                // of the current product
 
     Step(const Gpt& g, int64_t n)  // makes room for n tokens
-        : gpt(&g), width((g.n_head + 2 * g.n_kv_head) * g.head_size), inner(g.n_inner * (g.gated ? 2 : 1)), x(n * g.n_embd),
-          normed(n * g.n_embd), turn(g.frequencies ? n * g.head_size : 0), qkv(n * width),
+        : gpt(&g), width((g.n_head + 2 * g.n_kv_head) * g.head_size), inner(g.n_inner * (g.gated ? 2 : 1)),
+          x(n * g.n_embd), normed(n * g.n_embd), turn(g.frequencies ? n * g.head_size : 0), qkv(n * width),
           attended(n * g.n_head * g.head_size), hidden(n * inner), added(n * g.n_embd) {}
 };
 
@@ -276,7 +276,7 @@ class Walk {
     // Returns which columns they are.
     Share product(const GptLinear& linear, const GptNorm* norm, const float* x, int64_t stride, int64_t n, float* y) {
         const PotWeight& w = linear.weight;
-        const bool single = n == 1;  // then every thread prepares x for itself, which takes less time than to wait
+        const bool single = n == 1;  // every thread prepares a single row for itself, because a barrier takes longer
         Inputs& inputs = single ? inputs_ : s.inputs;
         float* normed = single ? normed_.data() : s.normed.data();
         Job job{&w, linear.bias, norm ? normed : x, n, norm ? w.columns : stride, nullptr, y, w.rows};
@@ -332,7 +332,7 @@ class Walk {
         }
     }
 
-    // Attention of several tokens, as products of tiles: scores = queries keys^T, out = probabilities values.
+    // Attention of several tokens, as products of tiles: scores = queries * keys^T, out = probabilities * values.
     void attend_prompt(const GptLayer& layer) {
         constexpr int64_t R = Best::FLOAT_ROWS;
         const int64_t size = g.head_size, tiles = (s.n + R - 1) / R, stride = (s.position + s.n + 15) / 16 * 16;
@@ -346,7 +346,7 @@ class Walk {
                 kv = h / (g.n_head / g.n_kv_head);
                 decode_cache(layer, kv, stride);
             }
-            float sums[R * 16];
+            alignas(64) float sums[R * 16];
             auto multiply = [&](const float* x, int64_t x_stride, const float* panel, int64_t columns) {
                 std::fill_n(sums, 16 * rows, 0.0f);
                 in_tiles<R>(rows, [&](int64_t i, auto count) {
@@ -360,7 +360,7 @@ class Walk {
             for (int64_t i = 0; i < rows; i++) {
                 const int64_t seen = n - rows + i + 1;
                 softmax(&score_[i * stride], seen, 1 / std::sqrt(float(size)));
-                std::fill_n(&score_[i * stride + seen], n - seen, 0.0f);
+                std::fill_n(score_.data() + i * stride + seen, n - seen, 0.0f);
             }
             for (int64_t d = 0; d < size; d += 16) {
                 multiply(score_.data(), stride, &values_[d * stride], n);
@@ -386,10 +386,10 @@ class Walk {
     Step& s;
     const Gpt& g;
     Barrier& barrier_;
-    const int part_, parts_;                     // number of this thread, and of all threads
-    std::vector<float> normed_;                  // (n_embd): x after a norm, of a single token
-    std::vector<float> score_, keys_, values_;   // scratch memory of attention
-    Inputs inputs_;                              // of the current product, of a single token
+    const int part_, parts_;                    // number of this thread, and of all threads
+    std::vector<float> normed_;                 // (n_embd): x of a single token after a norm
+    std::vector<float> score_, keys_, values_;  // scratch memory of attention
+    Inputs inputs_;                             // of the current product, if it has a single row
 };
 
 }  // namespace

@@ -79,7 +79,7 @@ class Decoder:
         frequencies: torch.Tensor | None = None,
     ):  # fmt: skip
         self.shape, self.lock = shape, threading.Lock()
-        self.cache = lambda: None  # a weak reference to the cache of the last token
+        self.cache = lambda: None  # a weak reference to the cache of the last call
         self.kept = weights, tensors, frequencies
         self.step = load().gpt_decode
         self.step.argtypes = [
@@ -136,7 +136,7 @@ class Decoder:
         shape, self.cache = self.shape, lambda: None
         size = (1, shape.n_kv_head, cache.capacity, shape.head_size)
         if not cache.layers:
-            cache.layers = {i: [torch.empty(size, dtype=torch.float16) for _ in "kv"] for i in range(shape.n_layer)}
+            cache.layers = {i: [torch.empty(size, dtype=torch.float16) for _ in range(2)] for i in range(shape.n_layer)}
         layers = [cache.layers.get(i) for i in range(shape.n_layer)]
         if not all(kv and all(map(_is_plain, kv)) and kv[0].shape == kv[1].shape == size for kv in layers):
             raise ValueError(

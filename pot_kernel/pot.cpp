@@ -15,7 +15,8 @@
 // Tiles follow each other along the columns, then along the rows. The matrix is padded with zeros to whole tiles. That
 // costs at most 15 rows and 31 columns.
 //
-// A kernel decodes 256 columns of a tile row into a panel in the cache, and multiplies it by all rows of x:
+// For a few rows of x in 8 bits, a kernel decodes 4-bit codes in registers as it multiplies by them. For more rows, it
+// decodes 256 columns of a tile row into a panel in the cache, and multiplies the panel by up to 144 rows of x:
 //     bytes: (columns / 4, 16 rows, 4) levels, for activations of 8 bits
 //     floats: (columns, 16 rows) weights, for activations of float32
 // A weight's value is level * unit. Levels are whole numbers; with 4 bits they are at most 64.
@@ -77,7 +78,7 @@ namespace {
 
 constexpr int64_t CHUNK = 256;     // columns of a panel: its floats fill half of a level 1 cache of 32 KiB
 constexpr int64_t ACT_GROUP = 64;  // columns that share a scale of activations
-constexpr int64_t AHEAD = 4096;    // bytes to fetch ahead of use; processors stop doing so by themselves at a page's end
+constexpr int64_t AHEAD = 4096;    // bytes to fetch before use; a processor alone does not go beyond the end of a page
 
 int64_t tile_columns(const PotWeight& w) { return w.bits == 8 ? 4 : w.bits == 4 ? 8 : 32; }
 
@@ -179,8 +180,8 @@ float quantize_group(const float* x, int64_t n, int8_t* q) {
     return finite ? scale : NAN;
 }
 
-// n, padded to an odd number of cache lines, each of which holds `line` values. Caches put lines that are 4,096 bytes
-// apart into the same few places, so rows of such a stride would drive each other out.
+// n, rounded up to an odd number of cache lines of `line` values. A cache has only a few places for lines that are 4,096
+// bytes apart, so rows with such a stride would push each other out.
 int64_t padded(int64_t n, int64_t line) { return ((n + line - 1) / line | 1) * line; }
 
 // Columns of a chunk that share a unit of the weight and a scale of x.
@@ -196,7 +197,7 @@ struct Rows8 {
     std::vector<Segment> segments;  // of all columns
     std::vector<int8_t> q;          // (n, padded to 16; stride)
     std::vector<float> scale;       // (n, segments): of x within the segment, without the row's scale
-    std::vector<int32_t> start;     // (n, segments): -bias times the sum of q, where sums of products begin
+    std::vector<int32_t> start;     // (n, segments): -bias * sum of q, the value with which a sum of products starts
     std::vector<float> row_scale;   // (n): 1 if scales are per group; NaN if x holds NaN or infinities
     std::vector<float> offset;      // (n): 128 - zero, or 0
     int bias = 0;                   // added to levels of the weight, so that they are not negative
@@ -534,7 +535,8 @@ void byte_tile(const PotWeight& w, const Rows8& x, int64_t i, int64_t block, con
                int64_t from, int64_t to, float* sums) {
     using I = typename V::I;
     constexpr int size = sizeof(I), lanes = size / 4, QUADS = S == CODES ? 2 : 1;
-    constexpr int CHAINS = R < 4 ? QUADS : 1;  // sums of few rows wait for their own last addition, so they get two
+    // An addition to a sum waits for the one before it. Few rows have few sums, so each is split into two.
+    constexpr int CHAINS = R < 4 ? QUADS : 1;
     const I table = V::load(levels), mask = V::set(0x0f0f0f0f);
     const int64_t count = int64_t(x.segments.size()), stride = x.stride;
     const float* scale = &x.scale[i * count];
@@ -644,7 +646,7 @@ void in_tiles(int64_t n, const Tile& tile) {
 template <class V>
 void product(const Job& job, int64_t from, int64_t to) {
     const PotWeight& w = *job.w;
-    constexpr int64_t MOST = 144;  // rows of x for which a panel is decoded; in 8 bits they fit a level 2 cache
+    constexpr int64_t MOST = 144;  // rows of x that a panel is multiplied by; in 8 bits they fit the level 2 cache
     const bool few = job.x8 && job.n <= V::ROWS && w.columns / w.groups % 8 == 0;
     const Source source = w.bits == 8 ? SIGNED : w.bits == 4 && few ? CODES : LEVELS;
     const int64_t width = job.x8 && source != LEVELS ? w.columns : CHUNK;  // columns of a chunk
@@ -692,13 +694,14 @@ void product(const Job& job, int64_t from, int64_t to) {
             const int64_t n = std::min(MOST, job.n - row), rows = std::min<int64_t>(16, w.rows - 16 * block);
             std::fill_n(sums, 16 * n, 0.0f);
             for (int64_t chunk = 0; chunk < chunks; chunk++) multiply(block, chunk, row, n);
-            float bias[16] = {}, offset[16] = {};  // offset: the sum of q + 128 - zero is that of q plus this
+            float bias[16] = {}, row_sums[16] = {};  // zero where there are none
             if (job.bias) std::copy_n(job.bias + 16 * block, rows, bias);
-            if (job.x8 && w.activations == 1) std::copy_n(w.row_sums + 16 * block, rows, offset);
+            if (job.x8 && w.activations == 1) std::copy_n(w.row_sums + 16 * block, rows, row_sums);
             for (int64_t i = 0; i < n; i++) {
                 float *y = job.y + (row + i) * job.y_stride + 16 * block, *sum = &sums[16 * i];
-                const float scale = job.x8 ? job.x8->row_scale[row + i] : 1, shift = job.x8 ? job.x8->offset[row + i] : 0;
-                for (int r = 0; r < 16; r++) sum[r] = scale * (sum[r] + shift * offset[r]) + bias[r];
+                const float scale = job.x8 ? job.x8->row_scale[row + i] : 1;
+                const float offset = job.x8 ? job.x8->offset[row + i] : 0;
+                for (int r = 0; r < 16; r++) sum[r] = scale * (sum[r] + offset * row_sums[r]) + bias[r];
                 rows == 16 ? std::memcpy(y, sum, 64) : std::memcpy(y, sum, 4 * rows);
             }
         }
@@ -777,16 +780,18 @@ void round_floats(const PotWeight& w, const float* x, float* out) {
     }
 }
 
-// The rows of x as a product takes them. A caller makes room, fills all rows, and gives them to the job.
+// The rows of x as a product takes them. A caller calls reset once, fill for each row, and then give. Threads may share
+// the rows among them.
 struct Inputs {
     Rows8 rows8;
     std::vector<float> floats;  // (n, stride)
-    int64_t stride = 0;         // of floats; 0: the job's own x is good
+    int64_t stride = 0;         // of floats; 0: floats are not used
 
     void reset(const Job& job) {
         const PotWeight& w = *job.w;
         const bool bytes = w.activations && takes_bytes(w);
-        stride = !bytes && (w.activations || job.n >= 8) ? padded(w.columns, 16) : 0;  // a copy of a few rows does not pay
+        // Many rows are copied only for a good stride. For a few rows that takes longer than it saves.
+        stride = !bytes && (w.activations || job.n >= 8) ? padded(w.columns, 16) : 0;
         if (bytes) rows8.reset(w, job.n, instruction_set().is_unsigned);
         floats.resize(job.n * stride);
     }
@@ -983,7 +988,7 @@ int pot_quantize(const float* x, int64_t columns, uint8_t* q, float* scale, int3
 }
 
 // Reads a buffer (n) as fast as possible, so that bench.py can measure memory bandwidth. The sum of its words that it
-// returns keeps the compiler from removing the loop. Each thread reads four parts of its share in turn, because a
+// returns keeps the compiler from removing the loop. Each thread reads from four parts of its share in turn, because a
 // processor fetches ahead in several places at once. Eight sums in registers: a single sum would make each addition wait
 // for the one before it, and sums in an array would be loaded and stored again for each word.
 uint64_t pot_read(const uint64_t* buffer, int64_t n, int threads) {

@@ -3,7 +3,8 @@
 # Each kernel runs once under emulation, which says which instructions it executes. llvm-mca estimates their cycles from
 # its model of the processor, with all data in the first cache and no wrong predictions.
 # Needs g++-aarch64-linux-gnu, qemu-user and LLVM 17 or newer, as older ones have no model of Neoverse N1. Cortex-A76 has
-# almost the same core, but llvm-mca's model of it is that of the Cortex-A57 of 2015, with look-ups three times as dear.
+# almost the same core, but llvm-mca's model of it is that of the Cortex-A57 of 2015, in which a look-up takes three
+# times as long.
 # The arguments are llama.cpp's sources and llvm-mca. Takes a minute. CXX is the compiler, POT the kernel's file.
 #     sh results/neon.sh llama.cpp llvm-mca-19
 set -eu
@@ -78,7 +79,9 @@ KERNELS = [("nanoPoT", "pot", (1, 4, 16)), ("llama.cpp Q4_0, ggml_vec_dot", "vec
            ("llama.cpp IQ4_NL, repacked 4x4", "gemv_look", (1,)), ("llama.cpp IQ4_NL, repacked 4x4", "gemm_look", (4, 16))]
 rows = []
 print("per 1,000 multiplications; cycles and micro-ops are estimates")
-print(f"{'kernel':<32}{'rows of x':>10}{'instructions':>14}{'N1 cycles':>11}{'N1 uops':>9}{'A76 cycles':>12}{'A76 uops':>10}")
+widths = (10, 14, 11, 9, 12, 10)
+heads = ("rows of x", "instructions", "N1 cycles", "N1 uops", "A76 cycles", "A76 uops")
+print(f"{'kernel':<32}" + "".join(f"{head:>{width}}" for head, width in zip(heads, widths)))
 for title, name, counts in KERNELS:
     for n in counts:
         span = f"{min(instructions):#x}..{max(instructions):#x}"
@@ -98,15 +101,16 @@ for title, name, counts in KERNELS:
             for key, words in (("cycles", "Total Cycles"), ("uops", "Total uOps")):
                 row[f"{cpu} {key}"] = int(re.search(rf"{words}:\s+(\d+)", report)[1]) / thousands
         rows.append(row)
-        print(f"{title:<32}{n:>10}{row['instructions']:>14.0f}{row['neoverse-n1 cycles']:>11.0f}{row['neoverse-n1 uops']:>9.0f}"
-              f"{row['cortex-a76 cycles']:>12.0f}{row['cortex-a76 uops']:>10.0f}", flush=True)  # fmt: skip
+        figures = list(row.values())[1:]
+        print(f"{title:<32}" + "".join(f"{v:>{width}.0f}" for v, width in zip(figures, widths)), flush=True)
 version = {
     "compiler": text(os.environ["CXX"].split()[0], "--version").splitlines()[0],
     "llvm_mca": re.search(r"LLVM version \S+", text(mca, "--version"))[0],
     "qemu": text("qemu-aarch64", "--version").splitlines()[0],
 }
 with open("results/neon.json", "w") as f:
-    what = "analysis with llvm-mca, per 1,000 multiplications; not measured on a processor"
-    json.dump({"what": what, "rows": rows, **version, **provenance(), "command": "sh results/neon.sh llama.cpp llvm-mca-19"}, f, indent=1)
+    note = "analysis with llvm-mca, per 1,000 multiplications; not measured on a processor"
+    command = "sh results/neon.sh llama.cpp llvm-mca-19"
+    json.dump({"note": note, "rows": rows, **version, **provenance(), "command": command}, f, indent=1)
 print("written to results/neon.json")
 PYTHON
