@@ -16,13 +16,17 @@ the outputs of the float model (as in GPTAQ, arXiv 2504.02692), but only as far 
 Sections: calibrate, passes through the model, GPTQ of one layer.
 """
 
+import contextlib
 import copy
 import graphlib
+import queue
+import threading
 import warnings
 from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn as nn
+from torch.overrides import TorchFunctionMode
 
 from pot import PoTConfig, PoTEmbedding, PoTQuantizer, check_weight, compute_unit, is_prepared, weight_matrix
 
@@ -40,8 +44,8 @@ def calibrate(
     """Chooses the codes of a prepared model by the inputs that its layers see, in place.
 
     batches: inputs of the model; 16k tokens of text are usual. It is called as model(batch), as model(*batch) for a
-    tuple or list, and as model(**batch) for a mapping. Memory holds the outputs of a block or two for each batch,
-    and a copy of the float model.
+    tuple or list, and as model(**batch) for a mapping. Memory holds a copy of the float model, and for each batch what
+    a forward pass of the model and of its copy hold in one place.
     progress(done, total) is called after each set of layers.
 
     First come embeddings and weights that several layers share (a tied head). Weighted least squares gives them new
@@ -70,43 +74,50 @@ def calibrate(
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
-        runner, reference = _Runner(model, batches, names), copy.deepcopy(model)
+        reference = copy.deepcopy(model)
         by_name = dict(reference.named_modules())
         twins = {layer: by_name[name] for layer, name in names.items()}  # layer -> the same layer of the float model
         for twin in twins.values():
             twin.quantizer.enabled = False
-        float_runner = _Runner(reference, batches, twins.values())
-        sets, calls, importance, last = _record(float_runner, {twin: layer for layer, twin in twins.items()}, shared)
+        sets, calls, importance, last = _record(reference, batches, {t: layer for layer, t in twins.items()}, shared)
         for q, moment in importance.items():
             _check_finite(names[shared[q][0]], moment)
-        checked = range(0, len(batches), max(1, len(batches) // 4)) if last else ()  # batches that check the model
-        rounded = [runner.inputs(last, i, calls.get((i, last))) for i in checked]
+        checked = range(0, len(batches), max(1, len(batches) // 2)) if last else ()  # batches that check the model
+        rounded = [_inputs(model, batches[i], last, calls.get((i, last))) for i in checked]
         for q, moment in importance.items():
             calibrate_shared(weight_matrix(shared[q][0]), q, moment)
-        unreached = names.keys() - {layer for layers in sets for layer in layers}
-        runner.finish(unreached)
-        float_runner.finish(twins[layer] for layer in unreached)
-        errors, short = {}, {}
-        for done, layers in enumerate(sets, start=1):
-            fitted, aside, rows = _moments(runner, float_runner, layers[0], twins[layers[0]], calls)
-            _check_finite(names[layers[0]], fitted, aside)
-            for layer in layers:
-                errors[names[layer]] = calibrate_layer(layer, fitted, aside)
-            if rows < 4 * fitted.shape[1]:
-                short[names[layers[0]]] = rows, fitted.shape[1]
-            runner.finish(layers)
-            float_runner.finish(twins[layer] for layer in layers)
-            if progress:
-                progress(done, len(sets))
+        stops, errors, short = {layer for layers in sets for layer in layers} | {last} - {None}, {}, {}
+        with (
+            _Walk(model, batches, stops) as walk,
+            _Walk(reference, batches, {twins[layer] for layer in stops}) as float_walk,
+        ):
+
+            def inputs(layers):
+                counts = [calls.get((i, layers[0]), 0) for i in range(len(batches))]
+                return walk.inputs(layers, counts), float_walk.inputs([twins[layer] for layer in layers], counts)
+
+            for done, layers in enumerate(sets, start=1):
+                n = weight_matrix(layers[0]).shape[1]
+                fitted, aside, rows = _moments(*inputs(layers), n)
+                if rows:
+                    _check_finite(names[layers[0]], fitted, aside)
+                    for layer in layers:
+                        errors[names[layer]] = calibrate_layer(layer, fitted, aside)
+                    if rows < 4 * n:
+                        short[names[layers[0]]] = rows, n
+                walk.finish(set(layers) - {last})
+                float_walk.finish({twins[layer] for layer in layers if layer is not last})
+                if progress:
+                    progress(done, len(sets))
+            if checked:
+                ends, aims = ([xs[i] for i in checked] for xs in map(list, inputs([last])))
         if short:
             name, (rows, n) = max(short.items(), key=lambda item: item[1][1] / (item[1][0] + 1))
             warnings.warn(
                 f"{rows} tokens are few for the {n} input features of {name}: calibrate on {8 * n} or more",
                 stacklevel=3,
             )
-        ends = [runner.inputs(last, i, calls.get((i, last))) for i in checked]
-        targets = [float_runner.inputs(twins[last], i, calls.get((i, last))) for i in checked]
-        if checked and _distance(ends, targets, twins[last]) > _distance(rounded, targets, twins[last]):
+        if checked and _distance(ends, aims, twins[last]) > _distance(rounded, aims, twins[last]):
             warnings.warn(
                 "calibration made the error of the model grow, so it stays rounded to the nearest levels: pass more text",
                 stacklevel=3,
@@ -134,151 +145,178 @@ class _Stop(BaseException):
     """Ends a forward pass early. It is no Exception, because models may catch those."""
 
 
-class _Freed(torch.Tensor):
-    """Stands for a kept output whose values no later pass should need. Its shape and dtype can be read."""
-
-    @staticmethod
-    def of(output):
-        return output.new_empty(()).expand(output.shape).as_subclass(_Freed)
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is torch.nn.functional.dropout:  # it changes nothing outside of training
-            return args[0]
-        if function.__name__ == "__get__":  # of an attribute
-            return super().__torch_function__(function, types, args, kwargs or {})
-        raise _Needed
+def _call(model, batch):
+    batch = copy.deepcopy(batch)  # a model may change it
+    if isinstance(batch, (tuple, list)):
+        model(*batch)
+    elif hasattr(batch, "keys"):
+        model(**batch)
+    else:
+        model(batch)
 
 
-class _Needed(BaseException):
-    """Ends a forward pass that uses a freed output. Like _Stop, it is no Exception."""
+class _Pass(threading.Thread):
+    """A forward pass over one batch, which waits at each layer in `waiting`. So a pass goes on with calibrated layers
+    where it stopped, instead of a new pass for each layer.
 
-
-class _Runner:
-    """Runs a model over batches, and keeps outputs of finished modules.
-
-    A module is finished once every prepared layer in it is calibrated. The output of a finished module that runs before
-    the first unfinished layer does not change any more, so it is kept, until a finished module around it is kept
-    instead. So reaching a layer in block n recomputes only block n. Kept outputs are handed on without a copy. If the
-    model has written to an output, it is computed again, and copied from then on. An output is freed when the module
-    that takes it has a kept output, too. If the model uses a freed output, the pass starts again, and no more outputs
-    are freed.
+    Only the model's Python code runs in this thread, and only while go_on waits for it. Tensor functions run in the
+    thread that calls go_on: each thread that runs them would start a pool of threads.
     """
 
-    def __init__(self, model, batches, layers):
-        self.model, self.batches = model, batches
-        self.unfinished = {m: {d for d in m.modules() if d in layers} for m in model.modules()}
-        self.unfinished = {m: inside for m, inside in self.unfinished.items() if inside}
-        compiled = [m for m in model.modules() if hasattr(m, "_orig_mod")]
-        self.uncached = {d for m in compiled for d in m.modules()}  # torch.compile cannot trace the cache
-        self.finished, self.outputs = (
-            [],
-            {},
-        )  # outputs: {batch: {(module, call): (output, its version, or None for a copy)}}
-        self.written, self.frees = set(), not compiled
+    def __init__(self, model, batch, waiting):
+        super().__init__(daemon=True)
+        self.arguments, self.waiting, self.stopped = (model, batch), waiting, False
+        self.requests, self.replies = queue.SimpleQueue(), queue.SimpleQueue()
+        self.layer, self.x, self.error = None, None, None  # where it waits, the layer's input, what the model raised
+        self.devices = {"cpu", *(p.device.type for p in model.parameters())} - {"meta"}
+        self.autocast = self.autocast_state()  # a thread does not inherit it
 
-    def finish(self, layers):
-        """Marks layers as calibrated."""
-        layers = set(layers)
-        for m in list(self.unfinished):
-            self.unfinished[m] -= layers
-            if not self.unfinished[m]:
-                del self.unfinished[m]
-                self.finished += [m] if m not in self.uncached else []
+    def autocast_state(self):
+        return [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in self.devices]
 
-    def call(self, batch):
-        batch = copy.deepcopy(batch)  # a model may change it
-        if isinstance(batch, (tuple, list)):
-            self.model(*batch)
-        elif hasattr(batch, "keys"):
-            self.model(**batch)
-        else:
-            self.model(batch)
-
-    def inputs(self, layer, i, limit):
-        """Inputs of a layer in batch i, of its first `limit` calls (None: all): a list of (rows, in) float32."""
-        inputs, needed = [], False
-
-        def record(_, args):
-            rows = _rows(layer.quantizer, args[0])
-            in_place = rows.data_ptr() == args[0].data_ptr()
-            inputs.append(rows.clone() if in_place else rows)  # the model may change its tensor later
-            if len(inputs) == limit:
-                raise _Stop
-
-        self.settled, self.last, calls, hidden = True, None, {}, {}
-        hooks = [m.register_forward_pre_hook(self._unsettle) for m in self.unfinished if is_prepared(m)]
-        hooks.append(layer.register_forward_pre_hook(record))
+    def run(self):
         try:
-            for m in self.finished:
-                hidden[m] = vars(m).get("forward")  # other libraries may have put a forward on the instance
-                m.forward = self._cached(m, i, calls)
-            self.call(self.batches[i])
+            with torch.no_grad(), _autocast(self.autocast), _Asking(self):
+                _call(*self.arguments)
         except _Stop:
             pass
-        except _Needed:
-            needed = True
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for m, forward in hidden.items():
-                del m.forward
-                if forward is not None:
-                    m.forward = forward
-        if needed:
-            self.frees = False
-            self.outputs.clear()
-            return self.inputs(layer, i, limit)
-        return inputs
+        except BaseException as error:
+            self.error = error
+        self.arguments = None
+        self.requests.put(None)
 
-    def _unsettle(self, module, inputs):
-        self.settled = False
+    def ask(self, request):
+        """Hands a request to go_on, and returns its reply."""
+        if not self.stopped:
+            self.requests.put(request)
+            result, error = self.replies.get()
+        if self.stopped:
+            raise _Stop
+        if error is not None:
+            raise error
+        return result
 
-    def _cached(self, module, i, calls):
-        """module.forward for batch i, which returns the kept output where there is one."""
-        compute, kept = module.forward, self.outputs.setdefault(i, {})
+    def go_on(self):
+        """Lets the model run until it waits at a layer, or ends."""
+        self.layer = self.x = None
+        self.start() if self.ident is None else self.replies.put((None, None))
+        while (request := self.requests.get()) is not None:
+            if isinstance(request, tuple):
+                self.layer, self.x = request
+                return
+            try:
+                self.replies.put((request(), None))
+            except Exception as error:  # the model may catch it
+                self.replies.put((None, error))
+        if self.error is not None:
+            raise self.error
 
-        def forward(*args, **kwargs):
-            call = calls[module] = calls.get(module, -1) + 1
-            key, previous = (module, call), self.last
-            if key in kept:
-                output, version = kept[key]
-                if version is None:
-                    return copy.deepcopy(output)
-                if type(output) is _Freed or output._version == version:
-                    source = kept[previous][0] if self.frees and previous in kept else None
-                    if type(source) is torch.Tensor and any(a is source for a in (*args, *kwargs.values())):
-                        kept[previous] = _Freed.of(source), 0
-                    self.last = key
-                    return output
-                self.written.add(module)
-            before, earlier = _fingerprint(args, kwargs), dict(calls)
-            output = compute(*args, **kwargs)
-            if self.settled and before == _fingerprint(args, kwargs):  # a module with side effects must run again
-                plain = type(output) is torch.Tensor and not output.is_nested and module not in self.written
-                kept[key] = (output, output._version) if plain else (copy.deepcopy(output), None)
-                inside = set(module.modules()) - {module}
-                for inner, n in list(kept):
-                    if inner in inside:
-                        del kept[inner, n]
-                for inner in inside:
-                    calls[inner] = earlier.get(inner, -1)  # as in a pass that does not enter module
-            return output
-
-        return forward
+    def stop(self):
+        self.stopped, self.layer, self.x = True, None, None
+        if self.ident is not None:
+            self.replies.put((None, None))
+            self.join()
 
 
-def _fingerprint(args, kwargs):
-    """A value that changes if a module writes to its arguments."""
-    prints = []
-    for a in (*args, *kwargs.values()):
-        values = a.values() if hasattr(a, "keys") else a if isinstance(a, list) else ()
-        prints.append((a._version if isinstance(a, torch.Tensor) else None, [id(v) for v in values]))
-    return prints
+@contextlib.contextmanager
+def _autocast(state):
+    with contextlib.ExitStack() as contexts:
+        for device, dtype, enabled in state:
+            contexts.enter_context(torch.autocast(device, dtype, enabled))
+        yield
 
 
-def _record(runner, layers, shared):
-    """Runs one whole pass over all batches. layers: {module that runs: the layer that it stands for}.
+class _Asking(TorchFunctionMode):
+    """Hands tensor functions of a _Pass to go_on."""
+
+    def __init__(self, forward_pass):
+        super().__init__()
+        self.forward_pass = forward_pass
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", None) == "__get__":  # of an attribute
+            return function(*args, **kwargs)
+        state = self.forward_pass.autocast_state()
+
+        def compute():
+            with _autocast(state):
+                return function(*args, **kwargs)
+
+        return self.forward_pass.ask(compute)
+
+
+class _Walk:
+    """Passes over all batches, one each, that wait at the layers that are not finished. A context manager."""
+
+    def __init__(self, model, batches, layers):
+        self.model, self.batches, self.waiting = model, batches, set(layers)
+        self.passes = [_Pass(model, batch, self.waiting) for batch in batches]
+
+    def __enter__(self):
+        self.hooks = [layer.register_forward_pre_hook(self._wait) for layer in self.waiting]
+        try:
+            for p in self.passes:
+                p.go_on()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        for p in self.passes:
+            p.stop()
+        for hook in self.hooks:
+            hook.remove()
+
+    def _wait(self, layer, args):
+        thread = threading.current_thread()
+        if layer in self.waiting and isinstance(thread, _Pass):
+            thread.ask((layer, args[0]))
+
+    def inputs(self, layers, counts):
+        """Yields for each batch the inputs of its calls of layers[0]: a list of (rows, in) float32.
+
+        layers: a set of layers with the same inputs; counts: how often each batch calls them. If a batch calls them more
+        than once, new passes collect the inputs, because the layers are not finished between the calls.
+        """
+        for batch, p, count in zip(self.batches, self.passes, counts):
+            if max(counts) > 1:
+                yield _inputs(self.model, batch, layers[0], count or None)
+            else:
+                yield [_rows(p.layer.quantizer, p.x)] if p.layer in layers else []
+
+    def finish(self, layers):
+        """Lets the passes that wait at one of the layers go on."""
+        self.waiting.difference_update(layers)
+        for p in self.passes:
+            if p.layer in layers:
+                p.go_on()
+
+
+def _inputs(model, batch, layer, limit):
+    """Inputs of a layer in a pass of its own, of its first `limit` calls (None: all): a list of (rows, in) float32."""
+    inputs = []
+
+    def record(_, args):
+        rows = _rows(layer.quantizer, args[0])
+        in_place = rows.data_ptr() == args[0].data_ptr()
+        inputs.append(rows.clone() if in_place else rows)  # the model may change its tensor later
+        if len(inputs) == limit:
+            raise _Stop
+
+    hook = layer.register_forward_pre_hook(record)
+    try:
+        _call(model, batch)
+    except _Stop:
+        pass
+    finally:
+        hook.remove()
+    return inputs
+
+
+def _record(model, batches, layers, shared):
+    """Runs model once over all batches. layers: {module that runs: the layer that it stands for}.
 
     Returns (sets, calls, importance, last):
     sets: lists of layers with the same inputs, in the order of execution;
@@ -288,34 +326,38 @@ def _record(runner, layers, shared):
     """
     inputs_of, calls, importance, number, seen, last = {}, {}, {}, 0, None, None
     before, previous = {}, None  # {layer: layers that run just before it}; a batch need not call all layers
+    first = counts = {}  # {layer: calls} of the first batch and of this one
 
     def record(module, inputs):
         nonlocal number, seen, previous, last
         x, layer = inputs[0], layers[module]
         q = layer.quantizer
         last = last if isinstance(layer, PoTEmbedding) else layer
-        if q in shared:
-            calls[i, layer] = calls.get((i, layer), 0) + 1
-            if not isinstance(layer, PoTEmbedding):
-                rows = _rows(q, x)
-                importance[q] = importance.get(q, 0) + rows.t() @ rows
-            elif all(isinstance(user, PoTEmbedding) for user in shared[q]):
-                importance[q] = importance.get(q, 0) + torch.bincount(x.flatten(), minlength=len(layer.weight))[:, None]
-            return
-        version = None if x.is_nested else x._version
-        number += not (seen is not None and seen[0] is x and seen[1:] == (version, q.config.act_bits))
-        seen = x, version, q.config.act_bits
-        inputs_of.setdefault(layer, []).append(number)
-        if (i, layer) not in calls:
-            before.setdefault(layer, set()).update([previous] if previous is not None else [])
-            previous = layer
-        calls[i, layer] = calls.get((i, layer), 0) + 1
+        is_new, counts[layer] = layer not in counts, counts.get(layer, 0) + 1
+        if q not in shared:
+            version = None if x.is_nested else x._version
+            number += not (seen is not None and seen[0] is x and seen[1:] == (version, q.config.act_bits))
+            seen = x, version, q.config.act_bits
+            inputs_of.setdefault(layer, []).append(number)
+            if is_new:
+                before.setdefault(layer, set()).update([previous] if previous is not None else [])
+                previous = layer
+        elif not isinstance(layer, PoTEmbedding):
+            rows = _rows(q, x)
+            importance[q] = importance.get(q, 0) + rows.t() @ rows
+        elif all(isinstance(user, PoTEmbedding) for user in shared[q]):
+            importance[q] = importance.get(q, 0) + torch.bincount(x.flatten(), minlength=len(layer.weight))[:, None]
+        if counts is not first and counts == first:
+            raise _Stop  # nothing new follows, and the product of a head takes long
 
     hooks = [module.register_forward_pre_hook(record) for module in layers]
     try:
-        for i in range(len(runner.batches)):
-            previous = None
-            runner.call(runner.batches[i])
+        for i, batch in enumerate(batches):
+            previous, counts = None, {}
+            first = counts if i == 0 else first
+            with contextlib.suppress(_Stop):
+                _call(model, batch)
+            calls |= {(i, layer): n for layer, n in counts.items()}
     finally:
         for hook in hooks:
             hook.remove()
@@ -341,20 +383,19 @@ def _aside(n, turn):
     return slice(n * piece // 8, n * (piece + 1) // 8) if n >= 8 else slice(0, n)
 
 
-def _moments(runner, float_runner, layer, twin, calls):
-    """Sums (in, in) float32 over all inputs x of a layer and the inputs y of the same layer in the float model.
+def _moments(inputs, targets, n):
+    """Sums (in, in) float32 over all inputs x of a layer with n input features and the inputs y of the same layer in the
+    float model. inputs and targets: results of _Walk.inputs.
 
     Returns (fitted, aside, rows). fitted: sums of x x^T and (y - x) x^T; aside: the same and (y - x) (y - x)^T, over
     the rows that are kept aside; rows: how many there are in all. If a call has fewer than 8 rows, they serve as both.
     """
-    n, rows = weight_matrix(layer).shape[1], 0
-    fitted, aside = (layer.weight.new_zeros(k, n, n, dtype=torch.float32) for k in (2, 3))
-    for i in range(len(runner.batches)):
-        limit = calls.get((i, layer))  # None: the float model does not reach the layer with this batch
-        inputs = runner.inputs(layer, i, limit)
-        targets = float_runner.inputs(twin, i, limit) if limit else []
-        for k, x in enumerate(inputs):
-            y = targets[k] if len(inputs) == len(targets) and targets[k].shape == x.shape else x
+    rows, fitted, aside = 0, None, None
+    for i, (xs, ys) in enumerate(zip(inputs, targets)):
+        for k, x in enumerate(xs):
+            if fitted is None:
+                fitted, aside = x.new_zeros(2, n, n), x.new_zeros(3, n, n)
+            y = ys[k] if len(xs) == len(ys) and ys[k].shape == x.shape else x
             d = y - x
             # A mixture of experts may send a token another way. Then the two inputs cannot be compared.
             if d.square().sum() >= y.square().sum():
@@ -370,8 +411,8 @@ def _moments(runner, float_runner, layer, twin, calls):
 
 
 def _distance(inputs, targets, twin):
-    """Squared distance between the outputs of layer twin for inputs and for targets, on the rows kept aside. Both are
-    lists of results of _Runner.inputs."""
+    """Squared distance between the outputs of layer twin for inputs and for targets, on the rows kept aside. Both hold a
+    list of (rows, in) for each batch."""
     pairs = [(x, y) for xs, ys in zip(inputs, targets) for x, y in zip(xs, ys) if x.shape == y.shape]
     w, kept = weight_matrix(twin).float(), [_aside(len(x), i) for i, (x, _) in enumerate(pairs)]
     return sum(((y - x)[rows] @ w.t()).square().sum().item() for (x, y), rows in zip(pairs, kept))
