@@ -38,6 +38,7 @@ class CheckpointInfo:
     method: str  # "float", "float control", "QAT", "PTQ" or "PTQ, GPTQ on 16,384 tokens"
     model_args: GPTConfig
     pot: PoTConfig | None = None  # None: float weights
+    table: PoTConfig | None = None  # of embeddings and head; None: as pot
     origin: str | None = None  # folder of the float model that it comes from
     step: int = 0  # optimizer steps
     # settings of train.py; "dataset" and "seed" are always there
@@ -47,7 +48,7 @@ class CheckpointInfo:
 
     def to_dict(self) -> dict:
         """For json and torch.save."""
-        optional = ("val_loss", "provenance")
+        optional = ("table", "val_loss", "provenance")
         return {k: v for k, v in asdict(self).items() if v is not None or k not in optional}
 
     @classmethod
@@ -60,12 +61,17 @@ class CheckpointInfo:
                 if not isinstance(values[key], kind):
                     raise TypeError(f"{key} is {values[key]!r}")
         info = cls(
-            d["tokenizer"], d["method"], GPTConfig(**d["model_args"]), PoTConfig(**d["pot"]) if d["pot"] else None,
-            d["origin"], d["step"], d["settings"], d.get("val_loss"), d.get("provenance"),
+            d["tokenizer"], d["method"], GPTConfig(**d["model_args"]),
+            *(PoTConfig(**d[key]) if d.get(key) else None for key in ("pot", "table")), d["origin"], d["step"], d["settings"], d.get("val_loss"), d.get("provenance"),
         )  # fmt: skip
         if vocab_size(info.tokenizer) > info.model_args.vocab_size:
             raise ValueError(f"its tokenizer has more than the {info.model_args.vocab_size} tokens of the model")
         return info
+
+    @property
+    def weights(self) -> str:
+        """The kind of weights, in words."""
+        return f"{self.pot or 'float32'}{f'; tables {self.table}' if self.table else ''}"
 
 
 @dataclass
@@ -186,8 +192,8 @@ def load_model(folder: str) -> tuple[GPT, CheckpointInfo]:
     if it is QAT). folder may be in Hugging Face's format, or a name on the hub.
 
     The tensors of a packed model are read into memory. Those of a finished float model are its mapped file, copied where
-    they are written to: while they are in use, replace the file, as save_model does, instead of writing into it. Raises ValueError for a checkpoint that is
-    missing, damaged or cannot be downloaded.
+    they are written to: while they are in use, replace the file, as save_model does, instead of writing into it. Raises
+    ValueError for a checkpoint that is missing, damaged or cannot be downloaded.
     """
     if is_foreign(folder):
         return _load_huggingface(_download(folder), folder)
@@ -210,6 +216,15 @@ def load_model(folder: str) -> tuple[GPT, CheckpointInfo]:
             return load_packed(GPT.meta(info.model_args), tensors, packed).eval(), info
     except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{path} is truncated, damaged or not of nanoPoT: {e}") from None
+
+
+def finished_tokenizer(folder: str) -> dict | None:
+    """CheckpointInfo.tokenizer of a finished model, whose weights are not read. None if there is none that can be read."""
+    try:
+        with safe_open(os.path.join(folder, MODEL), "pt") as f:
+            return CheckpointInfo.from_dict(json.loads(f.metadata()["nanopot"])).tokenizer
+    except Exception:  # also a model in Hugging Face's format. load_model says what is wrong
+        return None
 
 
 def _read_aligned(path, tensors):
@@ -255,7 +270,7 @@ def model_of(state: TrainingState, quantized: bool = True) -> GPT:
     try:
         model = GPT.meta(info.model_args)
         if info.pot and quantized:
-            prepare(model, info.pot)
+            prepare_gpt(model, info.pot, info.table)
         elif info.pot:
             weights = {name: t for name, t in weights.items() if ".quantizer." not in name}
         expected = model.state_dict()
@@ -275,6 +290,12 @@ def model_of(state: TrainingState, quantized: bool = True) -> GPT:
         raise ValueError(f"the checkpoint is damaged: its weights do not fit its settings: {e}") from None
     model.tie_weights()
     return model.eval()
+
+
+def prepare_gpt(model: GPT, pot: PoTConfig, table: PoTConfig | None) -> None:
+    """pot.prepare with another config for the embeddings and the head, if table is given. Raises ValueError as it does."""
+    tables = ("transformer.wte", "transformer.wpe", "lm_head")
+    prepare(model, pot, lambda name, module: table if table and name in tables else True)
 
 
 def make_decoder(model: GPT) -> Decoder | None:

@@ -91,7 +91,7 @@ def measure(s: Settings, model: GPT, info: CheckpointInfo, folder: str, device: 
     return {
         "ckpt": folder,
         "method": info.method,
-        "weights": str(info.pot) if info.pot else "float32",
+        "weights": info.weights,
         "dataset": name,
         "split": None if s.text else s.split,
         "tokens": len(ids) - 1,

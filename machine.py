@@ -80,6 +80,14 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def return_freed_memory() -> None:
+    """Makes glibc return memory that was freed to the system. Other C libraries are left as they are."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        pass
+
+
 def provenance() -> dict:
     """Origin of a measured figure: command, commit, machine, threads and versions."""
 

@@ -16,7 +16,7 @@ import torch
 import checkpoint
 from configurator import run
 from dataset import read_text
-from machine import pick_device
+from machine import pick_device, return_freed_memory
 from pot import allow_int8_activations
 from tokenizer import FileTokenizer, tokenizer_of
 
@@ -42,8 +42,12 @@ def main(s: Settings):
     if s.chat and s.num_samples != 1:
         raise ValueError("num_samples must be 1 with chat, because a conversation goes on from one answer")
     device = pick_device(s.device)
+    # Reading a tokenizer takes twice its memory for a moment, so the weights come second.
+    meta = checkpoint.finished_tokenizer(s.ckpt)
+    tokenizer = tokenizer_of(meta, s.ckpt) if meta else None
+    return_freed_memory()
     model, info = checkpoint.load_model(s.ckpt)
-    tokenizer = tokenizer_of(info.tokenizer, s.ckpt)
+    tokenizer = tokenizer or tokenizer_of(info.tokenizer, s.ckpt)
     prompt = read_prompt(s)
     model.to(device)
     allow_int8_activations(model)

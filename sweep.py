@@ -171,7 +171,7 @@ def make_row(s, method, config, seed, name):
     start, base = time.time(), s.init_from.replace("{seed}", str(seed))
     folder = base if method == "float" else os.path.join(s.out_dir, name)
     steps = s.max_iters if method in ("qat", "control") else 0
-    argv = [s.finetune, f"--device={s.device}", f"--seed={seed}", f"--max_iters={steps}", "--pot=None"]
+    argv = [s.finetune, f"--device={s.device}", f"--seed={seed}", f"--max_iters={steps}", "--pot=None", "--table=None"]
     argv += [f"--pot_{key}={value}" for key, value in (asdict(config) if config else {}).items()]
     if not steps:  # eval.py measures the row, so train.py need not validate on many tokens
         argv += [f"--calibrate_tokens={s.calibrate_tokens if method == 'gptq' else 0}", "--eval_tokens=1000"]

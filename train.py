@@ -47,7 +47,7 @@ from configurator import check_minimum, run
 from machine import free_memory, keep_freed_memory, peak_memory, pick_device, provenance
 from metrics import LOGITS, WINDOW, evaluate, perplexity
 from model import GPT, GPTConfig
-from pot import PoTConfig, convert, prepare
+from pot import PoTConfig, convert
 
 
 @dataclass
@@ -71,6 +71,8 @@ class Settings:
 
     # --- power-of-two weights ---
     pot: PoTConfig | None = None  # any pot_ key quantizes; --pot=None trains in float
+    # with pot_ keys: embeddings and head, the weights that cost most, as table_ keys say; None: as pot_ keys say
+    table: PoTConfig | None = None
     # with pot_ keys: tokens of the training split for GPTQ; 0: round to the nearest levels
     calibrate_tokens: int = 0
     # with pot_ keys: share of the float model's predictions in the loss; the rest is the text's
@@ -134,6 +136,8 @@ def check(s: Settings):
         raise ValueError("distill needs a float model to learn from: pass --init_from=FOLDER, or leave distill out")
     if not s.max_iters and not s.pot:
         raise ValueError("max_iters=0 only quantizes (PTQ): pass a pot_ setting such as --pot_bits=4, or take a step")
+    if s.table and not s.pot:
+        raise ValueError("table_ keys need a pot_ key such as --pot_bits=4; to train in float, pass --table=None, too")
 
 
 # --- set-up ---
@@ -192,7 +196,11 @@ def set_up(s: Settings, lock: checkpoint.Lock) -> Job | None:
             print(f"{s.out_dir}/ is finished: step {info.step} of {s.max_iters}")
         return None
     if rank == 0:
-        kind = f"{'QAT' if s.max_iters else 'PTQ'}, {s.pot}" if s.pot else "float"
+        kind = (
+            f"{'QAT' if s.max_iters else 'PTQ'}, {replace(info, pot=s.pot, table=s.table).weights}"
+            if s.pot
+            else "float"
+        )
         place = f"{device} x {world}" if world > 1 else device
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         steps = f"step {info.step} to {s.max_iters}, " if s.max_iters else ""
@@ -202,7 +210,7 @@ def set_up(s: Settings, lock: checkpoint.Lock) -> Job | None:
     model.to(device)
     if s.pot and state is None:
         method = quantize(model, s, data, device, quiet=rank > 0)
-        info.pot, info.method = s.pot, "QAT" if s.max_iters else method
+        info.pot, info.table, info.method = s.pot, s.table, "QAT" if s.max_iters else method
     info.provenance = {k: v for k, v in machine.items() if k != "command"}
     job = Job(s, model.train(), info, data, val[: s.eval_tokens], block_size, device, rank, world, info.step)
     if s.max_iters:
@@ -286,14 +294,14 @@ def build(s: Settings, meta: dict) -> tuple[GPT, CheckpointInfo, checkpoint.Trai
             raise ValueError(f"{key}={value}, but {folder} was trained with {key}={model_value}: leave {key} out")
     if s.dropout is not None:
         model.set_dropout(s.dropout)
-    info = CheckpointInfo(meta, source.method, model.config, source.pot, source.origin, source.step, asdict(s))
+    info = replace(source, tokenizer=meta, model_args=model.config, settings=asdict(s), val_loss=None, provenance=None)
     if state is None:
         # The float model to compare with: the source, or the model that the source itself comes from.
         origin = source.origin if source.pot else folder
-        return model, replace(info, method="float control", pot=None, origin=origin, step=0), None
-    if source.pot != s.pot:
+        return model, replace(info, method="float control", pot=None, table=None, origin=origin, step=0), None
+    if (source.pot, source.table) != (s.pot, s.table):
         raise ValueError(
-            f"{folder} was trained with {source.pot or 'float weights'}, the settings ask for {s.pot or 'float weights'}: "
+            f"{folder} was trained with {source.weights}, the settings ask for {replace(source, pot=s.pot, table=s.table).weights}: "
             "resume with the same"
         )
     if source.step > s.max_iters:
@@ -311,7 +319,7 @@ def refuse_checkpoint(folder):
 def quantize(model: GPT, s: Settings, data: np.ndarray, device: str, quiet: bool = False) -> str:
     """Prepares a float model in place, and calibrates it by GPTQ if calibrate_tokens asks for it, on random windows of
     data (token ids). Returns the name of the method. Raises ValueError as prepare and calibrate do."""
-    prepare(model, s.pot)
+    checkpoint.prepare_gpt(model, s.pot, s.table)
     if not s.calibrate_tokens:
         return "PTQ"
     start = time.time()

@@ -67,7 +67,7 @@ def main(s: Settings):
             {
                 "ckpt": folder,
                 "method": info.method,
-                "weights": str(info.pot) if info.pot else "float32",
+                "weights": info.weights,
                 "dataset": s.text or name,
                 "split": None if s.text else s.split,
             }

@@ -445,6 +445,28 @@ def test_qat_checkpoint_evaluates_like_the_packed_file(workdir, sh, qat_run):
     assert "no SQNR" in done.stdout  # the packed file of a QAT run has no float weights
 
 
+def test_table_of_another_kind(workdir, sh, float_run):
+    """table_ keys set the weights of the embeddings and the head, in PTQ, QAT and files."""
+    keys = f"--dataset=tiny --init_from={float_run} --pot_bits=3 --table_bits=8 --table_grid=uniform"
+    done = sh(f"train.py {keys} --max_iters=0 --out_dir=out-table")
+    assert "PTQ, PoT 3 bits, groups of 64; tables uniform 8 bits, groups of 64" in done.stdout
+    sh(f"train.py {keys} --max_iters=2 --eval_interval=1 --distill=1 --out_dir=out-table-qat")
+    sh("sample.py --ckpt=out-table-qat --prompt=a --max_new_tokens=3")
+    sh("eval.py --ckpt=out-table,out-table-qat")
+    for folder in ("out-table", "out-table-qat"):
+        model, info = checkpoint.load_model(str(workdir / folder))
+        assert (info.pot.bits, info.table.bits, info.table.grid) == (3, 8, "uniform")
+        for name, module in model.named_modules():
+            if isinstance(module, (pot.PackedPoTLinear, pot.PackedPoTEmbedding)):
+                assert module.packed.config == (info.pot if ".h." in name else info.table), name
+    state = checkpoint.load_training(str(workdir / "out-table-qat"))
+    assert checkpoint.model_of(state).lm_head.quantizer.config == info.table
+    resume = "train.py --dataset=tiny --init_from=resume --pot_bits=3 --out_dir=out-table-qat --max_iters=3"
+    assert "tables uniform 8 bits" in sh(resume, ok=False).stderr
+    done = sh(f"train.py --dataset=tiny --init_from={float_run} --table_bits=4 --out_dir=out-x", ok=False)
+    assert "table_ keys need a pot_ key" in done.stderr
+
+
 def test_eval_of_ptq(workdir, sh, float_run):
     pot_keys = "--pot_bits=2 --pot_granularity=tensor --max_iters=0"
     sh(f"train.py --dataset=tiny --init_from={float_run} {pot_keys} --out_dir=out-ptq2")
