@@ -1,7 +1,10 @@
 """
-Does the kernel change the loss of a packed model? Test loss of a model: fake-quantized, and by each path of the kernel.
+Does the kernel change the loss of a packed model? Mean loss of the same positions: fake-quantized, and by each path of
+the kernel, which are: whole windows, layer by layer; one token after the other by the decode step; and half a window in
+one call of the decode step, then the other half token by token. "8 bits": activations are rounded, as sample.py does.
 
     python results/kernel_loss.py out-pydoc-char data/pydoc_char
+    python results/kernel_loss.py smollm2 data/smollm2-web 2048    # tokens of the test split
 """
 
 import copy
@@ -17,21 +20,28 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint
 import dataset
 from machine import provenance
-from metrics import evaluate
 from model import KVCache
 from pot import PoTConfig, allow_int8_activations, convert, prepare
 
 TOKENS = 20_000  # of the test split; few, because the decode step takes them one at a time
+CONFIGS = (PoTConfig(), PoTConfig(terms=2), PoTConfig(grid="uniform", bits=8), PoTConfig(act_bits=8))
 
 
-def by_single_tokens(model, ids):
-    """Loss with the fused decode step for every token but the first of a window."""
-    decode, T, total = checkpoint.make_decoder(model), min(model.config.block_size, 1024), 0.0
+def losses_of_windows(model, ids):
+    """Loss of each position, (n): whole windows of at most 1,024 tokens."""
+    T = min(model.config.block_size, 1024)
+    return torch.cat([F.cross_entropy(model(x)[0], y[0], reduction="none") for x, y in dataset.windows(ids, T, 1)])
+
+
+def losses_of_decoder(model, ids, share):
+    """The same by the decode step. It takes this share of a window in one call, and at least one token; positions before
+    the last one of that call are NaN, because the step gives the logits of the last token only."""
+    decode, T, losses = checkpoint.make_decoder(model), min(model.config.block_size, 1024), []
     for x, y in dataset.windows(ids, T, 1):
-        cache = KVCache(T, torch.float16)
-        logits = [model(x[:, :1], cache=cache)[:, -1]] + [decode(x[:, i : i + 1], cache) for i in range(1, x.shape[1])]
-        total += F.cross_entropy(torch.cat(logits), y[0], reduction="sum").item()
-    return total / (len(ids) - 1)
+        cache, n = KVCache(T, torch.float16), max(1, int(share * x.shape[1]))
+        logits = [decode(x[:, :n], cache)] + [decode(x[:, i : i + 1], cache) for i in range(n, x.shape[1])]
+        losses += [torch.full((n - 1,), torch.nan), F.cross_entropy(torch.cat(logits), y[0, n - 1 :], reduction="none")]
+    return torch.cat(losses)
 
 
 @torch.no_grad()
@@ -39,19 +49,22 @@ def main(folder, data, tokens=TOKENS):
     model, _ = checkpoint.load_model(folder)
     ids = dataset.load(data, "test")[0][: int(tokens) + 1]
     rows = []
-    for config in (PoTConfig(), PoTConfig(terms=2), PoTConfig(grid="uniform", bits=8), PoTConfig(act_bits=8)):
+    for config in CONFIGS:
         fake = copy.deepcopy(model)
         prepare(fake, config)
-        packed = convert(copy.deepcopy(fake))
-        losses = {"fake-quantized": evaluate(fake, ids)["loss"], "windows": evaluate(packed, ids)["loss"]}
-        losses["single tokens"] = by_single_tokens(packed, ids)
-        allow_int8_activations(packed)
-        losses["windows, 8 bits"] = evaluate(packed, ids)["loss"]
-        losses["single tokens, 8 bits"] = by_single_tokens(packed, ids)
-        for way, loss in losses.items():
-            difference = loss - losses["fake-quantized"]
-            rows.append({"weights": str(config), "way": way, "loss": loss, "minus": difference})
-            print(f"{config!s:<50} {way:<22} {loss:.6f} {difference:+.1e}", flush=True)
+        reference, packed = losses_of_windows(fake, ids), convert(fake)
+        for activations in ("", ", 8 bits"):
+            if activations:
+                allow_int8_activations(packed)
+            for way, losses in {
+                "windows": losses_of_windows(packed, ids),
+                "single tokens": losses_of_decoder(packed, ids, 0),
+                "half windows": losses_of_decoder(packed, ids, 0.5),
+            }.items():
+                difference = (losses - reference).nanmean().item()
+                loss = reference.mean().item() + difference
+                rows.append({"weights": str(config), "way": way + activations, "loss": loss, "minus": difference})
+                print(f"{config!s:<50} {way + activations:<22} {loss:.6f} {difference:+.1e}", flush=True)
     path = Path(__file__).with_name(f"kernel_loss_{Path(folder).name}.json")
     path.write_text(json.dumps({"rows": rows, "tokens": len(ids) - 1, **provenance()}, indent=1))
     print(f"written to {path}")
