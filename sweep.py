@@ -27,6 +27,7 @@ from metrics import WINDOW
 from pot import PoTConfig, convert
 
 METHODS = ("rtn", "gptq", "qat")
+GPTQ_TOKENS = 16384
 # Settings that all rows of an out_dir share: of this script, and of train.py in the config `finetune`. A row's name
 # holds the others.
 SHARED = ("init_from", "calibrate_tokens", "split", "tokens", "protocol")
@@ -48,7 +49,7 @@ class Settings:
     # seeds of batches and calibration text, with commas between them; a row of weights may have its own
     seeds: str = "1337"
     max_iters: int | None = None  # QAT steps; None: those of finetune
-    calibrate_tokens: int = 16384  # for gptq
+    calibrate_tokens: int | None = None  # for gptq and the start of qat; None: 16,384 for gptq, finetune's for qat
 
     # --- measuring and results ---
     split: str = "test"  # train, val or test
@@ -76,17 +77,21 @@ def main(s: Settings):
     s = replace(s, max_iters=training.max_iters if s.max_iters is None else s.max_iters)
     if s.max_iters < 1 and "qat" in methods:
         raise ValueError(f"max_iters={s.max_iters}: QAT takes at least 1 step; for PTQ only, pass --methods=rtn,gptq")
-    shared = {key: getattr(s, key) for key in SHARED}
+    if s.calibrate_tokens is not None:
+        training = replace(training, calibrate_tokens=s.calibrate_tokens)
+    shared = {key: getattr(s, key) for key in SHARED} | {"calibrate_tokens": s.calibrate_tokens or GPTQ_TOKENS}
     shared |= {f"finetune.{key}": getattr(training, key) for key in SHARED_TRAINING}
     for row in read(path).values():
         if "shared" not in row:
             raise ValueError(f"{s.out_dir} holds rows of an older version of sweep.py: choose another --out_dir")
         refuse_other_settings(s, row["shared"], shared)
     for i, (method, config, papers, seed) in enumerate(plan, start=1):
-        name = name_of(s, method, config, seed)
-        if name in read(path):
+        name, kept = name_of(s, method, config, seed), read(path)
+        if name in kept:
             continue
-        print(f"--- {i} of {len(plan)}: {method}, {config or 'float32'}, seed {seed}", flush=True)
+        left = [m for m, c, _, r in plan if name_of(s, m, c, r) not in kept]
+        print(f"--- {i} of {len(plan)}: {method}, {config or 'float32'}, seed {seed}", end="")
+        print(time_left(left, kept.values()), flush=True)
         row = {"name": name, "kind": method, "papers": papers} | make_row(s, method, config, seed, name)
         row |= {"seed": seed, "config": asdict(config) if config else None}
         append(path, row | {"shared": shared, "provenance": provenance()})
@@ -95,6 +100,20 @@ def main(s: Settings):
             os.remove(state)
     kept = read(path)
     write(s, [kept[name_of(s, method, config, seed)] for method, config, _, seed in plan])
+
+
+def time_left(methods, rows):
+    """The end of a progress line, from the mean seconds of finished rows; empty before there is one. methods: of the rows
+    that are left. QAT and the control stand in for each other."""
+    seconds = {m: [r["seconds"] for r in rows if r["kind"] == m] for m in ("float", "control", *METHODS)}
+    for method, other in (("qat", "control"), ("control", "qat")):
+        seconds[method] = seconds[method] or seconds[other]
+    known = [statistics.mean(seconds[m]) for m in methods if seconds[m]]
+    if not known:
+        return ""
+    minutes = math.ceil(sum(known) / 60)
+    amount = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+    return f", {'about' if len(known) == len(methods) else 'at least'} {amount} for all that is left"
 
 
 def refuse_other_settings(s, kept, shared):
@@ -174,7 +193,10 @@ def make_row(s, method, config, seed, name):
     argv = [s.finetune, f"--device={s.device}", f"--seed={seed}", f"--max_iters={steps}", "--pot=None", "--table=None"]
     argv += [f"--pot_{key}={value}" for key, value in (asdict(config) if config else {}).items()]
     if not steps:  # eval.py measures the row, so train.py need not validate on many tokens
-        argv += [f"--calibrate_tokens={s.calibrate_tokens if method == 'gptq' else 0}", "--eval_tokens=1000"]
+        tokens = s.calibrate_tokens or GPTQ_TOKENS if method == "gptq" else 0
+        argv += [f"--calibrate_tokens={tokens}", "--eval_tokens=1000"]
+    elif s.calibrate_tokens is not None:
+        argv.append(f"--calibrate_tokens={s.calibrate_tokens}")
     state = os.path.exists(os.path.join(folder, checkpoint.TRAINING))
     argv += [f"--out_dir={folder}", f"--init_from={'resume' if state else base}"]
     settings = configure(train.Settings, argv)

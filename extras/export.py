@@ -5,8 +5,17 @@ Exports a model: as a folder that transformers loads, or as a GGUF file for llam
     python extras/export.py --ckpt out-gpt2-mxfp4 --out model.gguf     # needs `pip install gguf`
 
 A folder holds the tokenizer and the dequantized weights: in bfloat16 where that loses nothing, else in float32. A GGUF
-file holds the matrices as MXFP4, 4.25 bits per weight, and is written only if that loses nothing. This is so for two-term
-weights and for single powers at 3 bits, in groups of 32 with scale_format="e8m0" (config/finetune_gpt2_mxfp4.py).
+file holds each matrix in the smallest format of llama.cpp that loses nothing:
+
+    MXFP4  4.25 bits per weight   two terms, and single powers at 3 bits, with scale_format="e8m0"
+    Q4_0   4.5                    levels up to 7: single powers at 3 bits, uniform at 4 bits
+    Q5_0   5.5                    levels up to 15: two terms at 4 bits, uniform at 5 bits
+    Q8_0   8.5                    levels up to 127: single powers at 4 bits, uniform at 8 bits
+    BF16   16                     5 and 6 bits with scale_format="e8m0"
+
+All but the last have blocks of 32 weights that share a scale, which is our unit. So the group size must be a multiple of
+32, and the unit a float16. Other weights are rounded, if --lossy=True allows it. Layers that were not quantized stay in
+bfloat16 where that loses nothing, else in float32.
 """
 
 import json
@@ -15,6 +24,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -30,6 +40,7 @@ from pot import PackedWeight, convert  # noqa: E402
 class Settings:
     ckpt: str = "out"  # folder of a checkpoint
     out: str = "exported"  # a .gguf file or a folder to write; it must not exist yet
+    lossy: bool = False  # a .gguf file may round weights for which llama.cpp has no exact format
 
 
 @torch.no_grad()
@@ -40,12 +51,14 @@ def main(s: Settings):
     model = convert(model)
     if any(m.config.act_bits for m in model.modules() if isinstance(m, PackedWeight)):
         print("8-bit activations are left out: the exported model has the same weights and float activations")
-    write = to_gguf if s.out.endswith(".gguf") else to_huggingface
     parent = os.path.dirname(os.path.abspath(s.out))
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent) as folder:  # the export appears whole or not at all
         path = os.path.join(folder, "export")
-        write(model, info.tokenizer, s.ckpt, path)
+        if s.out.endswith(".gguf"):
+            to_gguf(model, info.tokenizer, s.ckpt, path, s.lossy)
+        else:
+            to_huggingface(model, info.tokenizer, s.ckpt, path)
         os.rename(path, s.out)
     size = sum(os.path.getsize(os.path.join(d, f)) for d, _, files in os.walk(s.out) for f in files)
     print(f"{s.out}: {size or os.path.getsize(s.out):,} bytes")
@@ -146,51 +159,102 @@ GGUF_NAMES = {
 GGUF_PARTS = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_up": ("ffn_gate", "ffn_up")}  # of Llama-type models
 
 
-def to_gguf(model: GPT, meta: dict, ckpt: str, path: str):
-    """Writes the file. Raises ValueError for a model of characters, for a tokenizer that llama.cpp spells otherwise, and
-    for weights that are not MXFP4."""
+def to_gguf(model: GPT, meta: dict, ckpt: str, path: str, lossy: bool = False):
+    """Writes the file, and prints which formats it has. Raises ValueError for a model of characters, for a tokenizer that
+    llama.cpp spells otherwise, and, unless lossy, for weights that no format of llama.cpp holds."""
     if meta.get("tokenizer") == "char":
         raise ValueError("llama.cpp needs byte pairs, and this model knows characters: export to a folder instead")
     try:
         import gguf
-        from gguf import quants
+        import gguf.quants
     except ImportError:
         raise ValueError("a .gguf file needs the package gguf: pip install gguf") from None
-    c, kind, mxfp4 = model.config, family(model.config), gguf.GGMLQuantizationType.MXFP4
+    kind = family(model.config)
     writer = gguf.GGUFWriter(path, kind)
+    add_shape(writer, model.config, kind)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_vocabulary(writer, gguf, tokenizer.tokenizer_of(meta, ckpt), model.config.vocab_size)
+    written, losses = {}, []  # {format: [matrices, weights, bytes]}; a line for each matrix that loses something
+    for name, w, unit in gguf_tensors(model, kind):
+        if w.ndim == 1 or name.startswith(("position_embd", "rope_freqs")):  # llama.cpp keeps these in float32
+            writer.add_tensor(name, w)
+            continue
+        form, data, loss = encode(gguf, w, unit)
+        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[form])
+        written[form] = [a + b for a, b in zip(written.get(form, (0, 0, 0)), (1, w.size, data.nbytes))]
+        if loss:
+            losses.append(f"{name} by {loss:.2g} as {form}")
+    if losses:
+        shown = "; ".join(losses[:5]) + (f"; and {len(losses) - 5} more" if len(losses) > 5 else "")
+        count = f"{len(losses)} of {sum(n for n, *_ in written.values())} matrices"
+        message = f"{count} lose something (relative error): {shown}"
+        if not lossy:
+            raise ValueError(
+                f"llama.cpp has no format that holds these weights. {message}. Pass --lossy=True to round them, or export "
+                "to a folder, which loses nothing"
+            )
+        print(message)
+    most = max(written, key=lambda form: written[form][2])
+    file_type = {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}.get(most, f"MOSTLY_{most}")
+    writer.add_file_type(gguf.LlamaFileType[file_type])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for form, (count, weights, size) in written.items():
+        print(f"{count} matrices as {form}: {size:,} bytes, {8 * size / weights:.4g} bits per weight")
+    packed = {id(m.packed): m.packed for m in model.modules() if hasattr(m, "packed")}.values()
+    before, after = sum(p.codes.nbytes + p.unit.nbytes for p in packed), sum(size for *_, size in written.values())
+    if packed and after > 1.1 * before:
+        print(f"The checkpoint has them in {before:,} bytes: llama.cpp has no smaller format with these levels")
+    if packed and most in ("Q5_0", "Q8_0", "BF16"):
+        print("Two terms in groups of 32 with scale_format='e8m0' take 4.25 bits (config/finetune_gpt2_mxfp4.py)")
+
+
+def add_shape(writer, c: GPTConfig, kind: str):
     writer.add_context_length(c.block_size)
     writer.add_embedding_length(c.n_embd)
     writer.add_feed_forward_length(c.n_inner)
     writer.add_block_count(c.n_layer)
     writer.add_head_count(c.n_head)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_MXFP4_MOE)
     if kind == "gpt2":
         writer.add_layer_norm_eps(c.norm_eps)
-    else:
-        writer.add_layer_norm_rms_eps(c.norm_eps)
-        writer.add_vocab_size(c.vocab_size)
-        writer.add_head_count_kv(c.n_kv_head)
-        writer.add_key_length(c.head_size)
-        writer.add_value_length(c.head_size)
-        writer.add_rope_dimension_count(c.head_size)
-        writer.add_rope_freq_base(c.rope_theta)
+        return
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_head_count_kv(c.n_kv_head)
+    writer.add_key_length(c.head_size)
+    writer.add_value_length(c.head_size)
+    writer.add_rope_dimension_count(c.head_size)
+    writer.add_rope_freq_base(c.rope_theta)
+
+
+def gguf_tensors(model: GPT, kind: str):
+    """Yields llama.cpp's name, the float32 tensor, and, of a quantized matrix (out, in), its unit (out, groups)."""
+    c, packed = model.config, {f"{name}.weight": m.packed for name, m in model.named_modules() if hasattr(m, "packed")}
     if c.rope_scaling is not None:  # llama.cpp divides the unscaled frequencies by these
         factors = rotary_frequencies(replace(c, rope_scaling=None)) / rotary_frequencies(c)
-        writer.add_tensor("rope_freqs.weight", factors.numpy())
-    add_vocabulary(writer, gguf, tokenizer.tokenizer_of(meta, ckpt), c.vocab_size)
+        yield "rope_freqs.weight", factors.numpy(), None
     for name, t in dense(model).items():
         layer, _, part = name.rpartition(".")
         *block, own = layer.removeprefix("transformer.h.").split(".", 1) if ".h." in layer else (layer,)
         own = GGUF_NAMES[own]
         names = (own,) if kind == "gpt2" else GGUF_PARTS.get(own, (own,))
-        for own, w in zip(names, parts_of(c, name, t) if len(names) > 1 else (t,)):
+        tensors = (t, unit_rows(packed[name])) if name in packed else (t,)
+        split = [parts_of(c, name, x) if len(names) > 1 else (x,) for x in tensors]
+        for own, *tensors in zip(names, *split):
             if kind == "llama" and own in ("attn_q", "attn_k"):
-                w = interleave(w, c.head_size)
-            add_tensor(writer, quants, mxfp4, ".".join([*(["blk", *block] if block else []), own, part]), layer, w)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+                tensors = [interleave(x, c.head_size) for x in tensors]
+            w, unit = [x.contiguous().numpy() for x in tensors] + [None] * (2 - len(tensors))
+            yield ".".join([*(["blk", *block] if block else []), own, part]), w, unit
+
+
+def unit_rows(packed: PackedWeight) -> torch.Tensor:
+    """The unit as (out, groups) float32, whatever its granularity and layout."""
+    unit = packed.unit.float()
+    if unit.ndim == 3:  # in tiles of 16 rows
+        unit = unit.transpose(1, 2).flatten(0, 1)[: packed.out_features]
+    return unit.expand(packed.out_features, -1)
 
 
 def interleave(t: torch.Tensor, head_size: int) -> torch.Tensor:
@@ -199,19 +263,71 @@ def interleave(t: torch.Tensor, head_size: int) -> torch.Tensor:
     return t.view(-1, 2, head_size // 2, *t.shape[1:]).transpose(1, 2).reshape(t.shape)
 
 
-def add_tensor(writer, quants, mxfp4, name, layer, t):
-    w = t.contiguous().numpy()
-    if t.ndim == 1 or name.startswith("position_embd"):  # llama.cpp keeps these in float32
-        writer.add_tensor(name, w)
-        return
-    if t.shape[1] % 32 == 0:
-        blocks = quants.quantize(w, mxfp4)
-    if t.shape[1] % 32 or not (quants.dequantize(blocks, mxfp4) == w).all():
-        raise ValueError(
-            f"{layer} is not MXFP4: quantize to two terms (or single powers at 3 bits) in groups of 32 with "
-            "scale_format='e8m0', as config/finetune_gpt2_mxfp4.py does, or export to a folder"
-        )
-    writer.add_tensor(name, blocks, raw_dtype=mxfp4)
+def encode(gguf, w: np.ndarray, unit: np.ndarray | None) -> tuple[str, np.ndarray, float]:
+    """The smallest format that holds w (out, in) without loss. If there is none: the one that loses least.
+
+    unit: (out, groups), or None for a float layer. Returns the format's name, its bytes (out, bytes of a row), and the
+    relative error, which is the norm of the difference divided by the norm of w.
+    """
+    best = None
+    for form, data in candidates(gguf, w, unit):
+        lost = float(np.linalg.norm(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[form]) - w))
+        if best is None or lost < best[2]:
+            best = form, data, lost
+        if not lost:
+            return best
+    return *best[:2], best[2] / float(np.linalg.norm(w))
+
+
+def candidates(gguf, w, unit):
+    """Yields (name of a format, bytes of w in it), the smallest first."""
+    rows, columns = w.shape
+    if unit is not None and columns // unit.shape[1] % 32 == 0:  # a block has one unit
+        scale = unit.repeat(columns // unit.shape[1] // 32, axis=1)[:, :, None]
+        level = np.rint(w.reshape(*scale.shape[:2], 32) / scale).astype(np.int32)
+        for form in FORMATS:
+            blocks = blocks_of(form, level, scale)
+            if blocks is not None:
+                yield form, blocks.reshape(rows, -1)
+    bfloat16 = gguf.quants.quantize(w, gguf.GGMLQuantizationType.BF16)
+    if (gguf.quants.dequantize(bfloat16, gguf.GGMLQuantizationType.BF16) == w).all():
+        yield "BF16", bfloat16
+    if unit is None or columns % 32:
+        yield "F32", w
+    else:
+        yield "Q8_0", gguf.quants.quantize(w, gguf.GGMLQuantizationType.Q8_0)  # rounded, with a scale of its own
+
+
+E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12])  # levels of MXFP4, times two
+FORMATS = {"MXFP4": E2M1, "Q4_0": np.arange(8), "Q5_0": np.arange(16), "Q8_0": np.arange(128)}  # levels, without sign
+
+
+def blocks_of(form: str, level: np.ndarray, unit: np.ndarray) -> np.ndarray | None:
+    """Bytes of the weights level * unit: level (rows, blocks, 32), unit (rows, blocks, 1) -> (rows, blocks, bytes). None
+    if the format lacks a level, or if it takes only powers of two as scales and a unit is none.
+
+    A block is a scale, then (Q5_0) the fifth bit of each code, then 4 or 8 bits of each code. Half a block's codes lie in
+    the lower halves of bytes, the other half in the upper ones. ggml/src/ggml-common.h of llama.cpp declares the blocks.
+    """
+    size = np.abs(level)
+    if not np.isin(size, FORMATS[form]).all():
+        return None
+    half = np.finfo(np.float16)
+    scale = unit.clip(half.smallest_subnormal, half.max).astype(np.float16).view(np.uint8)
+    if form == "Q8_0":
+        return np.concatenate([scale, level.astype(np.int8).view(np.uint8)], axis=-1)
+    high = []
+    if form == "MXFP4":
+        mantissa, exponent = np.frexp(unit)  # unit = mantissa * 2^exponent, 0.5 <= mantissa < 1
+        if (mantissa != 0.5).any():
+            return None
+        scale = (exponent + 127).astype(np.uint8)  # E8M0 of the value of FP4's 1.0, which is level 2
+        code = np.searchsorted(E2M1, size) + 8 * (level < 0)
+    else:
+        code = level + len(FORMATS[form])
+        high = [np.packbits(code > 15, axis=-1, bitorder="little")] if form == "Q5_0" else []
+    code = code.astype(np.uint8) & 15
+    return np.concatenate([scale, *high, code[..., :16] | code[..., 16:] << 4], axis=-1)
 
 
 def add_vocabulary(writer, gguf, named, rows):

@@ -2,15 +2,14 @@
 Draws training runs and results. Each key draws one picture, next to its source or in --out_dir.
 
     python extras/plot.py --speed results/bench.json                       # decode speed against bytes read
-    python extras/plot.py --sweep results/sweep_shakespeare_char.json      # loss against bits per weight and file size
-    python extras/plot.py --curves out-a,out-b                             # training and validation loss of runs
+    python extras/plot.py --sweep results/sweep_shakespeare_char.json      # loss above float of each kind of weights
+    python extras/plot.py --curves "our QAT=out-a,control=out-b"           # training and validation loss of runs
     python extras/plot.py --grids out-pydoc-char                           # the levels below the weights of a layer
 
 train.py draws loss.png and sweep.py its picture with the functions of this file.
 """
 
 import json
-import math
 import os
 import re
 import sys
@@ -29,14 +28,18 @@ from pot import PoTConfig, compute_unit, fake_quantize, sqnr  # noqa: E402
 # The palette of Okabe and Ito, which colour-blind readers can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^Dv<>p"
-TITLES = {"rtn": "PTQ, nearest level", "gptq": "PTQ, GPTQ", "qat": "QAT"}  # panels of a sweep, by method
+METHODS = {"rtn": "PTQ, nearest level", "gptq": "PTQ, GPTQ", "qat": "QAT"}  # of sweep.py
+FORMATS = {  # of bench.py
+    "float32": "float32, PyTorch as it comes", "float32-best": "float32, fastest way", "int8": "PyTorch's dynamic int8",
+    "int4": "uniform 4 bits, our kernel", "pot4": "PoT 4 bits", "pot4-two": "two-term PoT 4 bits",
+}  # fmt: skip
 
 
 @dataclass
 class Settings:
     speed: str | None = None  # JSON file of bench.py
     sweep: str | None = None  # JSON file of sweep.py
-    curves: str | None = None  # folders of training runs, separated by commas
+    curves: str | None = None  # folders of training runs, separated by commas; NAME=FOLDER names a run
     grids: str | None = None  # folder of a float model
     layer: str = "transformer.h.0.mlp.c_fc"  # for --grids: the layer to show
     out_dir: str | None = None  # folder of the pictures; None: next to the source
@@ -53,7 +56,7 @@ def main(s: Settings):
     if not pictures:
         raise ValueError("nothing to draw: pass --speed, --sweep, --curves or --grids; --help explains them")
     for key, (source, name, draw) in pictures.items():
-        first = source.split(",")[0]
+        first = source.split(",")[0].rpartition("=")[2]
         folder = s.out_dir or (first if os.path.isdir(first) else os.path.dirname(first))
         path = os.path.join(folder, name + ".png")
         try:
@@ -96,78 +99,93 @@ def draw_training(entries: list[dict], title: str, path: str) -> None:
     _save(figure, path)
 
 
-def draw_curves(folders: list[str], path: str) -> None:
-    """Losses of several runs in one picture. Raises ValueError for a folder without a log."""
-    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for i, folder in enumerate(folders):
+def draw_curves(runs: list[str], path: str) -> None:
+    """Losses of several runs in one picture. runs: FOLDER or NAME=FOLDER. Raises ValueError for a folder without a log."""
+    figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    for i, given in enumerate(runs):
+        name, _, folder = given.rpartition("=")
         entries = checkpoint.read_log(folder)
-        marked = dict(marker=MARKERS[i % 8], ms=4, label=folder)
+        marked = dict(marker=MARKERS[i % 8], ms=4, label=name or os.path.basename(os.path.normpath(folder)))
         for key, style in (("loss", dict(alpha=0.4, lw=1)), ("val_loss", marked)):
-            points = [(e["step"], e[key]) for e in entries if key in e]
-            if points:
-                ax.plot(*zip(*points), color=COLOURS[i % 7], **style)
+            logged = [e for e in entries if key in e]
+            ax.plot([e["step"] for e in logged], [e[key] for e in logged], color=COLOURS[i % 7], **style)
     ax.set(xlabel="step", ylabel="loss (nats): validation, and training pale")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9)
     _save(figure, path)
 
 
 # -----------------------------------------------------------------------------
-# Results of bench.py and sweep.py
+# Results of bench.py and sweep.py: a row for each format or kind of weights, so that no two points or labels meet
 
 
 def draw_speed(results: dict, path: str) -> None:
-    """Decode speed against the bytes that a token has to read, and the line of the memory's bandwidth."""
+    """Decode speed of each format, and the speed at which the memory could deliver its weights."""
     rows, bandwidth = results["rows"], results["read_gb_s"]
-    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    megabytes = [row["bytes_per_token"] / 1e6 for row in rows]
-    for i, (x, row) in enumerate(zip(megabytes, rows)):
-        y, (low, high) = row["decode_tok_s"], row["decode_tok_s_quartiles"]
-        style = {"fmt": MARKERS[i % 8], "color": COLOURS[i % 7], "label": row["name"], "capsize": 3}
-        ax.errorbar(x, y, [[y - low], [high - y]], **style)
-    x = [min(megabytes) * 0.8, max(megabytes) * 1.2]
-    ax.plot(x, [bandwidth * 1e3 / v for v in x], "k:", lw=1, label=f"memory: {bandwidth:.0f} GB/s")
-    ax.set(xscale="log", yscale="log", xlabel="weights read a token (MB)", ylabel="decode (tokens/s)")
-    ax.grid(alpha=0.3, which="both")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
-    ax.legend(fontsize=8)
+    figure, ax = plt.subplots(figsize=(7, 0.28 * len(rows) + 1.2), layout="constrained")
+    speed = [row["decode_tok_s"] for row in rows]
+    low, high = zip(*(row["decode_tok_s_quartiles"] for row in rows))
+    errors = [[v - a for v, a in zip(speed, low)], [b - v for v, b in zip(speed, high)]]
+    names = [FORMATS.get(row["name"], row["name"].replace("llama.cpp-", "llama.cpp ")) for row in rows]
+    colours = [COLOURS[0 if "4 bits" in n else 4 if "llama" in n else 5] for n in names]
+    ax.barh(names, speed, xerr=errors, height=0.7, color=colours, error_kw=dict(capsize=2, elinewidth=0.8))
+    limit = [bandwidth * 1e9 / row["bytes_per_token"] for row in rows]
+    ax.plot(limit, names, "|", color="black", ms=11, mew=1.5, label=f"as fast as memory is read ({bandwidth:.0f} GB/s)")
+    ax.set(xlabel="decode (tokens/s)", ylim=(len(rows) - 0.4, -0.6))  # the first row on top
+    ax.grid(alpha=0.3, axis="x")
+    right = ax.secondary_yaxis("right")
+    right.set_yticks(range(len(rows)), [f"{row['bytes_per_token'] / 1e6:.0f} MB" for row in rows])
+    ax.set_title("weights read for a token", loc="right", fontsize=9)
+    for axis in (ax, right):
+        axis.tick_params(axis="y", length=0, labelsize=9)
+    figure.legend(loc="outside lower center", fontsize=9)
     _save(figure, path)
 
 
 def draw_sweep(table: list[dict], path: str) -> None:
-    """Loss above float against bits per weight: a panel for each method, a line for each kind of weights."""
-    methods = [m for m in TITLES if any(t["kind"] == m for t in table)]
-    lines = {}  # label of a line: {method: [(bits per weight, loss above float, interval, range)]}
+    """Loss above float: a row for each kind of weights, a point for each method."""
+    groups = {}  # kind without bits and range: {(bits, range): rows of the table}
     for t in table:
         if t["config"]:
             c = PoTConfig(**t["config"])
-            label = re.sub(r" \d bits|, range 2\^\d+", "", str(c))  # bits and range vary along a line
-            key = "above_control" if t["kind"] == "qat" else "above"
-            point = t["bits_per_weight"], t[key], t[f"{key}_interval"] or 0.0, f"$2^{{{c.range}}}$" if c.range else ""
-            lines.setdefault(label, {}).setdefault(t["kind"], []).append(point)
-    bytes_per_bit = table[0]["bytes"] / table[0]["bits_per_weight"]  # bytes of a file with one bit per weight
-    size = (4 * len(methods), 4.5)
-    figure, axes = plt.subplots(1, len(methods), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for ax, method in zip(axes[0], methods):
-        for i, (label, points) in enumerate(lines.items()):
-            # A method without points draws nothing, but its panel keeps the legend of all lines.
-            x, y, intervals, ranges = zip(*sorted(points.get(method, [(math.nan, math.nan, 0.0, "")])))
-            for a, b, text in zip(x, y, ranges):
-                if text:
-                    ax.annotate(text, (a, b), (3, 4), textcoords="offset points", fontsize=7, color=COLOURS[i % 7])
-            style = {"fmt": MARKERS[i % 8], "ls": "-" if len(x) > 1 else "", "ms": 5}
-            bars = intervals if any(intervals) else None
-            ax.errorbar(x, y, bars, color=COLOURS[i % 7], label=label, capsize=3, elinewidth=0.8, **style)
-        ax.set(title=TITLES[method], xlabel="bits per weight, whole file")
-        megabytes = (lambda bits: bits * bytes_per_bit / 1e6, lambda mb: mb / bytes_per_bit * 1e6)
-        ax.secondary_xaxis("top", functions=megabytes).set_xlabel("file, MB")
-        ax.axhline(0, color="black", lw=0.8, ls=":", label="float; with QAT, trained as long")
-        ax.set_yscale("symlog", linthresh=0.01)
-        ax.grid(alpha=0.3)
-    axes[0][0].set_ylabel("loss above float (nats)")
-    figure.legend(*axes[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+            kind = re.sub(r" \d bits|, range 2\^\d+", "", str(c))
+            groups.setdefault(kind, {}).setdefault((c.bits, c.range or 99, str(c)), []).append(t)
+    kinds = [(key[-1], members) for group in groups.values() for key, members in sorted(group.items())]
+    figure, ax = plt.subplots(figsize=(7, 0.25 * len(kinds) + 1.6), layout="constrained")
+    ax.axvline(0, color="black", lw=1, label="float model")
+    for t in table:
+        if t["kind"] == "control" and t["above"] is not None:
+            ax.axvline(t["above"], color="black", lw=1, ls=":", label="float model, trained on as long as QAT")
+    methods = [m for m in METHODS if any(t["kind"] == m for t in table)]
+    for i, method in enumerate(methods):
+        rows = [(y, t) for y, (_, members) in enumerate(kinds) for t in members if t["kind"] == method]
+        y = [y + 0.25 * (i - (len(methods) - 1) / 2) for y, _ in rows]
+        intervals = [t["above_interval"] or 0.0 for _, t in rows]
+        bars = intervals if any(intervals) else None
+        style = {"fmt": MARKERS[i], "color": COLOURS[i], "ms": 4.5, "capsize": 2, "elinewidth": 0.8}
+        ax.errorbar([t["above"] for _, t in rows], y, xerr=bars, label=METHODS[method], **style)
+    edges = [
+        t["above"] + sign * (t["above_interval"] or 0) for _, members in kinds for t in members for sign in (-1, 1)
+    ]
+    for y in range(0, len(kinds), 2):
+        ax.axhspan(y - 0.5, y + 0.5, color="0.95", zorder=0)
+    labels = [re.sub(r", eps [\d.e-]+|, absmax", "", name) for name, _ in kinds]
+    labels = [name if labels.count(short) > 1 else short for short, (name, _) in zip(labels, kinds)]
+    ax.set_yticks(range(len(kinds)), [re.sub(r"2\^(\d+)", r"$2^{\1}$", label) for label in labels])
+    ax.set(ylim=(len(kinds) - 0.5, -0.5), xlabel="loss above the float model (nats), logarithmic beyond 0.01")
+    ax.set_xscale("symlog", linthresh=0.01)
+    ticks = [0.005, 0.01, 0.03, 0.1, 0.3, 1, 3, 10]
+    ax.set_xticks([-v for v in ticks] + [0] + ticks)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set_xlim(min(1.3 * min(edges), -0.003), 1.3 * max(*edges, 0.01))
+    ax.grid(alpha=0.3, axis="x")
+    right = ax.secondary_yaxis("right")
+    sizes = [members[0] for _, members in kinds]
+    right.set_yticks(range(len(kinds)), [f"{t['bits_per_weight']:.2f}, {t['bytes'] / 1e6:.2f}" for t in sizes])
+    ax.set_title("bits per weight, MB of the file", loc="right", fontsize=8)
+    for axis in (ax, right):
+        axis.tick_params(axis="y", length=0, labelsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9)
     _save(figure, path)
 
 

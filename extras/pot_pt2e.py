@@ -2,12 +2,14 @@
 Power-of-two weights in PyTorch's export-mode quantization (PT2E), the flow of arXiv 2506.00315 and 2601.02298, on its
 current API in torchao (pip install torchao). The model returns the logits of every position, not only of the last.
 
+    from extras.pot_pt2e import PoTQuantizer, convert_pt2e, prepare_qat_pt2e  # the last two are torchao's
+
     exported = torch.export.export(model, (tokens,)).module()
-    prepared = prepare_qat_pt2e(exported, PoTQuantizer(PoTConfig(bits=4)))  # of torchao.quantization.pt2e.quantize_pt2e
+    prepared = prepare_qat_pt2e(exported, PoTQuantizer(PoTConfig(bits=4)))
     ...                                                                     # fine-tune `prepared`; without it: PTQ
     converted = convert_pt2e(prepared)                                      # codes, units and nanopot::dequantize
 
-The weights are those of pot.prepare and pot.convert, to the bit.
+The weights are those of pot.prepare and pot.convert, to the bit. docs/papers.md has a whole example.
 """
 
 import json
@@ -16,12 +18,18 @@ import sys
 from dataclasses import asdict
 
 import torch
-from torchao.quantization.pt2e import FakeQuantizeBase
-from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
+
+try:
+    from torchao.quantization.pt2e import FakeQuantizeBase
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
+except ImportError as e:
+    sys.exit(f"extras/pot_pt2e.py needs the package torchao ({e}): pip install torchao")
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from pot import PackedWeight, PoTConfig, check_weight, compute_unit, fake_quantize  # noqa: E402
 
+__all__ = ["PoTFakeQuantize", "PoTQuantizer", "convert_pt2e", "prepare_qat_pt2e"]
 _ANNOTATION = "quantization_annotation"
 _WEIGHT_OF = {  # operator: position of the weight among its arguments
     torch.ops.aten.linear.default: 1,

@@ -22,6 +22,10 @@ TEXT = "The naïve café costs 3,000 €;\n\n  don't ask — 日本語 \U0001f60
 MXFP4 = PoTConfig(terms=2, group_size=32, scale_format="e8m0")
 
 
+def same_bits(a, b):
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
 def save_gpt2(workdir, name, config, source="gpt2"):
     """Saves the small GPT-2 of the tests, packed if `config` is given. Returns the new folder."""
     model, info = checkpoint.load_float(str(workdir / source))
@@ -95,11 +99,29 @@ def test_character_models_with_and_without_biases(workdir, sh, tmp_path, qat_run
             assert torch.allclose(exported(x).logits, model(x), atol=1e-4)
 
 
-@pytest.mark.parametrize("config", [MXFP4, PoTConfig(bits=3, group_size=32, scale_format="e8m0")], ids=str)
-def test_gguf_has_the_same_weights_to_the_bit(workdir, tmp_path, config):
+KINDS = {  # format of llama.cpp: (weights, bytes of a block of 32)
+    "MXFP4": (MXFP4, 17),
+    "MXFP4 3 bits": (PoTConfig(bits=3, scale_format="e8m0"), 17),
+    "Q4_0": (PoTConfig(bits=3), 18),
+    "Q4_0 uniform": (PoTConfig(grid="uniform", granularity="channel"), 18),
+    "Q5_0": (PoTConfig(terms=2), 22),
+    "Q8_0": (PoTConfig(group_size=32), 34),
+    "Q8_0 tensor": (PoTConfig(granularity="tensor"), 34),
+    "Q8_0 uniform": (PoTConfig(grid="uniform", bits=8), 34),
+    "BF16": (PoTConfig(bits=6, terms=2, scale_format="e8m0"), 64),
+    "F32": (None, 128),
+}
+
+
+@pytest.mark.parametrize("kind", ["MXFP4", "Q8_0"])
+def test_gguf_has_the_same_weights_to_the_bit(workdir, tmp_path, kind, capsys):
     gguf = pytest.importorskip("gguf")
-    folder, path = save_gpt2(workdir, f"out-gguf-{config.bits}", config), str(tmp_path / "model.gguf")
+    config, size = KINDS[kind]
+    folder, path = save_gpt2(workdir, f"out-gguf-{kind}", config), str(tmp_path / "model.gguf")
     export.main(export.Settings(folder, path))
+    out = capsys.readouterr().out
+    assert f"9 matrices as {kind}: " in out and f", {size / 4:g} bits per weight" in out
+    assert ("llama.cpp has no smaller format" in out) == ("take 4.25 bits" in out) == (kind == "Q8_0")
     reader, (model, _) = gguf.GGUFReader(path), checkpoint.load_model(folder)
     tensors = {t.name: t for t in reader.tensors}
     assert len(tensors) == 2 + 2 + 12 * 2
@@ -114,12 +136,12 @@ def test_gguf_has_the_same_weights_to_the_bit(workdir, tmp_path, config):
             "ffn_norm": block.ln_2, "ffn_up": block.mlp.c_fc, "ffn_down": block.mlp.c_proj,
         }  # fmt: skip
         for name, module in parts.items():
-            assert torch.equal(decoded(f"blk.{i}.{name}.weight"), module.weight), name
-            assert torch.equal(decoded(f"blk.{i}.{name}.bias"), module.bias), name
-    assert torch.equal(decoded("token_embd.weight"), model.lm_head.weight)
-    assert torch.equal(decoded("position_embd.weight"), model.transformer.wpe.weight)
-    assert tensors["token_embd.weight"].tensor_type == gguf.GGMLQuantizationType.MXFP4
-    assert tensors["token_embd.weight"].n_bytes == 50257 * 64 * 17 // 32
+            assert same_bits(decoded(f"blk.{i}.{name}.weight"), module.weight), name
+            assert same_bits(decoded(f"blk.{i}.{name}.bias"), module.bias), name
+    assert same_bits(decoded("token_embd.weight"), model.lm_head.weight)
+    assert same_bits(decoded("position_embd.weight"), model.transformer.wpe.weight)
+    assert tensors["token_embd.weight"].tensor_type == gguf.GGMLQuantizationType[kind]
+    assert tensors["token_embd.weight"].n_bytes == 50257 * 64 * size // 32
     fields = {k: f.contents() for k, f in reader.fields.items()}
     assert fields["general.architecture"] == "gpt2" and fields["gpt2.block_count"] == 2
     assert fields["gpt2.context_length"] == 96 and fields["gpt2.attention.head_count"] == 2
@@ -153,36 +175,70 @@ def test_transformers_loads_other_families(tmp_path, family):
     assert tokenizer("the end")["input_ids"] == FileTokenizer(str(tmp_path / "model")).encode("the end")
 
 
-@pytest.mark.parametrize("family", ["llama grouped", "llama 3", "qwen2"])
-def test_gguf_of_other_families(tmp_path, family):
-    """transformers reads the file back, by its own map of names, order of rows and vocabulary."""
-    pytest.importorskip("gguf")
-    pytest.importorskip("accelerate")
-    from extras import import_gguf
-
+def save_other(tmp_path, family, config):
+    """Saves a small untied model of a Llama-type family, with a tokenizer. Returns (model, folder)."""
     shape = {"num_attention_heads": 4, "hidden_size": 128, "head_dim": 32, "tie_word_embeddings": False}
     transformers_model(family, **shape).save_pretrained(tmp_path / "model")
     write_tokenizer(tmp_path / "model")
     model, info = checkpoint.load_float(str(tmp_path / "model"))
-    pot.quantize_(model, MXFP4)
-    run = tmp_path / "run"
-    run.mkdir()
-    checkpoint.save_model(str(run), model, replace(info, pot=MXFP4, method="PTQ"))
-    for file in (tmp_path / "model").glob("*token*"):
-        shutil.copy(file, run)
-    shutil.copy(tmp_path / "model" / "chat_template.jinja", run)
-    export.main(export.Settings(str(run), str(tmp_path / "model.gguf")))
+    if config:
+        pot.quantize_(model, config)
+    (tmp_path / "run").mkdir()
+    checkpoint.save_model(str(tmp_path / "run"), model, replace(info, pot=config, method="PTQ"))
+    for file in (*(tmp_path / "model").glob("*token*"), tmp_path / "model" / "chat_template.jinja"):
+        shutil.copy(file, tmp_path / "run")
+    return model, str(tmp_path / "run")
+
+
+CASES = list(zip(KINDS, ["llama grouped", "llama 3", "qwen2"] * 4))
+
+
+@pytest.mark.parametrize("kind, family", CASES)
+def test_gguf_of_other_families(tmp_path, kind, family):
+    """The package gguf and transformers read the file back. transformers has its own map of names, order of rows and
+    vocabulary."""
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    from extras import import_gguf
+
+    config, size = KINDS[kind]
+    model, run = save_other(tmp_path, family, config)
+    export.main(export.Settings(run, str(tmp_path / "model.gguf")))
+    for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors:
+        if tensor.n_elements > 1000:
+            assert (tensor.tensor_type.name, tensor.n_bytes) == (kind.split()[0], tensor.n_elements * size // 32)
     import_gguf.main(import_gguf.Settings(str(tmp_path / "model.gguf"), str(tmp_path / "back")))
     back, back_info = checkpoint.load_model(str(tmp_path / "back"))
     keys = ("n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_inner", "block_size", "tie", "qkv_bias")
     assert [getattr(back.config, k) for k in keys] == [getattr(model.config, k) for k in keys]
     weights = model.state_dict() | {f"{n}.weight": m.weight for n, m in model.named_modules() if hasattr(m, "packed")}
     for name, tensor in back.state_dict().items():
-        assert torch.equal(tensor, weights[name]), name
+        assert same_bits(tensor, weights[name]), name
     assert back_info.tokenizer["vocab_size"] == 300 and back_info.tokenizer["tokenizer"] == "file"
-    own, read = FileTokenizer(str(run)), FileTokenizer(str(tmp_path / "back"))
+    own, read = FileTokenizer(run), FileTokenizer(str(tmp_path / "back"))
     assert read.encode("the other") == own.encode("the other") and read.template == own.template
     assert 0 in read.stops
+
+
+@pytest.mark.parametrize("kind, family", [case for case in CASES if " " not in case[0]])
+def test_llama_cpp_continues_a_prompt(tmp_path, kind, family):
+    """llama.cpp gives the same probabilities. It rounds activations to 8 bits."""
+    pytest.importorskip("gguf")
+    xllamacpp = pytest.importorskip("xllamacpp")
+    model, run = save_other(tmp_path, family, KINDS[kind][0])
+    path = str(tmp_path / "model.gguf")
+    export.main(export.Settings(run, path))
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.warmup = path, 64, False
+    own = FileTokenizer(run)
+    not_ascii = [i for i in range(300) if not own.decode([i]).isascii() or i < 3 or i > 260]
+    request = {"prompt": "the other", "n_predict": 8, "temperature": 0.0, "n_probs": 5}
+    request["logit_bias"] = [[i, False] for i in not_ascii]  # the answer counts letters, not tokens
+    theirs = xllamacpp.Server(params).handle_completions(request)["choices"][0]["logprobs"]["content"]
+    ids = torch.tensor([own.encode("the other") + [token["id"] for token in theirs]])
+    ours = model(ids)[0, -len(theirs) - 1 : -1].log_softmax(-1)
+    differences = [abs(row[t["id"]] - t["logprob"]) for token, row in zip(theirs, ours) for t in token["top_logprobs"]]
+    assert len(theirs) == 8 and max(differences) < 0.1 * ours.std()
 
 
 def test_families_that_nobody_has():
@@ -209,14 +265,34 @@ def test_models_that_gguf_cannot_hold(workdir, tmp_path, qat_run):
     path = str(tmp_path / "model.gguf")
     with pytest.raises(ValueError, match="knows characters"):
         export.main(export.Settings(str(workdir / qat_run), path))
-    for config in (PoTConfig(group_size=32, scale_format="e8m0"), PoTConfig(terms=2, group_size=32)):
-        folder = save_gpt2(workdir, f"out-no-{config}".replace(" ", "-"), config)
-        with pytest.raises(ValueError, match="is not MXFP4: .*finetune_gpt2_mxfp4"):
-            export.main(export.Settings(folder, path))
     assert not list(tmp_path.iterdir())
     (tmp_path / "kept").mkdir()
     with pytest.raises(ValueError, match="exists already"):
-        export.main(export.Settings(folder, str(tmp_path / "kept")))
+        export.main(export.Settings(str(workdir / qat_run), str(tmp_path / "kept")))
+
+
+@pytest.mark.parametrize(
+    "config, form, largest",
+    [
+        (PoTConfig(bits=5), "Q8_0", 0.01),  # levels up to 2^14
+        (PoTConfig(terms=2, group_size=16), "Q8_0", 0.01),  # two units in a block
+        (PoTConfig(grid="paper", range=3, granularity="tensor", scale="absmax", eps=2.0**-12), "Q5_0", 2**-11),
+    ],
+    ids=str,
+)
+def test_weights_that_gguf_cannot_hold(tmp_path, config, form, largest, capsys):
+    gguf = pytest.importorskip("gguf")
+    model, run = save_other(tmp_path, "qwen2", config)
+    path = str(tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match=f"lose something.*blk.0.attn_q.weight by .* as {form};.*--lossy=True"):
+        export.main(export.Settings(run, path))
+    assert not (tmp_path / "model.gguf").exists()
+    export.main(export.Settings(run, path, lossy=True))
+    assert "lose something" in capsys.readouterr().out
+    tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == "blk.0.attn_output.weight")
+    w = model.transformer.h[0].attn.c_proj.weight
+    lost = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type))) - w
+    assert tensor.tensor_type.name == form and 0 < lost.norm() <= largest * w.norm()
 
 
 def test_config_for_mxfp4(workdir, sh, tmp_path):

@@ -50,6 +50,48 @@ def test_functions_that_other_scripts_call(tmp_path):
     assert {p.name: p.read_bytes()[:4] for p in tmp_path.iterdir()} == {"loss.png": PNG, "table.png": PNG}
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that a test draws, in a list."""
+    drawn = []
+    monkeypatch.setattr(plot.plt, "close", drawn.append)
+    return drawn
+
+
+@pytest.mark.parametrize(
+    "key, name", [("sweep", "sweep_shakespeare_char"), ("sweep", "table_webtext"), ("speed", "bench")]
+)
+def test_labels_do_not_overlap(draw, figures, key, name):
+    draw(**{key: str(ROOT / "results" / f"{name}.json")})
+    (figure,) = figures
+    (ax,) = figure.axes
+    axes = [ax, *ax.child_axes]
+    axis = [x for a in axes for x in (a.xaxis, a.yaxis) if x.get_visible()]
+    texts = [t for x in axis for t in (*x.get_ticklabels(), x.label)] + [ax.title, ax._right_title]
+    boxes = [(t.get_text(), t.get_window_extent()) for t in texts if t.get_text() and t.get_visible()]
+    boxes = [(text, box) for text, box in boxes if ax.bbox.padded(120).overlaps(box)]
+    assert len(boxes) > 15
+    for i, (text, box) in enumerate(boxes):
+        assert figure.bbox.padded(1).containsx(box.x0) and figure.bbox.padded(1).containsx(box.x1), text
+        for other, other_box in boxes[:i]:
+            assert not box.overlaps(other_box), f"{text} and {other}"
+
+
+def test_zero_is_the_float_model_for_all_methods(figures, tmp_path):
+    table = sweep_table()
+    for t in table[3:]:
+        t["above_control"] = -5.0
+    plot.draw_sweep(table, str(tmp_path / "table.png"))
+    (ax,) = figures[0].axes
+    points = {c.get_label(): sorted(c.lines[0].get_xdata()) for c in ax.containers}
+    assert points == dict.fromkeys(["PTQ, nearest level", "QAT"], [0.1 / 4, 0.1 / 3])
+
+
+def test_names_of_runs(draw, figures, workdir, float_run, qat_run):
+    draw(curves=f"our QAT={workdir / qat_run},{workdir / float_run}")
+    assert [t.get_text() for t in figures[0].legends[0].get_texts()] == ["our QAT", float_run]
+
+
 @pytest.mark.parametrize(
     "sources, message",
     [

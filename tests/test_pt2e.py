@@ -2,13 +2,16 @@
 
 import copy
 import json
+import re
+import subprocess
+import sys
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import ROOT
 
 import pot
 from model import GPT, GPTConfig
@@ -21,11 +24,9 @@ SHAPE = GPTConfig(block_size=16, vocab_size=28, n_layer=2, n_head=2, n_embd=64)
 @pytest.fixture(scope="module")
 def pt2e():
     """PoTQuantizer of extras/pot_pt2e.py, and torchao's prepare_qat_pt2e and convert_pt2e."""
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+    from extras import pot_pt2e
 
-    from extras.pot_pt2e import PoTQuantizer
-
-    return SimpleNamespace(PoTQuantizer=PoTQuantizer, prepare_qat_pt2e=prepare_qat_pt2e, convert_pt2e=convert_pt2e)
+    return pot_pt2e
 
 
 @pytest.mark.parametrize("steps", [0, 3])
@@ -122,3 +123,15 @@ def test_unsupported_configs(pt2e):
     ):
         with pytest.raises(ValueError, match="leave out act_bits"):
             pt2e.PoTQuantizer(config)
+
+
+def test_example_of_the_documentation(pt2e, capsys):
+    (code,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "papers.md").read_text(), re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out == "torch.Size([2, 64, 256])\n"
+
+
+def test_without_torchao():
+    code = "import sys; sys.modules['torchao'] = None; import extras.pot_pt2e"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "pip install torchao" in done.stderr

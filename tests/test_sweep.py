@@ -50,7 +50,7 @@ def test_rows_equal_those_of_train_and_eval(workdir, sh, sweep_run):
         row = rows[f"pot-4-bits-groups-of-32-{kind}-s{1 if kind == 'rtn' else 2}"]
         for key in ("loss", "kl", "bytes", "method"):
             assert row[key] == expected[key], key
-    for name, pot_options in (("qat", "--pot_bits=4 --pot_group_size=32"), ("control", "")):
+    for name, pot_options in (("qat", "--pot_bits=4 --pot_group_size=32 --calibrate_tokens=512"), ("control", "")):
         out = f"out-alone-{name}"
         sh(f"train.py finetune.py --init_from=out-float --max_iters=6 --seed=2 --out_dir={out} {pot_options}")
         sh(f"eval.py --ckpt={out} --json=one.json")
@@ -80,7 +80,7 @@ def test_table_pairs_seeds(workdir, sweep_run):
     assert table["qat", "PoT 4 bits, groups of 32"]["above"] == pytest.approx(statistics.mean(above_float), abs=1e-12)
     text = (workdir / "kept" / "sweep.md").read_text()
     assert text in done.stdout and text.endswith("\nRows of 32 bits.\n")
-    (line,) = [line for line in text.splitlines() if line.startswith("| PoT 4 bits, groups of 32 | qat | 768 |")]
+    (line,) = [line for line in text.splitlines() if line.startswith("| PoT 4 bits, groups of 32 | qat | 1,280 |")]
     assert line.endswith("| 1.5 |")
     assert (workdir / "kept" / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
@@ -112,10 +112,9 @@ def test_kinds_of_weights_have_distinct_labels_and_names(sweep_run, tmp_path, mo
     figures = []
     monkeypatch.setattr(plt, "close", lambda fig: figures.append(fig))
     plot.draw_sweep(table, str(tmp_path / "x.png"))
-    labels = [t.get_text() for t in figures[0].legends[0].get_texts()]
-    # Range 2^5 is a point on the line of another kind; float has a label too.
-    assert len(labels) == len(set(labels)) == len(kinds) - 1 + 1
-    assert [t.get_text() for t in figures[0].axes[0].texts] == ["$2^{5}$"]
+    labels = [t.get_text() for t in figures[0].axes[0].get_yticklabels()]
+    assert len(labels) == len(set(labels)) == len(kinds)
+    assert labels[:2] == ["PoT 4 bits, groups of 64, range $2^{5}$", "PoT 4 bits, groups of 64"]  # by range
     names = [sweep.name_of(sweep.Settings(), "rtn", PoTConfig(**k), 1) for k in kinds]
     assert len(names) == len(set(names))
 
@@ -133,6 +132,37 @@ def test_intervals_follow_students_t():
             rows.append(common | dict(kind="gptq", weights="w", seed=i, config={"bits": 4}, loss=x))
         interval = sweep.summary(rows)[1]["above_interval"]
         assert interval == pytest.approx(float(expected) * statistics.stdev(losses) / n**0.5, rel=0.01)
+
+
+def test_time_left():
+    rows = [{"kind": "float", "seconds": 1}, {"kind": "control", "seconds": 60}, {"kind": "control", "seconds": 120}]
+    assert sweep.time_left(["float", "qat"], []) == ""
+    assert sweep.time_left(["control", "rtn"], rows) == ", at least 2 min for all that is left"
+    rows += [{"kind": "rtn", "seconds": 4.0}]
+    assert sweep.time_left(["rtn", *["qat"] * 100], rows) == ", about 2 h 31 min for all that is left"
+    assert sweep.time_left(["qat"], [*rows, {"kind": "qat", "seconds": 240}]) == ", about 4 min for all that is left"
+
+
+def test_calibrate_tokens(monkeypatch, tmp_path):
+    """None leaves QAT the tokens of its config; a number is for QAT, too."""
+    made = []
+
+    def stop(settings):
+        made.append(settings.calibrate_tokens)
+        raise InterruptedError
+
+    monkeypatch.setattr(sweep.train, "main", stop)
+    for tokens in (None, 300):
+        s = sweep.Settings(
+            finetune=str(ROOT / "config/paper_gpt2_pot4.py"),
+            max_iters=5,
+            calibrate_tokens=tokens,
+            out_dir=str(tmp_path),
+        )
+        for method in ("gptq", "qat"):
+            with pytest.raises(InterruptedError):
+                sweep.make_row(s, method, PoTConfig(), 1, "row")
+    assert made == [16384, 0, 300, 300]
 
 
 def test_float_model_per_seed():
