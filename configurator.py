@@ -101,9 +101,36 @@ def _build(settings, values):
     return settings(**fields)
 
 
+# What other projects call a setting, where the spelling leads to another one
+NAMES = {
+    "learning_rate": ("lr", "max_lr"),
+    "max_iters": ("epochs", "num_epochs", "iters", "iterations", "steps", "max_steps", "num_steps"),
+    "batch_size": ("bs", "bsz", "batch", "micro_batch_size"),
+    "gradient_accumulation_steps": ("grad_accum", "accumulation_steps", "grad_acc"),
+    "block_size": ("context", "context_length", "ctx", "n_ctx", "seq_len", "seq_length", "max_length"),
+    "warmup_iters": ("warmup", "warmup_steps"),
+    "weight_decay": ("wd", "decay"),
+    "eval_interval": ("eval_steps", "eval_every", "save_steps"),
+    "n_layer": ("layers", "num_layers", "depth"),
+    "n_head": ("heads", "num_heads"),
+    "n_embd": ("width", "dim", "hidden_size", "d_model"),
+    "init_from": ("model", "checkpoint", "resume", "ckpt"),
+    "ckpt": ("model", "checkpoint", "init_from"),
+    "dataset": ("data", "data_dir"),
+    "input": ("data", "file", "text"),
+    "out_dir": ("out", "output", "output_dir"),
+    "name": ("out", "out_dir", "dataset"),
+    "pot_bits": ("bits", "w_bits", "nbits"),
+    "pot_group_size": ("group_size", "groupsize"),
+    "max_new_tokens": ("length", "num_tokens", "n_tokens", "max_tokens"),
+    "wandb_log": ("wandb",),
+}
+
+
 def _known(key, keys, shown=""):
     if key not in keys:
-        near = difflib.get_close_matches(key, keys, n=1, cutoff=0)
+        near = [k for k, names in NAMES.items() if k in keys and key in names]
+        near += difflib.get_close_matches(key, keys, n=1, cutoff=0)
         hint = f"did you mean {shown}{near[0]}? --help lists all" if near else "this script takes none"
         raise ValueError(f"unknown key {shown}{key}: {hint}")
 

@@ -55,6 +55,10 @@ def test_fields_of_a_nested_dataclass(tmp_path):
     [
         ("--learning_rat=1", "unknown key --learning_rat: did you mean --learning_rate"),
         ("--pot_bit=4", "did you mean --pot_bits"),
+        ("--lr=1", "did you mean --learning_rate"),
+        ("--epochs=1", "did you mean --max_iters"),
+        ("--iters=1", "did you mean --max_iters"),
+        ("--bits=3", "did you mean --pot_bits"),
         ("--max_iters=1.5", "--max_iters=1.5: expected an integer"),
         ("--max_iters=None", "expected an integer"),
         ("--block_size=x", "expected an integer or None"),
