@@ -6,7 +6,8 @@ them:
     python train.py --help
 
 A field whose type is a dataclass, such as `pot: PoTConfig | None`, is set by its parts: --pot_bits=4, or --pot=None.
-The comment behind a field, or in the lines above it, is its help text.
+The comment behind a field, or in the lines above it, is its help text. A static method `inherited` of the dataclass may
+give other defaults: inherited({key: value given}) returns {field: value}, nested dataclasses as dicts.
 """
 
 import dataclasses
@@ -57,6 +58,8 @@ def configure(settings: type[T], argv: list[str]) -> T:
                 raise ValueError(f"--{key} needs a value: --{key}=...")
             text = args.pop(0)
         values.append((key, _parse(key, text, keys[key])))
+    if hasattr(settings, "inherited"):
+        values = _inherited(settings.inherited(dict(values)), keys) + values
     return _build(settings, values)
 
 
@@ -80,6 +83,14 @@ def _keys(cls, prefix=""):
         else:
             keys[prefix + field.name] = (kind, optional, field.default)
     return keys
+
+
+def _inherited(fields, keys):
+    """(key, value) of fields and of the parts of nested dataclasses. Keys of another version are left out."""
+    parts = {key: value for key, value in fields.items() if not isinstance(value, dict)}
+    for name, nested in fields.items():
+        parts |= {f"{name}_{key}": value for key, value in nested.items()} if isinstance(nested, dict) else {}
+    return [(key, _checked(key, value, keys[key])) for key, value in parts.items() if key in keys]
 
 
 def _build(settings, values):
@@ -168,13 +179,17 @@ def _read_config_file(path, keys):
         if key.startswith("_") or isinstance(value, types.ModuleType):
             continue
         _known(key, keys, f"in {path}: ")
-        kind, optional, _ = keys[key]
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind and not (optional and value is None):
-            raise ValueError(f"{path}: {key}={value!r}: expected {_type_name(keys[key])}")
-        values.append((key, value))
+        values.append((key, _checked(f"{path}: {key}", value, keys[key])))
     return values
+
+
+def _checked(name, value, known):
+    kind, optional, _ = known
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind and not (optional and value is None):
+        raise ValueError(f"{name}={value!r}: expected {_type_name(known)}")
+    return value
 
 
 def _help(settings):

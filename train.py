@@ -6,7 +6,7 @@ quantizes it (PTQ).
     python train.py config/ptq_pydoc_char_pot4.py                         # PTQ: --max_iters=0
     python train.py config/finetune_pydoc_char_pot4.py                    # QAT
     python train.py config/finetune_pydoc_char_pot4.py --pot=None --out_dir=out-control    # the float control
-    python train.py config/train_pydoc_char.py --init_from=resume         # go on with a run that was cut
+    python train.py --init_from=resume --out_dir=out-pydoc-char           # go on with a run that was cut
 
 On several GPUs, or on CPU processes with gloo. Each process takes batch_size sequences, so n processes take the steps
 of one process with n times the batch:
@@ -54,8 +54,8 @@ from pot import PoTConfig, convert, prepare
 class Settings:
     # --- source and destination ---
     dataset: str = "pydoc_char"  # folder under data/
-    # "scratch"; "resume": go on with out_dir; or the model to start from: a folder, or a name on the
-    # hub (gpt2, gpt2-medium, ..., org/name)
+    # "scratch"; "resume": go on with the run in out_dir, whose settings hold where none is passed; or the model to
+    # start from: a folder, or a name on the hub (gpt2, gpt2-medium, ..., org/name)
     init_from: str = "scratch"
     # written: model.safetensors at the end, and in training ckpt.pt, log.jsonl and loss.png
     out_dir: str = "out"
@@ -102,6 +102,14 @@ class Settings:
     # dtype of products: bfloat16, float16 or float32; "auto": bfloat16 or float16 on CUDA, else float32
     dtype: str = "auto"
     compile: bool = True  # torch.compile, on CUDA only
+
+    @staticmethod
+    def inherited(given: dict) -> dict:
+        """Settings that the given ones override: those of the run to resume."""
+        if given.get("init_from") != "resume":
+            return {}
+        settings = checkpoint.load_training(given.get("out_dir", Settings.out_dir)).info.settings
+        return {key: value for key, value in settings.items() if key not in ("init_from", "out_dir")}
 
 
 def main(s: Settings):

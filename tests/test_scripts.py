@@ -51,6 +51,19 @@ def test_training_lowers_the_loss_and_writes_files(workdir, float_run, qat_run):
     assert info.method == "QAT" and info.pot.bits == 4 and info.provenance["torch"] == torch.__version__
 
 
+def test_resume_takes_the_settings_of_the_run(workdir, sh, float_run):
+    common = f"train.py --dataset=tiny --init_from={float_run} --batch_size=4 --pot_bits=3 --pot_granularity=channel"
+    common += " --distill=0.5 --seed=3 --eval_interval=7 --log_interval=3"
+    sh(f"{common} --max_iters=14 --out_dir=out-own")
+    done = sh("train.py --init_from=resume --out_dir=out-own --max_iters=20 --learning_rate=5e-4 --log_interval=100")
+    assert "PoT 3 bits, per channel: 0.10 M parameters on cpu, step 14 to 20, tiny" in done.stdout
+    settings = checkpoint.load_training(str(workdir / "out-own")).info.settings
+    expected = {"batch_size": 4, "distill": 0.5, "seed": 3, "eval_interval": 7, "init_from": "resume"}
+    expected |= {"max_iters": 20, "learning_rate": 5e-4, "log_interval": 100}  # passed, the last one is the default
+    assert expected.items() <= settings.items() and settings["pot"]["granularity"] == "channel"
+    assert "no folder out:" in sh("train.py --init_from=resume", ok=False).stderr
+
+
 @pytest.mark.parametrize("kind", ["float", "QAT"])
 def test_killed_and_resumed_run_ends_with_the_same_weights(workdir, sh, float_run, kind):
     qat = f"--dataset=tiny --init_from={float_run} --pot_bits=4 --batch_size=4 --eval_interval=10 --log_interval=5"
