@@ -150,6 +150,7 @@ def test_curves_of_a_run(monkeypatch):
     entries = [{"step": 0, "float_loss": 1.5}, {"step": 0, "val_loss": 1.8}, {"step": 1, "loss": 0.2, "text_loss": 1.9}]
     plot.draw_training([*entries, {"step": 2, "loss": 1.7}, {"step": 2, "val_loss": 1.6}], "run", "x.png")
     lines = {line.get_label().split()[0]: line.get_ydata() for line in figures[0].axes[0].lines[:2]}
+    assert list(figures[0].axes[0].lines[0].get_xdata()) == [0.5, 1.5]
     assert list(lines["training"]) == [1.9, 1.7] and list(lines["validation"]) == [1.8, 1.6]
     assert list(figures[0].axes[0].lines[2].get_ydata()) == [1.5, 1.5]
 
