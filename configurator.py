@@ -6,7 +6,8 @@ them:
     python train.py --help
 
 A field whose type is a dataclass, such as `pot: PoTConfig | None`, is set by its parts: --pot_bits=4, or --pot=None.
-The comment behind a field, or in the lines above it, is its help text.
+The comment behind a field, or in the lines above it, is its help text. A static method `inherited` of the dataclass may
+give other defaults: inherited({key: value given}) returns {field: value}, nested dataclasses as dicts.
 """
 
 import dataclasses
@@ -57,6 +58,8 @@ def configure(settings: type[T], argv: list[str]) -> T:
                 raise ValueError(f"--{key} needs a value: --{key}=...")
             text = args.pop(0)
         values.append((key, _parse(key, text, keys[key])))
+    if hasattr(settings, "inherited"):
+        values = _inherited(settings.inherited(dict(values)), keys) + values
     return _build(settings, values)
 
 
@@ -82,6 +85,14 @@ def _keys(cls, prefix=""):
     return keys
 
 
+def _inherited(fields, keys):
+    """(key, value) of fields and of the parts of nested dataclasses. Keys of another version are left out."""
+    parts = {key: value for key, value in fields.items() if not isinstance(value, dict)}
+    for name, nested in fields.items():
+        parts |= {f"{name}_{key}": value for key, value in nested.items()} if isinstance(nested, dict) else {}
+    return [(key, _checked(key, value, keys[key])) for key, value in parts.items() if key in keys]
+
+
 def _build(settings, values):
     # In the given order: --pot=None undoes an earlier --pot_bits, and the other way round.
     kinds = {
@@ -101,9 +112,36 @@ def _build(settings, values):
     return settings(**fields)
 
 
+# What other projects call a setting, where the spelling leads to another one
+NAMES = {
+    "learning_rate": ("lr", "max_lr"),
+    "max_iters": ("epochs", "num_epochs", "iters", "iterations", "steps", "max_steps", "num_steps"),
+    "batch_size": ("bs", "bsz", "batch", "micro_batch_size"),
+    "gradient_accumulation_steps": ("grad_accum", "accumulation_steps", "grad_acc"),
+    "block_size": ("context", "context_length", "ctx", "n_ctx", "seq_len", "seq_length", "max_length"),
+    "warmup_iters": ("warmup", "warmup_steps"),
+    "weight_decay": ("wd", "decay"),
+    "eval_interval": ("eval_steps", "eval_every", "save_steps"),
+    "n_layer": ("layers", "num_layers", "depth"),
+    "n_head": ("heads", "num_heads"),
+    "n_embd": ("width", "dim", "hidden_size", "d_model"),
+    "init_from": ("model", "checkpoint", "resume", "ckpt"),
+    "ckpt": ("model", "checkpoint", "init_from"),
+    "dataset": ("data", "data_dir"),
+    "input": ("data", "file", "text"),
+    "out_dir": ("out", "output", "output_dir"),
+    "name": ("out", "out_dir", "dataset"),
+    "pot_bits": ("bits", "w_bits", "nbits"),
+    "pot_group_size": ("group_size", "groupsize"),
+    "max_new_tokens": ("length", "num_tokens", "n_tokens", "max_tokens"),
+    "wandb_log": ("wandb",),
+}
+
+
 def _known(key, keys, shown=""):
     if key not in keys:
-        near = difflib.get_close_matches(key, keys, n=1, cutoff=0)
+        near = [k for k, names in NAMES.items() if k in keys and key in names]
+        near += difflib.get_close_matches(key, keys, n=1, cutoff=0)
         hint = f"did you mean {shown}{near[0]}? --help lists all" if near else "this script takes none"
         raise ValueError(f"unknown key {shown}{key}: {hint}")
 
@@ -141,13 +179,17 @@ def _read_config_file(path, keys):
         if key.startswith("_") or isinstance(value, types.ModuleType):
             continue
         _known(key, keys, f"in {path}: ")
-        kind, optional, _ = keys[key]
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind and not (optional and value is None):
-            raise ValueError(f"{path}: {key}={value!r}: expected {_type_name(keys[key])}")
-        values.append((key, value))
+        values.append((key, _checked(f"{path}: {key}", value, keys[key])))
     return values
+
+
+def _checked(name, value, known):
+    kind, optional, _ = known
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind and not (optional and value is None):
+        raise ValueError(f"{name}={value!r}: expected {_type_name(known)}")
+    return value
 
 
 def _help(settings):

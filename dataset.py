@@ -78,7 +78,7 @@ OPENWEBTEXT = {"hub": "Skylion007/openwebtext", "revision": "refs/convert/parque
 def folder(here: str, name: str | None) -> str:
     """Where a prepare.py in the folder `here` writes: there, or to its neighbour `name`."""
     if name is not None and (os.path.basename(name) != name or name in ("", ".", "..")):
-        raise ValueError(f"out={name!r} must be the name of a folder under data/, without slashes")
+        raise ValueError(f"{name!r} must be the name of a folder under data/, without slashes")
     return here if name is None else os.path.join(os.path.dirname(here), name)
 
 
@@ -100,7 +100,8 @@ def write(folder: str, meta: dict, pieces: Iterable[tuple[str, np.ndarray]]) -> 
                 counts[split] += len(ids)
         if not all(counts.values()):
             raise ValueError(
-                f"too little text to split into train, val and test: pass at least 11 documents; the tokens would be {counts}"
+                f"too little text to split into train, val and test; the tokens would be {counts}: pass at least 11 "
+                "documents, or a shorter text to data/text/prepare.py, which cuts it at any place"
             )
         with open(os.path.join(folder, "meta.json.tmp"), "w") as f:
             json.dump(meta, f)
@@ -168,21 +169,21 @@ def load(folder: str, split: str) -> tuple[np.ndarray, dict]:
             raise ValueError(f"the data set {folder} is not there yet: make it with `python {script}`")
         known = sorted(d for d in _subfolders("data") if os.path.exists(f"data/{d}/prepare.py"))
         hint = f": choose one of {', '.join(known)}" if known else ""
-        raise ValueError(f"no data set {folder}{hint}")
+        own = f"or make it from your text with `python data/text/prepare.py --input=FILE --name={os.path.basename(folder)}`"
+        raise ValueError(f"no data set {folder}{hint}, {own}")
+    again = f"make the data set again{f' with `python {script}`' if os.path.exists(script) else ''}"
     with open(meta_path) as f:
         try:
             meta = json.load(f)
         except ValueError:
-            raise ValueError(f"{meta_path} is damaged: make the data set again with `python {script}`") from None
+            raise ValueError(f"{meta_path} is damaged: {again}") from None
     dtype = token_dtype(meta)
     if os.path.getsize(path) % np.dtype(dtype).itemsize:
-        raise ValueError(f"{path} is cut short: make the data set again with `python {script}`")
+        raise ValueError(f"{path} is cut short: {again}")
     small = os.path.getsize(path) < 2**20
     ids = np.fromfile(path, dtype=dtype) if small else np.memmap(path, dtype=dtype, mode="r")
     if len(ids) and ids.max() >= vocab_size(meta):
-        raise ValueError(
-            f"{path} holds the token {ids.max()}, unknown to {meta_path}: make the data set again with `python {script}`"
-        )
+        raise ValueError(f"{path} holds the token {ids.max()}, unknown to {meta_path}: {again}")
     return ids, meta
 
 
@@ -196,7 +197,8 @@ def check_vocabulary(ckpt: str, meta_of_ckpt: dict, name: str, meta: dict) -> No
         return
     if meta_of_ckpt.get("tokenizer") == "char":
         raise ValueError(
-            f"{ckpt} was trained with another vocabulary than data/{name} has: use the data set it was trained on"
+            f"{ckpt} was trained with another vocabulary than data/{name} has: use the data set it was trained on, or "
+            f"prepare your text for it by `python data/text/prepare.py --input=FILE --name=NAME --tokenizer={ckpt}`"
         )
     wanted, script = "gpt2" if meta_of_ckpt == GPT2 else ckpt, os.path.join("data", name, "prepare.py")
     out = "" if os.path.exists(script) else f" --out={name}"

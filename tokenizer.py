@@ -65,6 +65,10 @@ class CharTokenizer(_Bytes):
                 f"the character {e.args[0]!r} is not in this model's vocabulary of {len(self.chars)} characters"
             ) from None
 
+    def encode_documents(self, texts: list[str]) -> list[list[int]]:
+        """There is no end-of-text token."""
+        return [self.encode(text) for text in texts]
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return "".join(self.chars[i] for i in ids).encode()
 

@@ -6,7 +6,7 @@ quantizes it (PTQ).
     python train.py config/ptq_pydoc_char_pot4.py                         # PTQ: --max_iters=0
     python train.py config/finetune_pydoc_char_pot4.py                    # QAT
     python train.py config/finetune_pydoc_char_pot4.py --pot=None --out_dir=out-control    # the float control
-    python train.py config/train_pydoc_char.py --init_from=resume         # go on with a run that was cut
+    python train.py --init_from=resume --out_dir=out-pydoc-char           # go on with a run that was cut
 
 On several GPUs, or on CPU processes with gloo. Each process takes batch_size sequences, so n processes take the steps
 of one process with n times the batch:
@@ -19,6 +19,7 @@ On two machines, where the first one is reached at 10.0.0.1:
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=1234 train.py ...
 """
 
+import copy
 import json
 import math
 import os
@@ -54,8 +55,8 @@ from pot import PoTConfig, convert
 class Settings:
     # --- source and destination ---
     dataset: str = "pydoc_char"  # folder under data/
-    # "scratch"; "resume": go on with out_dir; or the model to start from: a folder, or a name on the
-    # hub (gpt2, gpt2-medium, ..., org/name)
+    # "scratch"; "resume": go on with the run in out_dir, whose settings hold where none is passed; or the model to
+    # start from: a folder, or a name on the hub (gpt2, gpt2-medium, ..., org/name)
     init_from: str = "scratch"
     # written: model.safetensors at the end, and in training ckpt.pt, log.jsonl and loss.png
     out_dir: str = "out"
@@ -93,8 +94,9 @@ class Settings:
     seed: int = 1337  # seed of initial weights, batches, calibration text and dropout
 
     # --- progress ---
-    eval_interval: int = 500  # steps between validations; each validation saves a checkpoint
+    eval_interval: int = 500  # steps between validations; each validation but the first saves a checkpoint
     eval_tokens: int | None = None  # tokens of the validation split that are used; None: all
+    keep: str = "last"  # "best": the model of the lowest validation loss, too, in the folder best of out_dir
     log_interval: int = 100  # steps between lines of progress
     wandb_log: bool = False  # log to Weights & Biases too
     wandb_project: str = "nanopot"  # project of wandb; a run is called like out_dir
@@ -105,6 +107,14 @@ class Settings:
     dtype: str = "auto"
     compile: bool = True  # torch.compile, on CUDA only
 
+    @staticmethod
+    def inherited(given: dict) -> dict:
+        """Settings that the given ones override: those of the run to resume."""
+        if given.get("init_from") != "resume":
+            return {}
+        settings = checkpoint.load_training(given.get("out_dir", Settings.out_dir)).info.settings
+        return {key: value for key, value in settings.items() if key not in ("init_from", "out_dir")}
+
 
 def main(s: Settings):
     check(s)
@@ -113,7 +123,7 @@ def main(s: Settings):
         if job is None:
             return
         if not s.max_iters:
-            finish_ptq(job)
+            finish(job)
             return
         with Stop() as stop:
             take_steps(job, stop)
@@ -130,6 +140,8 @@ def check(s: Settings):
             raise ValueError(f"{key}={getattr(s, key)} must be below 1")
     if s.dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise ValueError(f"unknown dtype {s.dtype!r}: choose auto, bfloat16, float16 or float32")
+    if s.keep not in ("last", "best"):
+        raise ValueError(f"keep={s.keep} must be last or best")
     if not 0 <= s.distill <= 1:
         raise ValueError(f"distill={s.distill} must be from 0 to 1")
     if s.distill and s.init_from == "scratch":
@@ -166,8 +178,10 @@ class Job:
     training: torch.nn.Module | None = None  # the model, compiled and distributed
     log: "Log | None" = None  # of the first process
     val_loss: float = math.nan
+    best_loss: float = math.inf  # validation loss of the model in the folder best
     first_step: int = 0  # step at the start or the resume
     start: float = 0.0  # time of the first step, moved on by the duration of validations and saves
+    shown: float = 0.0  # time of the last line of progress
 
 
 def set_up(s: Settings, lock: checkpoint.Lock) -> Job | None:
@@ -207,24 +221,31 @@ def set_up(s: Settings, lock: checkpoint.Lock) -> Job | None:
         print(f"{kind}: {millions:.2f} M parameters on {place}, {steps}{s.dataset}, to {s.out_dir}/", flush=True)
     if s.max_iters:
         check_memory(s, model, block_size, device, rank == 0)
+    wandb = start_wandb(s) if rank == 0 and s.wandb_log and s.max_iters else None  # may fail, so before long work
     model.to(device)
+    job = Job(s, model, info, data, val[: s.eval_tokens], block_size, device, rank, world, info.step)
+    compare = rank == 0 and s.pot and s.max_iters and info.origin == s.init_from  # it is still the float model
+    float_loss = validate(job) if compare else None
     if s.pot and state is None:
         method = quantize(model, s, data, device, quiet=rank > 0)
         info.pot, info.table, info.method = s.pot, s.table, "QAT" if s.max_iters else method
     info.provenance = {k: v for k, v in machine.items() if k != "command"}
-    job = Job(s, model.train(), info, data, val[: s.eval_tokens], block_size, device, rank, world, info.step)
+    model.train()
     if s.max_iters:
         prepare_steps(job, state)
     if world > 1:
         dist.barrier()  # no process may still read the folder that the first process writes to
     if rank == 0:
-        wandb = start_wandb(s) if s.wandb_log and s.max_iters else None
         lock.acquire()
         if state is None:
             refuse_checkpoint(s.out_dir)  # another run may have been faster
             source = os.path.join("data", s.dataset) if s.init_from == "scratch" else s.init_from
             tokenizer.keep(s.out_dir, meta, source)
+        elif s.keep == "best" and checkpoint.exists(os.path.join(s.out_dir, "best")):
+            job.best_loss = checkpoint.load_model(os.path.join(s.out_dir, "best"))[1].val_loss
         job.log = Log(s, info.step, wandb) if s.max_iters else None
+        if compare:
+            job.log(f"float model  validation loss {float_loss:.4f}", step=0, float_loss=float_loss)
     return job
 
 
@@ -400,70 +421,67 @@ def load_optimizer(optimizer, scaler, state: checkpoint.TrainingState):
 def take_steps(job: Job, stop: "Stop"):
     """Optimizer steps up to max_iters, with validation, saving and progress in between."""
     s, losses = job.settings, []
-    job.start = time.time()
+    job.start = job.shown = time.time()
     while True:
         if stop.asked(job.world) and job.step < s.max_iters:
             stop_early(job, losses, stop)
-        due = job.step == s.max_iters or job.step % s.eval_interval == 0 and job.step > job.first_step
+        due = job.step == s.max_iters or job.step % s.eval_interval == 0 and (job.step > job.first_step or not job.step)
         if job.rank == 0 and due:
-            pause = time.time()
-            job.val_loss = validate(job)
-            check_finite("validation loss", job.val_loss, job.step, s.out_dir)
-            line = f"step {job.step}/{s.max_iters}  validation loss {job.val_loss:.4f}"
-            job.log(line, step=job.step, val_loss=job.val_loss)
-            save(job)
-            job.start += time.time() - pause
+            validate_and_save(job)
         if job.step >= s.max_iters:
             return
         losses.append(take_step(job))
         job.step += 1
         if job.step % s.log_interval == 0 or job.step == s.max_iters:
             check_losses(losses, job.step, s.out_dir)
-            mean = torch.stack(losses).mean()
+            mean = torch.stack(losses).mean(0)
             losses.clear()
             if job.world > 1:
                 dist.all_reduce(mean)
             if job.rank == 0:
-                log_progress(job, mean.item() / job.world)
+                log_progress(job, *(mean / job.world).tolist())
 
 
 def take_step(job: Job) -> torch.Tensor:
-    """One optimizer step. Returns its mean loss in this process."""
+    """One optimizer step. Returns its mean losses in this process (2): of the step, and of the text."""
     s = job.settings
     for group in job.optimizer.param_groups:
         group["lr"] = learning_rate(job.step, s)
     # Dropout depends on (seed, step, rank) only, as the batches do, so a resumed run goes on with the same numbers.
     torch.manual_seed(int(np.random.SeedSequence([s.seed, job.step, job.rank]).generate_state(1)[0]))
     x, y = batch(job.data, job.block_size, s, job.step, job.rank, job.world)
-    loss, micro_batches = 0.0, list(zip(x.split(s.batch_size), y.split(s.batch_size)))
+    losses, micro_batches = 0.0, list(zip(x.split(s.batch_size), y.split(s.batch_size)))
     for i, (xi, yi) in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
         with nullcontext() if job.world == 1 or last else job.training.no_sync():  # exchange gradients once a step
             with job.autocast:
-                micro_loss = loss_of(job, xi.to(job.device), yi.to(job.device)) / s.gradient_accumulation_steps
-            job.scaler.scale(micro_loss).backward()
-        loss += micro_loss.detach()
+                loss, text_loss = loss_of(job, xi.to(job.device), yi.to(job.device))
+                loss = loss / s.gradient_accumulation_steps
+            job.scaler.scale(loss).backward()
+        losses += torch.stack([loss.detach(), text_loss / s.gradient_accumulation_steps])
+        show_progress(job, (i + 1) / len(micro_batches))
     job.scaler.unscale_(job.optimizer)
     if s.grad_clip:
         torch.nn.utils.clip_grad_norm_(job.model.parameters(), s.grad_clip)
     job.scaler.step(job.optimizer)
     job.scaler.update()
     job.optimizer.zero_grad()
-    return loss
+    return losses
 
 
-def loss_of(job: Job, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Mean loss in nats of x, y (B, T). The share `distill` of it is the cross entropy with the teacher's predictions,
-    the rest the cross entropy with the text."""
+def loss_of(job: Job, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss to minimize, cross entropy with the text, detached), means in nats of x, y (B, T). The share `distill` of the
+    loss is the cross entropy with the teacher's predictions, the rest the cross entropy with the text."""
     s = job.settings
     if job.teacher is None:
-        return job.training(x, y)[1]
+        loss = job.training(x, y)[1]
+        return loss, loss.detach()
     with torch.no_grad():  # a cross entropy is linear in its target, so one target serves both losses
         target = job.teacher(x, last=s.last_position).flatten(0, 1).float().softmax(-1).mul_(s.distill)
         text = y[:, -1] if s.last_position else y.flatten()
         target[torch.arange(len(text), device=x.device), text] += 1 - s.distill
-    logits = job.training(x, last=s.last_position)
-    return F.cross_entropy(logits.flatten(0, 1).float(), target)
+    logits = job.training(x, last=s.last_position).flatten(0, 1).float()
+    return F.cross_entropy(logits, target), F.cross_entropy(logits.detach(), text)
 
 
 def learning_rate(step, s):
@@ -490,24 +508,61 @@ def batch(data, block_size, s, step, rank=0, world=1):
     return x, y
 
 
+def validate_and_save(job: Job):
+    """Validates and saves. Before the first step there is nothing to save but the best model so far."""
+    s, pause = job.settings, time.time()
+    best = os.path.join(s.out_dir, "best")
+    job.val_loss = validate(job)
+    check_finite("validation loss", job.val_loss, job.step, s.out_dir)
+    before = "" if job.step else f" before {'QAT' if s.pot else 'training'}"
+    line = f"step {job.step}/{s.max_iters}  validation loss {job.val_loss:.4f}{before}"
+    job.log(line, step=job.step, val_loss=job.val_loss)
+    if s.keep == "best" and job.val_loss < job.best_loss:  # before ckpt.pt, so that a resumed run misses no best model
+        save_finished(job, best, copy.deepcopy(job.model))
+        tokenizer.keep(best, job.info.tokenizer, s.out_dir)
+        job.best_loss = job.val_loss
+    if job.step:
+        save(job)
+    job.shown = time.time()
+    job.start += job.shown - pause
+
+
 def validate(job: Job) -> float:
     return evaluate(job.model, job.val, job.device, block_size=job.block_size)["loss"]
 
 
 def save(job: Job):
     job.info.step = job.step
-    checkpoint.save_training(
-        job.settings.out_dir, job.model, job.info, job.optimizer.state_dict(), job.scaler.state_dict()
-    )
+    states = job.optimizer.state_dict(), job.scaler.state_dict()
+    checkpoint.save_training(job.settings.out_dir, job.model, job.info, *states)
 
 
-def log_progress(job: Job, loss: float):
-    s = job.settings
-    speed = (job.step - job.first_step) / (time.time() - job.start)
-    rate = speed * tokens_a_step(job)
-    left = f"{(s.max_iters - job.step) / speed:.0f} s left"
-    line = f"step {job.step}/{s.max_iters}  loss {loss:.4f}  {rate:,.0f} tokens/s  {left}"
-    job.log(line, step=job.step, loss=loss, lr=learning_rate(job.step - 1, s), tokens_per_s=round(rate))
+def log_progress(job: Job, loss: float, text_loss: float):
+    s, (rate, left) = job.settings, speed(job, job.step)
+    of_text = f" (of the text {text_loss:.4f})" if job.teacher else ""
+    line = f"step {job.step}/{s.max_iters}  loss {loss:.4f}{of_text}  {rate:,.0f} tokens/s  {left} left"
+    entry = {"loss": loss, "text_loss": text_loss, "lr": learning_rate(job.step - 1, s), "tokens_per_s": round(rate)}
+    job.log(line, step=job.step, **entry)
+    job.shown = time.time()
+
+
+def show_progress(job: Job, share: float):
+    """Shows progress if no line did for 10 seconds (into a file: 60). share: of this step that is done."""
+    terminal = sys.stderr.isatty()
+    if job.rank or time.time() - job.shown < (10 if terminal else 60):
+        return
+    rate, left = speed(job, job.step + share)
+    line = f"step {job.step + share:.2f}/{job.settings.max_iters}  {rate:,.0f} tokens/s  {left} left"
+    print(line, end="\x1b[K\r" if terminal else "\n", file=sys.stderr, flush=True)
+    job.shown = time.time()
+
+
+def speed(job: Job, step: float) -> tuple[float, str]:
+    """(tokens per second, time left in words) at a step and its fraction."""
+    seconds = (time.time() - job.start) / (step - job.first_step)
+    left = (job.settings.max_iters - step) * seconds
+    words = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min" if left < 7200 else f"{left / 3600:.1f} h"
+    return tokens_a_step(job) / seconds, words
 
 
 def tokens_a_step(job: Job) -> int:
@@ -557,14 +612,13 @@ class Stop:
 def check_finite(name, value, step, out_dir):
     if not math.isfinite(value):
         kept = "keeps the last checkpoint" if checkpoint.exists(out_dir) else "holds no checkpoint yet"
-        raise ValueError(
-            f"the {name} is {value} at step {step}: try a lower learning_rate or more warmup_iters; {out_dir}/ {kept}"
-        )
+        hint = "try a lower learning_rate or more warmup_iters" if step else "start from a model that works"
+        raise ValueError(f"the {name} is {value} at step {step}: {hint}; {out_dir}/ {kept}")
 
 
 def check_losses(losses, step, out_dir):
     """Raises ValueError for the first loss that is not finite. The last loss is that of step `step`."""
-    for i, loss in enumerate(torch.stack(losses).tolist() if losses else []):
+    for i, (loss, _) in enumerate(torch.stack(losses).tolist() if losses else []):
         check_finite("loss", loss, step - len(losses) + i + 1, out_dir)
 
 
@@ -572,61 +626,48 @@ def check_losses(losses, step, out_dir):
 
 
 def finish(job: Job):
-    """Writes the finished model, prints the table, and draws the losses."""
-    s, steps, seconds = job.settings, job.step - job.first_step, time.time() - job.start
+    """Validates PTQ, writes the finished model, prints the table, and draws the losses."""
+    s, seconds = job.settings, time.time() - job.start
     if job.world > 1:
         dist.destroy_process_group()
     if job.rank > 0:
         return
-    peak = peak_memory(job.device)
-    size = save_finished(job)
-    rows = {
-        "validation loss": f"{job.val_loss:.4f}",
-        "perplexity": f"{perplexity(job.val_loss):.2f}",
-        "steps, tokens": f"{job.step}, {job.step * tokens_a_step(job):,}",
-        "training time": f"{seconds:.0f} s, {seconds / max(1, steps):.2f} s a step",
-        "peak memory": f"{peak / 2**20:,.0f} MiB",
-        f"{s.out_dir}/model.safetensors": f"{size:,} bytes, {'packed' if job.info.pot else 'float'}",
-        f"{s.out_dir}/ckpt.pt": "the state to resume or fine-tune from",
-    }
-    print_rows(rows)
-    job.log(None, step=job.step, seconds=round(seconds, 2), steps=steps, peak_bytes=peak)
-    job.log.finish(rows)
-
-
-def finish_ptq(job: Job):
-    """Validates the quantized model, writes it and prints the table."""
-    if job.world > 1:
-        dist.destroy_process_group()
-    if job.rank > 0:
-        return
-    job.val_loss = validate(job)
-    if not math.isfinite(job.val_loss):
-        raise ValueError(f"the validation loss is {job.val_loss}: start from a model that works")
-    size = save_finished(job)
+    if not s.max_iters:
+        job.val_loss = validate(job)
+        check_finite("validation loss", job.val_loss, job.step, s.out_dir)
+    peak, steps = peak_memory(job.device), job.step - job.first_step
+    size = save_finished(job, s.out_dir, job.model)
     rows = {
         "method": job.info.method,
         "validation loss": f"{job.val_loss:.4f}",
         "perplexity": f"{perplexity(job.val_loss):.2f}",
-        "peak memory": f"{peak_memory(job.device) / 2**20:,.0f} MiB",
-        f"{job.settings.out_dir}/model.safetensors": f"{size:,} bytes, packed",
+        "peak memory": f"{peak / 2**20:,.0f} MiB",
+        f"{s.out_dir}/model.safetensors": f"{size:,} bytes, {'packed' if job.info.pot else 'float'}",
     }
-    print_rows(rows)
-
-
-def save_finished(job: Job) -> int:
-    """Packs the model if it is quantized, and writes it. Returns the bytes of the file."""
-    if job.info.pot:
-        convert(job.model)
-    # Without the folder names, the same run elsewhere, or a run that was cut, leaves the same bytes.
-    settings = {k: v for k, v in job.info.settings.items() if k not in ("out_dir", "init_from")}
-    info = replace(job.info, step=job.step, settings=settings, val_loss=job.val_loss)
-    return checkpoint.save_model(job.settings.out_dir, job.model, info)
-
-
-def print_rows(rows):
+    if s.max_iters:
+        first = {key: value for e in job.log.entries if not e["step"] for key, value in e.items()}
+        before = f"before {'QAT' if s.pot else 'training'}"
+        losses = {"float model": first.get("float_loss"), before: first.get("val_loss")}
+        losses |= {"lowest, in best/": job.best_loss} if s.keep == "best" else {}
+        rows = {name: f"{loss:.4f}" for name, loss in losses.items() if loss is not None} | rows
+        rows["steps, tokens"] = f"{job.step}, {job.step * tokens_a_step(job):,}"
+        rows["training time"] = f"{seconds:.0f} s, {seconds / max(1, steps):.2f} s a step"
+        rows[f"{s.out_dir}/ckpt.pt"] = "the state to resume or fine-tune from"
     for name, value in rows.items():
         print(f"{name:<{max(map(len, rows))}}  {value}")
+    if job.log:
+        job.log(None, step=job.step, seconds=round(seconds, 2), steps=steps, peak_bytes=peak)
+        job.log.finish(rows)
+
+
+def save_finished(job: Job, folder: str, model: GPT) -> int:
+    """Packs the model in place if it is quantized, and writes it. Returns the bytes of the file."""
+    if job.info.pot:
+        convert(model)
+    # Without these, the same run elsewhere, or a run that was cut, leaves the same bytes.
+    settings = {k: v for k, v in job.info.settings.items() if k not in ("out_dir", "init_from", "keep")}
+    info = replace(job.info, step=job.step, settings=settings, val_loss=job.val_loss)
+    return checkpoint.save_model(folder, model, info)
 
 
 class Log:
@@ -642,6 +683,8 @@ class Log:
 
     def __call__(self, line, **entry):
         if line:
+            if sys.stderr.isatty():
+                print(end="\x1b[K", file=sys.stderr, flush=True)  # erases a line of show_progress
             print(line, flush=True)
         self.entries.append(entry)
         try:

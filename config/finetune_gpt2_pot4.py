@@ -1,6 +1,6 @@
 # QAT of GPT-2 (124M) with 4-bit power-of-two weights in groups of 64, embeddings included. It starts from GPTQ's
 # codes and learns the float model's predictions instead of the text: GPT-2 has seen far more text of this kind than
-# we can show it.
+# we can show it. For a text that the model shall learn, take config/finetune_text_pot4.py.
 # Run:   python train.py config/finetune_gpt2_pot4.py
 # Also:  --init_from=FOLDER takes GPT-2 from a folder. Sequences have 64 tokens, as in the papers; for longer ones
 #        pass --block_size=1024 --batch_size=4 --gradient_accumulation_steps=6

@@ -88,13 +88,20 @@ def _save(figure, path):
 
 
 def draw_training(entries: list[dict], title: str, path: str) -> None:
-    """Training and validation loss of one run. entries: the result of checkpoint.read_log."""
+    """Training and validation loss of one run, both of the text, and the line of the float model that QAT starts from.
+    entries: the result of checkpoint.read_log."""
     figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o--")):
-        points = [(e["step"], e[key]) for e in entries if key in e]
+    logged = [e for e in entries if "loss" in e]
+    starts = [0, *(e["step"] for e in logged)]  # a loss is the mean of the steps since then, so it belongs between
+    training = [((start + e["step"]) / 2, e.get("text_loss", e["loss"])) for start, e in zip(starts, logged)]
+    validation = [(e["step"], e["val_loss"]) for e in entries if "val_loss" in e]
+    for points, label, style in ((training, "training", "-"), (validation, "validation", "o--")):
         if points:
             ax.plot(*zip(*points), style, label=label, markersize=4)
-    ax.set(xlabel="step", ylabel="loss (nats)", title=title)
+    for e in entries:
+        if "float_loss" in e:
+            ax.axhline(e["float_loss"], color="black", lw=0.8, ls=":", label="validation, float model before training")
+    ax.set(xlabel="step", ylabel="loss on the text (nats)", title=title)
     ax.legend()
     _save(figure, path)
 

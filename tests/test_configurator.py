@@ -50,11 +50,36 @@ def test_fields_of_a_nested_dataclass(tmp_path):
     assert parse("--pot_range=5").pot == PoTConfig(range=5)
 
 
+def test_inherited_settings():
+    @dataclasses.dataclass
+    class Resumed(Settings):
+        @staticmethod
+        def inherited(given):
+            old = {"max_iters": 7, "learning_rate": 2, "pot": {"bits": 3, "granularity": "channel"}, "unknown": 1}
+            return old if given.get("out_dir") == "old" else {"seed": "x"} if given.get("out_dir") == "bad" else {}
+
+    def parse(text):
+        return configure(Resumed, text.split())
+
+    assert parse("") == Resumed()
+    expected = Resumed(2.0, 7, out_dir="old", pot=PoTConfig(bits=3, granularity="channel"))
+    assert parse("--out_dir=old") == expected
+    given = parse("--out_dir=old --max_iters=10 --pot_bits=4")  # also a value that is the default
+    assert given == dataclasses.replace(expected, max_iters=10, pot=PoTConfig(bits=4, granularity="channel"))
+    assert parse("--out_dir=old --pot=None").pot is None
+    with pytest.raises(ValueError, match="seed='x': expected an integer"):
+        parse("--out_dir=bad")
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
         ("--learning_rat=1", "unknown key --learning_rat: did you mean --learning_rate"),
         ("--pot_bit=4", "did you mean --pot_bits"),
+        ("--lr=1", "did you mean --learning_rate"),
+        ("--epochs=1", "did you mean --max_iters"),
+        ("--iters=1", "did you mean --max_iters"),
+        ("--bits=3", "did you mean --pot_bits"),
         ("--max_iters=1.5", "--max_iters=1.5: expected an integer"),
         ("--max_iters=None", "expected an integer"),
         ("--block_size=x", "expected an integer or None"),

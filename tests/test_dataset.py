@@ -108,7 +108,7 @@ def test_pydoc_char(scripts):
 # --- GPT-2's byte pairs ---
 
 
-def prepare(name, folder, monkeypatch, **settings):
+def prepare(name, folder, monkeypatch, /, **settings):
     """Runs data/<name>/prepare.py in this process, where stand-ins replace packages. Writes to `folder`."""
     spec = importlib.util.spec_from_file_location(f"prepare_{name}", ROOT / "data" / name / "prepare.py")
     script = importlib.util.module_from_spec(spec)
@@ -218,6 +218,74 @@ def test_too_few_documents(tmp_path):
     with pytest.raises(ValueError, match="too little text to split"):
         dataset.write_documents(str(tmp_path), ["one", "two"])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def prepare_text(tmp_path, monkeypatch):
+    """prepare_text(**settings) runs data/text/prepare.py. The data sets go to tmp_path / "data"."""
+    (tmp_path / "data" / "text").mkdir(parents=True)
+    return lambda **settings: prepare("text", tmp_path / "data" / "text", monkeypatch, **settings)
+
+
+def splits_of(folder):
+    """{split: its decoded text}"""
+    parts = {}
+    for split in dataset.SPLITS:
+        ids, meta = dataset.load(str(folder), split)
+        parts[split] = tokenizer_of(meta, str(folder)).decode(ids.tolist())
+    return parts
+
+
+def test_own_text_is_cut_in_order(tmp_path, prepare_text):
+    """Every token of every file is in one split, whatever the size of the file."""
+    texts = ["".join(f"line {i} of {n}\n" for i in range(n)) for n in (40, 3000)]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text)
+        prepare_text(input=f"{tmp_path}/{i}.txt", name=f"set{i}")
+        parts = splits_of(tmp_path / "data" / f"set{i}")
+        assert parts["train"] + parts["val"] + parts["test"] == text + "<|endoftext|>"
+        sizes = [len(dataset.load(str(tmp_path / "data" / f"set{i}"), split)[0]) for split in dataset.SPLITS]
+        assert sizes[1] == sizes[2] == sum(sizes) // 10
+    prepare_text(input=f"{tmp_path}/0.txt,{tmp_path}/1.txt", tokenizer="char")
+    for split, part in splits_of(tmp_path / "data" / "text").items():  # each file is in each split
+        assert "of 40\n" in part and "of 3000\n" in part, split
+
+
+def test_own_documents_and_held_out_text(tmp_path, prepare_text, monkeypatch):
+    monkeypatch.setattr(dataset, "HELD_OUT", 7)
+    texts = [f"<|endoftext|> document {i}\n" for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in [*texts, texts[3], " "]))
+    prepare_text(input=f"{tmp_path}/a.jsonl", name="mine")
+    parts = splits_of(tmp_path / "data" / "mine")
+    assert "".join(parts.values()) == "".join(t + "<|endoftext|>" for t in texts)
+    assert [len(dataset.load(str(tmp_path / "data" / "mine"), s)[0]) for s in ("val", "test")] == [7, 7]
+
+
+def test_own_text_for_a_model(tmp_path, prepare_text, workdir, float_run):
+    (tmp_path / "a.txt").write_text("the lazy dog sleeps\n" * 30)
+    prepare_text(input=f"{tmp_path}/a.txt", name="chars", tokenizer=str(workdir / float_run))
+    _, meta = dataset.load(str(tmp_path / "data" / "chars"), "train")
+    assert meta == dataset.load(str(workdir / "data" / "tiny"), "train")[1]
+    prepare_text(input=f"{tmp_path}/a.txt", name="llama", tokenizer=str(workdir / "llama"))
+    assert "".join(splits_of(tmp_path / "data" / "llama").values()) == "the lazy dog sleeps\n" * 30 + "<|endoftext|>"
+    assert (tmp_path / "data" / "llama" / "tokenizer.json").exists()
+    (tmp_path / "a.txt").write_text("Ä" * 30)
+    with pytest.raises(ValueError, match="'Ä' is not in this model's vocabulary"):
+        prepare_text(input=f"{tmp_path}/a.txt", name="chars", tokenizer=str(workdir / float_run))
+
+
+def test_bad_own_text(tmp_path, prepare_text):
+    with pytest.raises(ValueError, match="pass --input=FILE"):
+        prepare_text()
+    for content in ("", "a b c"):
+        (tmp_path / "a.txt").write_text(content)
+        with pytest.raises(ValueError, match="a.txt holds . tokens, too few"):
+            prepare_text(input=f"{tmp_path}/a.txt", name="small")
+    assert not list((tmp_path / "data" / "small").iterdir())
+    (tmp_path / "data" / "other").mkdir()
+    (tmp_path / "data" / "other" / "prepare.py").touch()
+    with pytest.raises(ValueError, match="data/other is made by its own prepare.py: choose another --name"):
+        prepare_text(input=f"{tmp_path}/a.txt", name="other")
 
 
 def test_openwebtext_from_the_hub(tmp_path, monkeypatch):

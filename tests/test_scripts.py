@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -30,6 +31,10 @@ def rows_of(workdir, done):
     return json.loads((workdir / path).read_text())["rows"]
 
 
+def log_of(workdir, folder):
+    return [json.loads(line) for line in (workdir / folder / "log.jsonl").read_text().splitlines()]
+
+
 def weights(workdir, folder):
     return checkpoint.load_training(str(workdir / folder)).model
 
@@ -41,7 +46,7 @@ def test_training_lowers_the_loss_and_writes_files(workdir, float_run, qat_run):
     for folder, initial_loss in ((float_run, math.log(28)), (qat_run, None)):
         names = {p.name for p in (workdir / folder).iterdir()}
         assert names == {"ckpt.pt", "model.safetensors", "log.jsonl", "loss.png"}
-        log = [json.loads(line) for line in (workdir / folder / "log.jsonl").read_text().splitlines()]
+        log = log_of(workdir, folder)
         losses = [e["loss"] for e in log if "loss" in e]
         assert all(e["tokens_per_s"] > 0 for e in log if "loss" in e)
         assert log[-1]["seconds"] > 0 and log[-1]["peak_bytes"] > 2**26
@@ -49,6 +54,105 @@ def test_training_lowers_the_loss_and_writes_files(workdir, float_run, qat_run):
             assert losses[-1] < losses[0] < initial_loss + 0.3
     _, info = checkpoint.load_model(str(workdir / qat_run))
     assert info.method == "QAT" and info.pot.bits == 4 and info.provenance["torch"] == torch.__version__
+
+
+def test_validation_before_the_first_step(workdir, sh, float_run):
+    """It comes beside the float model's, and changes no weight."""
+    command = f"train.py --dataset=tiny --init_from={float_run} --batch_size=4 --max_iters=3 --dropout=0.1 --pot_bits=3"
+    done = sh(f"{command} --out_dir=out-before")
+    model, _ = checkpoint.load_float(str(workdir / float_run))
+    ids = dataset.load(str(workdir / "data" / "tiny"), "val")[0].astype(np.int64)
+    losses = [brute_loss(model, ids, 32), brute_loss(pot.quantize_(model, pot.PoTConfig(bits=3)), ids, 32)]
+    log = log_of(workdir, "out-before")
+    assert [e["step"] for e in log[:3]] == [0, 0, 3]
+    assert [log[0]["float_loss"], log[1]["val_loss"]] == pytest.approx(losses, abs=1e-4)
+    for line in (
+        f"float model  validation loss {losses[0]:.4f}",
+        f"step 0/3  validation loss {losses[1]:.4f} before QAT",
+    ):
+        assert f"{line}\n" in done.stdout
+    rows = dict(line.rsplit("  ", 1) for line in done.stdout.splitlines()[-10:])
+    assert {k.strip(): v for k, v in rows.items()}["before QAT"] == f"{losses[1]:.4f}"
+    with pytest.MonkeyPatch.context() as patch:
+        import train
+
+        patch.setattr(train, "validate", lambda job: 1.0)
+        sh(f"{command} --out_dir=out-unvalidated")
+    a, b = weights(workdir, "out-before"), weights(workdir, "out-unvalidated")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_best_model_is_kept_beside_the_last(workdir, sh, float_run, monkeypatch):
+    import train
+
+    command = (
+        f"train.py --dataset=tiny --init_from={float_run} --batch_size=4 --min_lr=1e-3 --pot_bits=4 --eval_interval=4"
+    )
+    sh(f"{command} --max_iters=4 --out_dir=out-four")
+    expected = checkpoint.load_model(str(workdir / "out-four"))[0].state_dict()
+    losses = iter([3.0, 3.0, 1.0, 2.0, 1.5])  # float, before QAT, steps 4, 8 and 12
+    monkeypatch.setattr(train, "validate", lambda job: next(losses))
+    done = sh(f"{command} --max_iters=8 --out_dir=out-keep --keep=best")
+    assert re.search(r"^lowest, in best/ +1.0000$", done.stdout, re.MULTILINE)
+    sh("train.py --init_from=resume --out_dir=out-keep --max_iters=12")  # keeps on keeping
+    model, info = checkpoint.load_model(str(workdir / "out-keep" / "best"))
+    assert (info.step, info.val_loss, info.method) == (4, 1.0, "QAT")
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in expected.items())
+    last, info = checkpoint.load_model(str(workdir / "out-keep"))
+    assert (info.step, info.val_loss) == (12, 1.5) and checkpoint.load_training(
+        str(workdir / "out-keep")
+    ).info.step == 12
+    assert not all(torch.equal(last.state_dict()[k], v) for k, v in expected.items())
+    monkeypatch.undo()
+    assert sh("sample.py --ckpt=out-keep/best --prompt=the --max_new_tokens=3").stdout
+    assert "keep=first must be last or best" in sh(f"{command} --keep=first --out_dir=x", ok=False).stderr
+
+
+def test_resume_takes_the_settings_of_the_run(workdir, sh, float_run):
+    common = f"train.py --dataset=tiny --init_from={float_run} --batch_size=4 --pot_bits=3 --pot_granularity=channel"
+    common += " --distill=0.5 --seed=3 --eval_interval=7 --log_interval=3"
+    sh(f"{common} --max_iters=14 --out_dir=out-own")
+    done = sh("train.py --init_from=resume --out_dir=out-own --max_iters=20 --learning_rate=5e-4 --log_interval=100")
+    assert "PoT 3 bits, per channel: 0.10 M parameters on cpu, step 14 to 20, tiny" in done.stdout
+    settings = checkpoint.load_training(str(workdir / "out-own")).info.settings
+    expected = {"batch_size": 4, "distill": 0.5, "seed": 3, "eval_interval": 7, "init_from": "resume"}
+    expected |= {"max_iters": 20, "learning_rate": 5e-4, "log_interval": 100}  # passed, the last one is the default
+    assert expected.items() <= settings.items() and settings["pot"]["granularity"] == "channel"
+    assert "no folder out:" in sh("train.py --init_from=resume", ok=False).stderr
+
+
+def test_progress_within_a_step(monkeypatch, capsys):
+    import train
+
+    now = [1000.0]
+    monkeypatch.setattr(train.time, "time", lambda: now[0])
+    s = train.Settings(max_iters=500, batch_size=12, gradient_accumulation_steps=32)
+    job = train.Job(s, None, None, None, None, 64, "cpu", 0, 1, 0, start=1000.0, shown=1000.0)
+    lines = []
+    for i in range(1, 33):  # a step of 204 seconds
+        now[0] += 204 / 32
+        train.show_progress(job, i / 32)
+        lines.append(capsys.readouterr().err)
+    assert [i for i, line in enumerate(lines, 1) if line] == [10, 20, 30]
+    assert lines[9] == "step 0.31/500  120 tokens/s  28.3 h left\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    now[0] += 10
+    train.show_progress(job, 1.0)
+    assert capsys.readouterr().err.startswith("step 1.00/500")
+
+
+def test_curves_of_a_run(monkeypatch):
+    """Training and validation curve are losses of the text, and the float model is a line."""
+    from extras import plot
+
+    figures = []
+    monkeypatch.setattr(plot, "_save", lambda figure, path: figures.append(figure))
+    entries = [{"step": 0, "float_loss": 1.5}, {"step": 0, "val_loss": 1.8}, {"step": 1, "loss": 0.2, "text_loss": 1.9}]
+    plot.draw_training([*entries, {"step": 2, "loss": 1.7}, {"step": 2, "val_loss": 1.6}], "run", "x.png")
+    lines = {line.get_label().split()[0]: line.get_ydata() for line in figures[0].axes[0].lines[:2]}
+    assert list(figures[0].axes[0].lines[0].get_xdata()) == [0.5, 1.5]
+    assert list(lines["training"]) == [1.9, 1.7] and list(lines["validation"]) == [1.8, 1.6]
+    assert list(figures[0].axes[0].lines[2].get_ydata()) == [1.5, 1.5]
 
 
 @pytest.mark.parametrize("kind", ["float", "QAT"])
@@ -182,7 +286,10 @@ def test_distillation_against_plain_torch(workdir, sh, float_run, last_position)
     keep = slice(-1, None) if last_position else slice(None)
     logits, teacher_logits = student(rows[:, :-1])[:, keep], teacher(rows[:, :-1])[:, keep].detach()
     hard = F.nll_loss(logits.log_softmax(-1).flatten(0, 1), rows[:, 1:][:, keep].flatten())
-    (0.5 * hard - 0.5 * (teacher_logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()).backward()
+    loss = 0.5 * hard - 0.5 * (teacher_logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+    (logged,) = (e for e in log_of(workdir, out) if "loss" in e)
+    assert [logged["loss"], logged["text_loss"]] == pytest.approx([loss.item(), hard.item()], abs=1e-4)
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
     torch.optim.AdamW(student.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0).step()
     trained = weights(workdir, out)
@@ -285,20 +392,26 @@ def test_wandb_offline(workdir, sh):
     content = file.read_bytes()
     for setting in (b"learning_rate", b"group_size", b"out-wandb"):
         assert setting in content
-    log = [json.loads(line) for line in (workdir / "out-wandb" / "log.jsonl").read_text().splitlines()]
+    log = log_of(workdir, "out-wandb")
     logged = [str(e[key]).encode() for e in log for key in ("loss", "val_loss") if key in e]
-    assert len(logged) == 3 and all(value in content for value in logged)
+    assert len(logged) == 4 and all(value in content for value in logged)
     (table,) = (run / "files" / "media" / "table").iterdir()
     table = dict(json.loads(table.read_text())["data"])
     assert "validation loss" in table and all(value in done.stdout for value in table.values())
 
 
-def test_wandb_that_cannot_start(workdir, sh, monkeypatch):
+def test_wandb_that_cannot_start(workdir, sh, float_run, monkeypatch):
+    """It says so before GPTQ, which takes minutes on a large model."""
+    import train
+
     def init(**kwargs):
         raise RuntimeError("no API key")
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    done = sh(f"train.py {TINY} --max_iters=1 --out_dir=out-no-wandb --wandb_log=True", ok=False)
+    for name in ("quantize", "evaluate"):
+        monkeypatch.setattr(train, name, lambda *_, **__: pytest.fail("long work comes first"))
+    command = f"train.py --dataset=tiny --init_from={float_run} --pot_bits=4 --calibrate_tokens=500 --wandb_log=True"
+    done = sh(f"{command} --max_iters=1 --out_dir=out-no-wandb", ok=False)
     assert "cannot log to wandb (RuntimeError)" in done.stderr and not (workdir / "out-no-wandb").exists()
 
 
@@ -319,8 +432,8 @@ def test_two_processes_equal_one_with_twice_the_batch(workdir, sh, float_run):
         assert expected == pytest.approx(actual, abs=1e-4) and expected
     files = {p.name for p in (workdir / "out-processes").iterdir()}
     assert files == {"ckpt.pt", "model.safetensors", "log.jsonl", "loss.png"}
-    # One process prints: two evaluations and the final table.
-    assert done.stdout.count("validation loss") == 3 and "cpu x 2" in done.stdout
+    # One process prints: the float model, three validations and the final table.
+    assert done.stdout.count("validation loss") == 5 and "cpu x 2" in done.stdout
     # A run may resume with another number of processes.
     sh(f"{common} --batch_size=4 --out_dir=out-processes --init_from=resume".replace("max_iters=6", "max_iters=8"))
 
@@ -558,6 +671,15 @@ def test_configs_of_gpt2(workdir, sh):
         assert done.stdout.startswith("Hello")
     model, info = checkpoint.load_model(str(workdir / "out-gpt2-pot4"))
     assert model.config.block_size == 96 and info.origin == "gpt2"  # windows of 64 keep the context of 96
+
+
+def test_config_of_own_text(workdir, sh):
+    few = "--max_iters=2 --eval_interval=2 --gradient_accumulation_steps=1 --batch_size=2 --block_size=64"
+    common = f"train.py config/finetune_text_pot4.py --dataset=openwebtext {few} --eval_tokens=300"
+    done = sh(f"{common} --calibrate_tokens=200")
+    assert "of the text" not in done.stdout  # no teacher: it learns the text
+    assert checkpoint.load_model(str(workdir / "out-text-pot4" / "best"))[1].pot.bits == 4
+    assert (workdir / "out-text-pot4" / "best" / "tokenizer.json").exists()
 
 
 def test_multi_byte_letters_are_streamed_whole(workdir, monkeypatch, capsys):
