@@ -37,6 +37,7 @@ to matter).
 Sections: grid, scale, fake quantization, layers, packing, prepare and convert, state.
 """
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
@@ -721,7 +722,7 @@ def allow_int8_activations(model: nn.Module) -> None:
 # -----------------------------------------------------------------------------
 # prepare, convert
 
-Filter = Callable[[str, nn.Module], bool | PoTConfig]
+Filter = Callable[[nn.Module, str], bool | PoTConfig]
 
 
 def is_prepared(module: nn.Module) -> bool:
@@ -766,9 +767,9 @@ def prepare(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn: Filter
     """Makes every nn.Linear, nn.Embedding and transformers Conv1D of model fake-quantize its weight, in place.
 
     The layers keep their Parameters, so an optimizer that holds them stays valid. Returns the names of the layers.
-    filter_fn(name, module) returns False (leave it), True, or a PoTConfig for this layer. Grid "paper" leaves
-    embeddings in float, as the papers' code does. On a meta model no unit is computed; load_state_dict brings the
-    units.
+    filter_fn(module, name) returns False (leave it), True, or a PoTConfig for this layer. A warning says if no layer is
+    left. Grid "paper" leaves embeddings in float, as the papers' code does. On a meta model no unit is computed;
+    load_state_dict brings the units.
 
     Raises ValueError, and changes nothing, for a weight that is empty, holds NaN or inf, or does not divide into
     groups, and for layers that share a weight but not a config.
@@ -777,7 +778,7 @@ def prepare(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn: Filter
     layers = []
     for name, module in model.named_modules():
         cls = _prepared_class(module)
-        choice = cls is not None and (True if filter_fn is None else filter_fn(name, module))
+        choice = cls is not None and (True if filter_fn is None else filter_fn(module, name))
         if not choice:
             continue
         layer_config = choice if isinstance(choice, PoTConfig) else config
@@ -798,6 +799,10 @@ def prepare(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn: Filter
                 f"{shown}: shares its weight with another layer, which has another PoTConfig: give both the same"
             )
         layers.append((name, module, cls, quantizer))
+    if not quantizers:
+        warnings.warn(
+            "no layer was quantized: the model has none, or filter_fn(module, name) left all out", stacklevel=2
+        )
     for _, module, cls, quantizer in layers:
         module.__class__ = cls  # a new module would lose hooks, training mode and other attributes
         module.quantizer = quantizer

@@ -639,7 +639,7 @@ def test_models_without_a_decoder(kernel):
     assert make_decoder(random_gpt(PoTConfig(bits=5), shape)) is None
     assert make_decoder(random_gpt(PoTConfig(), shape).bfloat16()) is None
     mixed = GPT(shape)
-    prepare(mixed, filter_fn=lambda name, module: "mlp" not in name)
+    prepare(mixed, filter_fn=lambda module, name: "mlp" not in name)
     assert make_decoder(convert(mixed)) is None
     kernel("off")
     assert make_decoder(random_gpt(PoTConfig(), shape)) is None
