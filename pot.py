@@ -775,7 +775,7 @@ def prepare(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn: Filter
     groups, and for layers that share a weight but not a config.
     """
     quantizers = {id(m.weight): m.quantizer for m in model.modules() if is_prepared(m)}
-    layers = []
+    layers, registered = [], set(quantizers.values())
     for name, module in model.named_modules():
         cls = _prepared_class(module)
         choice = cls is not None and (True if filter_fn is None else filter_fn(module, name))
@@ -806,6 +806,9 @@ def prepare(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn: Filter
     for _, module, cls, quantizer in layers:
         module.__class__ = cls  # a new module would lose hooks, training mode and other attributes
         module.quantizer = quantizer
+        if quantizer in registered:
+            _unregister(module, "quantizer")
+        registered.add(quantizer)
         # The fast path of nn.TransformerEncoderLayer reads weights without calling forward. A hook disables it.
         module.register_forward_pre_hook(_no_fast_path)
     return [name for name, *_ in layers]
@@ -813,6 +816,12 @@ def prepare(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn: Filter
 
 def _no_fast_path(module, inputs):
     return None
+
+
+def _unregister(layer, child):
+    # A child that layers share is registered in the first of them alone. A state_dict then holds its tensors once;
+    # safetensors, Trainer and others refuse to save tensors that share memory.
+    vars(layer)[child] = layer._modules.pop(child)
 
 
 @torch.no_grad()
@@ -826,11 +835,14 @@ def convert(model: nn.Module) -> nn.Module:
         if is_prepared(module):
             w, q = weight_matrix(module), module.quantizer
             key = id(q), id(module.weight)  # both, because a tie may have been cut since
-            if key not in packed:
+            shared = key in packed
+            if not shared:
                 check_weight(name or type(module).__name__, w, q.config)
                 packed[key] = PackedWeight.pack(w, q.unit, q.config)
             is_embedding = isinstance(module, PoTEmbedding)
             layer = PackedPoTEmbedding(packed[key]) if is_embedding else PackedPoTLinear(packed[key], module.bias)
+            if shared:
+                _unregister(layer, "packed")
             layers[module] = layer.train(module.training)
     return _replace(model, layers)
 
@@ -864,12 +876,15 @@ def packed_state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
             tensors[name] = tensor.detach()
         else:
             aliases[name] = first
-    configs, layers = [], {}
+    configs, layers, owners = [], {}, {}
     for name, module in model.named_modules():
         if is_prepared(module):
             raise ValueError(f"{name or 'the model'} is prepared, not packed: call convert first")
         if isinstance(module, (PackedPoTLinear, PackedPoTEmbedding)):
             p = module.packed
+            first = owners.setdefault(p, name)
+            if first != name:
+                aliases |= {f"{name}.packed.{part}": f"{first}.packed.{part}" for part in ("codes", "unit")}
             if p.config not in configs:
                 configs.append(p.config)
             layers[name] = {
@@ -889,6 +904,7 @@ def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: di
     """
     layers, aliases = _read_metadata(metadata)
     modules, packed, replaced = dict(model.named_modules()), {}, {}
+    shared = set()
     for name, (rows, columns), dtype, config in layers:
         module = modules.get(name)
         cls = _prepared_class(module)
@@ -897,18 +913,23 @@ def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: di
                 f"{name}: the file holds a packed layer of shape ({rows}, {columns}), the model does not: build the model "
                 "with the file's settings"
             )
-        key = aliases.get(f"{name}.packed.codes", f"{name}.packed.codes")
+        own = f"{name}.packed.codes"
+        key = aliases.get(own, own)
         if key not in packed:
             packed[key] = _empty_packed(name, rows, columns, dtype, config)
         p = packed[key]
         if (p.shape, p.config, p.dtype) != ((rows, columns), config, dtype):
             raise ValueError(f"{name} shares {key}, which is of another shape or config: the file is damaged")
         layer = PackedPoTEmbedding(p) if cls is PoTEmbedding else PackedPoTLinear(p, module.bias)
+        if key != own:
+            _unregister(layer, "packed")
+            shared |= {own, f"{name}.packed.unit"}
         replaced[module] = layer.train(module.training)
     model = _replace(model, replaced)
     for alias, target in aliases.items():
         if target not in tensors:
             raise ValueError(f"{target}, which {alias} shares, is missing: the file is incomplete or of another model")
+    aliases = {alias: target for alias, target in aliases.items() if alias not in shared}
     tensors = tensors | {alias: tensors[target] for alias, target in aliases.items()}
     for name, t in model.state_dict(keep_vars=True).items():
         if name in tensors:
