@@ -32,8 +32,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from calibrate import calibrate  # noqa: E402
-from pot import PackedPoTEmbedding, PackedPoTLinear, PackedWeight, PoTConfig, convert  # noqa: E402
-from pot import is_prepared, packed_state, prepare  # noqa: E402
+from pot import (  # noqa: E402
+    PackedPoTEmbedding,
+    PackedPoTLinear,
+    PackedWeight,
+    PoTConfig,
+    convert,
+    is_prepared,
+    packed_state,
+    prepare,
+)
 
 __all__ = ["PoTQuantizationConfig", "attach_quantizer", "model_card"]
 

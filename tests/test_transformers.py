@@ -216,3 +216,91 @@ def test_bad_config_is_refused(folders):
         PoTQuantizationConfig(bits=9)
     with pytest.raises(ValueError, match="group_size 48 does not divide"):
         load(folders / "tied", quantization_config=PoTQuantizationConfig(group_size=48))
+
+
+# --- prepared models: Trainer, PEFT ---
+
+
+def units(model):
+    return {n: b for n, b in model.named_buffers() if n.endswith("quantizer.unit")}
+
+
+def trainer(model, folder, **kwargs):
+    data = [{"input_ids": torch.randint(80, (12,), generator=torch.Generator().manual_seed(i))} for i in range(32)]
+    data = [d | {"labels": d["input_ids"]} for d in data]
+    settings = dict(
+        max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2, save_steps=2, eval_steps=2, eval_strategy="steps",
+        load_best_model_at_end=True, save_total_limit=3, report_to=[], use_cpu=True, seed=1, disable_tqdm=True,
+    )  # fmt: skip
+    settings = transformers.TrainingArguments(output_dir=str(folder), **settings | kwargs)
+    return transformers.Trainer(model, settings, train_dataset=data, eval_dataset=data[:8])
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_trainer_trains_saves_resumes_and_loads_the_best(folders, tmp_path, attached):
+    pytest.importorskip("accelerate")
+
+    def build():
+        if attached:
+            config = PoTQuantizationConfig(terms=2, prepared=True)
+            return load(folders / "tied", quantization_config=config)
+        model = load(folders / "tied")
+        prepare(model, PoTConfig(terms=2))
+        return model
+
+    model = build()
+    before, start = units(model), copy.deepcopy(model.state_dict())
+    assert model.num_parameters() == load(folders / "tied").num_parameters()
+    run = trainer(model, tmp_path / "run")
+    run.train()
+    assert "checkpoint" in run.state.best_model_checkpoint
+    trained = model.state_dict()
+    assert not torch.equal(trained["lm_head.weight"], start["lm_head.weight"])
+    assert all(torch.equal(b, units(model)[n]) for n, b in before.items())
+    resumed = build()
+    trainer(resumed, tmp_path / "resumed").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert all(torch.equal(t, trained[n]) for n, t in resumed.state_dict().items())
+    assert resumed.lm_head.weight is resumed.model.embed_tokens.weight
+    run.save_model(str(tmp_path / "prepared"))
+    if attached:
+        loaded = load(tmp_path / "prepared")
+        assert all(torch.equal(b, units(loaded)[n]) for n, b in before.items())
+        fresh = pot.compute_unit(loaded.lm_head.weight, PoTConfig(terms=2))
+        assert not torch.equal(fresh, loaded.lm_head.quantizer.unit)  # training moved the weight, not its unit
+        assert torch.equal(logits(loaded), logits(model)) and not (tmp_path / "prepared" / "README.md").exists()
+        convert(loaded).save_pretrained(tmp_path / "packed")
+        packed = load(tmp_path / "packed")
+        assert torch.equal(logits(packed), logits(loaded)) and packed.num_parameters() == model.num_parameters()
+        with pytest.raises(ValueError, match="fine-tuning on purely quantized"):
+            trainer(packed, tmp_path / "no")
+
+
+def test_peft_trains_lora_on_a_prepared_model(folders, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = load(folders / "tied", quantization_config=PoTQuantizationConfig(prepared=True))
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    before = logits(model)
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    assert isinstance(model.model.layers[0].mlp.up_proj.base_layer, pot.PoTLinear)
+    assert torch.equal(logits(lora), before)  # B starts at zero
+    trainer(lora, tmp_path / "run", load_best_model_at_end=False).train()
+    after = logits(lora.eval())
+    assert not torch.equal(after, before)
+    lora.save_pretrained(tmp_path / "adapter")
+    assert os.path.getsize(tmp_path / "adapter" / "adapter_model.safetensors") < 20_000
+    again = load(folders / "tied", quantization_config=PoTQuantizationConfig(prepared=True))
+    again = peft.PeftModel.from_pretrained(again, str(tmp_path / "adapter"))
+    assert torch.equal(logits(again), after)
+    base = again.unload()
+    assert all(torch.equal(p, weights[n]) for n, p in base.named_parameters())
+
+
+# --- pot.py without the plug-in ---
+
+
+def test_load_packed_fills_the_buffers_of_a_meta_llama():
+    model = quantize_(llama(True))
+    with torch.device("meta"):
+        empty = llama(True)
+    loaded = pot.load_packed(empty, *pot.packed_state(model))
+    assert torch.equal(logits(loaded.eval()), logits(model))
