@@ -539,7 +539,7 @@ class PackedWeight(_WithUnit):
 
     codes: a result of pack_codes, uint8; unit: (1, groups), (out, groups), or (ceil(out / 16), groups, 16) where codes
     lie in tiles and rows have units of their own; shape: (out, in); dtype: that of the unpacked weight.
-    on_kernel: pot_kernel multiplies by this weight where its inputs are float32 on the CPU.
+    on_kernel: pot_kernel multiplies by this weight where its inputs are on the CPU.
     """
 
     def __init__(
@@ -646,19 +646,21 @@ class PackedWeight(_WithUnit):
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """F.linear of x (..., in) with this weight, with inputs of 8 bits if the config says so -> (..., out).
 
-        The kernel sums in another order than PyTorch.
+        The kernel sums in float32, and in another order than PyTorch.
         """
         if (
-            not self.on_kernel or x.dtype != torch.float32 or x.device.type != "cpu"
+            not self.on_kernel or x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.device.type != "cpu"
             or x.shape[-1] != self.in_features or torch.jit.is_tracing()
             or torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad)
         ):  # fmt: skip
             return F.linear(fake_quantize_activations(x) if self.config.act_bits else x, self(), bias)
-        bias = None if bias is None else bias.float().contiguous()
+        bias, f = None if bias is None else bias.float().contiguous(), x.float()
         if torch.compiler.is_compiling():
             tensors = self.codes, self.unit, self._row_sums, self._table
-            return torch.ops.nanopot.linear(x, *tensors, self.out_features, self.config.bits, self.activations, bias)
-        return pot_kernel.linear(self.kernel_weight(), x, bias)
+            y = torch.ops.nanopot.linear(f, *tensors, self.out_features, self.config.bits, self.activations, bias)
+        else:
+            y = pot_kernel.linear(self.kernel_weight(), f, bias)
+        return y.to(x.dtype)
 
     @property
     def activations(self) -> int:
@@ -942,8 +944,13 @@ def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: di
     for alias, target in aliases.items():  # assigning cuts ties
         (a, leaf), (t, target_leaf) = (n.rpartition(".")[::2] for n in (alias, target))
         setattr(model.get_submodule(a), leaf, getattr(model.get_submodule(t), target_leaf))
+    for module in model.modules() if hasattr(model, "_init_weights") else ():
+        meta = {n: b for n, b in module.named_buffers(recurse=False) if b.is_meta and b.is_floating_point()}
+        if meta and not list(module.parameters(recurse=False)):  # transformers computes these anew, as Llama's inv_freq
+            module._buffers.update({n: torch.full_like(b, torch.nan, device="cpu") for n, b in meta.items()})
+            model._init_weights(module)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta:
+        if tensor.is_meta or name not in tensors and tensor.is_floating_point() and tensor.isnan().any():
             raise ValueError(
                 f"{name} is no part of a state_dict, so a meta model cannot get it from a file: build the model without meta"
             )
