@@ -274,6 +274,8 @@ def model_of(state: TrainingState, quantized: bool = True) -> GPT:
         elif info.pot:
             weights = {name: t for name, t in weights.items() if ".quantizer." not in name}
         expected = model.state_dict()
+        # Older checkpoints hold the unit of a tied weight twice.
+        weights = {n: t for n, t in weights.items() if n in expected or n != "lm_head.quantizer.unit"}
         for name in expected.keys() ^ weights.keys():
             raise ValueError(f"{name} is {'missing' if name in expected else 'not in such a model'}")
         for name, t in weights.items():

@@ -37,6 +37,7 @@ to matter).
 Sections: grid, scale, fake quantization, layers, packing, prepare and convert, state.
 """
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
@@ -538,7 +539,7 @@ class PackedWeight(_WithUnit):
 
     codes: a result of pack_codes, uint8; unit: (1, groups), (out, groups), or (ceil(out / 16), groups, 16) where codes
     lie in tiles and rows have units of their own; shape: (out, in); dtype: that of the unpacked weight.
-    on_kernel: pot_kernel multiplies by this weight where its inputs are float32 on the CPU.
+    on_kernel: pot_kernel multiplies by this weight where its inputs are on the CPU.
     """
 
     def __init__(
@@ -645,19 +646,21 @@ class PackedWeight(_WithUnit):
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """F.linear of x (..., in) with this weight, with inputs of 8 bits if the config says so -> (..., out).
 
-        The kernel sums in another order than PyTorch.
+        The kernel sums in float32, and in another order than PyTorch.
         """
         if (
-            not self.on_kernel or x.dtype != torch.float32 or x.device.type != "cpu"
+            not self.on_kernel or x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.device.type != "cpu"
             or x.shape[-1] != self.in_features or torch.jit.is_tracing()
             or torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad)
         ):  # fmt: skip
             return F.linear(fake_quantize_activations(x) if self.config.act_bits else x, self(), bias)
-        bias = None if bias is None else bias.float().contiguous()
+        bias, f = None if bias is None else bias.float().contiguous(), x.float()
         if torch.compiler.is_compiling():
             tensors = self.codes, self.unit, self._row_sums, self._table
-            return torch.ops.nanopot.linear(x, *tensors, self.out_features, self.config.bits, self.activations, bias)
-        return pot_kernel.linear(self.kernel_weight(), x, bias)
+            y = torch.ops.nanopot.linear(f, *tensors, self.out_features, self.config.bits, self.activations, bias)
+        else:
+            y = pot_kernel.linear(self.kernel_weight(), f, bias)
+        return y.to(x.dtype)
 
     @property
     def activations(self) -> int:
@@ -721,7 +724,7 @@ def allow_int8_activations(model: nn.Module) -> None:
 # -----------------------------------------------------------------------------
 # prepare, convert
 
-Filter = Callable[[str, nn.Module], bool | PoTConfig]
+Filter = Callable[[nn.Module, str], bool | PoTConfig]
 
 
 def is_prepared(module: nn.Module) -> bool:
@@ -766,18 +769,18 @@ def prepare(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn: Filter
     """Makes every nn.Linear, nn.Embedding and transformers Conv1D of model fake-quantize its weight, in place.
 
     The layers keep their Parameters, so an optimizer that holds them stays valid. Returns the names of the layers.
-    filter_fn(name, module) returns False (leave it), True, or a PoTConfig for this layer. Grid "paper" leaves
-    embeddings in float, as the papers' code does. On a meta model no unit is computed; load_state_dict brings the
-    units.
+    filter_fn(module, name) returns False (leave it), True, or a PoTConfig for this layer. A warning says if no layer is
+    left. Grid "paper" leaves embeddings in float, as the papers' code does. On a meta model no unit is computed;
+    load_state_dict brings the units.
 
     Raises ValueError, and changes nothing, for a weight that is empty, holds NaN or inf, or does not divide into
     groups, and for layers that share a weight but not a config.
     """
     quantizers = {id(m.weight): m.quantizer for m in model.modules() if is_prepared(m)}
-    layers = []
+    layers, registered = [], set(quantizers.values())
     for name, module in model.named_modules():
         cls = _prepared_class(module)
-        choice = cls is not None and (True if filter_fn is None else filter_fn(name, module))
+        choice = cls is not None and (True if filter_fn is None else filter_fn(module, name))
         if not choice:
             continue
         layer_config = choice if isinstance(choice, PoTConfig) else config
@@ -798,9 +801,16 @@ def prepare(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn: Filter
                 f"{shown}: shares its weight with another layer, which has another PoTConfig: give both the same"
             )
         layers.append((name, module, cls, quantizer))
+    if not quantizers:
+        warnings.warn(
+            "no layer was quantized: the model has none, or filter_fn(module, name) left all out", stacklevel=2
+        )
     for _, module, cls, quantizer in layers:
         module.__class__ = cls  # a new module would lose hooks, training mode and other attributes
         module.quantizer = quantizer
+        if quantizer in registered:
+            _unregister(module, "quantizer")
+        registered.add(quantizer)
         # The fast path of nn.TransformerEncoderLayer reads weights without calling forward. A hook disables it.
         module.register_forward_pre_hook(_no_fast_path)
     return [name for name, *_ in layers]
@@ -808,6 +818,12 @@ def prepare(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn: Filter
 
 def _no_fast_path(module, inputs):
     return None
+
+
+def _unregister(layer, child):
+    # A child that layers share is registered in the first of them alone. A state_dict then holds its tensors once;
+    # safetensors, Trainer and others refuse to save tensors that share memory.
+    vars(layer)[child] = layer._modules.pop(child)
 
 
 @torch.no_grad()
@@ -821,11 +837,14 @@ def convert(model: nn.Module) -> nn.Module:
         if is_prepared(module):
             w, q = weight_matrix(module), module.quantizer
             key = id(q), id(module.weight)  # both, because a tie may have been cut since
-            if key not in packed:
+            shared = key in packed
+            if not shared:
                 check_weight(name or type(module).__name__, w, q.config)
                 packed[key] = PackedWeight.pack(w, q.unit, q.config)
             is_embedding = isinstance(module, PoTEmbedding)
             layer = PackedPoTEmbedding(packed[key]) if is_embedding else PackedPoTLinear(packed[key], module.bias)
+            if shared:
+                _unregister(layer, "packed")
             layers[module] = layer.train(module.training)
     return _replace(model, layers)
 
@@ -859,12 +878,15 @@ def packed_state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
             tensors[name] = tensor.detach()
         else:
             aliases[name] = first
-    configs, layers = [], {}
+    configs, layers, owners = [], {}, {}
     for name, module in model.named_modules():
         if is_prepared(module):
             raise ValueError(f"{name or 'the model'} is prepared, not packed: call convert first")
         if isinstance(module, (PackedPoTLinear, PackedPoTEmbedding)):
             p = module.packed
+            first = owners.setdefault(p, name)
+            if first != name:
+                aliases |= {f"{name}.packed.{part}": f"{first}.packed.{part}" for part in ("codes", "unit")}
             if p.config not in configs:
                 configs.append(p.config)
             layers[name] = {
@@ -884,6 +906,7 @@ def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: di
     """
     layers, aliases = _read_metadata(metadata)
     modules, packed, replaced = dict(model.named_modules()), {}, {}
+    shared = set()
     for name, (rows, columns), dtype, config in layers:
         module = modules.get(name)
         cls = _prepared_class(module)
@@ -892,18 +915,23 @@ def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: di
                 f"{name}: the file holds a packed layer of shape ({rows}, {columns}), the model does not: build the model "
                 "with the file's settings"
             )
-        key = aliases.get(f"{name}.packed.codes", f"{name}.packed.codes")
+        own = f"{name}.packed.codes"
+        key = aliases.get(own, own)
         if key not in packed:
             packed[key] = _empty_packed(name, rows, columns, dtype, config)
         p = packed[key]
         if (p.shape, p.config, p.dtype) != ((rows, columns), config, dtype):
             raise ValueError(f"{name} shares {key}, which is of another shape or config: the file is damaged")
         layer = PackedPoTEmbedding(p) if cls is PoTEmbedding else PackedPoTLinear(p, module.bias)
+        if key != own:
+            _unregister(layer, "packed")
+            shared |= {own, f"{name}.packed.unit"}
         replaced[module] = layer.train(module.training)
     model = _replace(model, replaced)
     for alias, target in aliases.items():
         if target not in tensors:
             raise ValueError(f"{target}, which {alias} shares, is missing: the file is incomplete or of another model")
+    aliases = {alias: target for alias, target in aliases.items() if alias not in shared}
     tensors = tensors | {alias: tensors[target] for alias, target in aliases.items()}
     for name, t in model.state_dict(keep_vars=True).items():
         if name in tensors:
@@ -916,8 +944,13 @@ def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: di
     for alias, target in aliases.items():  # assigning cuts ties
         (a, leaf), (t, target_leaf) = (n.rpartition(".")[::2] for n in (alias, target))
         setattr(model.get_submodule(a), leaf, getattr(model.get_submodule(t), target_leaf))
+    for module in model.modules() if hasattr(model, "_init_weights") else ():
+        meta = {n: b for n, b in module.named_buffers(recurse=False) if b.is_meta and b.is_floating_point()}
+        if meta and not list(module.parameters(recurse=False)):  # transformers computes these anew, as Llama's inv_freq
+            module._buffers.update({n: torch.full_like(b, torch.nan, device="cpu") for n, b in meta.items()})
+            model._init_weights(module)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta:
+        if tensor.is_meta or name not in tensors and tensor.is_floating_point() and tensor.isnan().any():
             raise ValueError(
                 f"{name} is no part of a state_dict, so a meta model cannot get it from a file: build the model without meta"
             )

@@ -49,7 +49,7 @@ def main(folder, data, path):
                 quantized = copy.deepcopy(model)
                 if "alone" in part:  # table and head are one tensor
                     quantized.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
-                prepare(quantized, config, lambda name, module, names=names: any(n in name for n in names))
+                prepare(quantized, config, lambda module, name, names=names: any(n in name for n in names))
                 if way == "GPTQ":
                     calibrate(quantized, batches)
                 row[way] = evaluate(quantized, ids)["loss"] - base

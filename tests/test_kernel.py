@@ -298,6 +298,20 @@ def test_loaded_and_copied_weights(kernel):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_activations_reach_the_kernel(kernel, dtype, monkeypatch):
+    assert kernel()
+    x, calls, linear = torch.randn(3, 128, dtype=dtype), [], pot_kernel.linear
+    layer = quantize_(nn.Linear(128, 16, bias=False)).requires_grad_(False)
+    expected = layer(x.float()).to(dtype)  # levels times units in float32, rounded once
+    layer.to(dtype)
+    monkeypatch.setattr(pot_kernel, "linear", lambda *args: calls.append(1) or linear(*args))
+    assert torch.equal(layer(x), expected) and len(calls) == 1
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), expected) and len(calls) == 2
+
+
+@needs_compiler
 def test_units_of_other_dtypes(kernel):
     """A user may cast a whole state_dict to save memory."""
     assert kernel()
@@ -640,7 +654,7 @@ def test_models_without_a_decoder(kernel):
     assert make_decoder(random_gpt(PoTConfig(bits=5), shape)) is None
     assert make_decoder(random_gpt(PoTConfig(), shape).bfloat16()) is None
     mixed = GPT(shape)
-    prepare(mixed, filter_fn=lambda name, module: "mlp" not in name)
+    prepare(mixed, filter_fn=lambda module, name: "mlp" not in name)
     assert make_decoder(convert(mixed)) is None
     kernel("off")
     assert make_decoder(random_gpt(PoTConfig(), shape)) is None

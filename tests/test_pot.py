@@ -468,6 +468,7 @@ def test_prepare_convert_save_and_load(config):
     if embeddings:
         assert clone.lm_head.quantizer is clone.transformer.wte.quantizer
         assert clone.lm_head.weight is clone.transformer.wte.weight
+        assert "lm_head.quantizer.unit" not in model.state_dict()
     loaded_state = tiny_gpt().eval()
     prepare(loaded_state, config)
     loaded_state.load_state_dict(model.state_dict())
@@ -514,7 +515,7 @@ def test_tied_gradient_is_the_sum_of_both_uses():
 def test_filter_fn_chooses_layers_and_configs():
     model = tiny_gpt()
 
-    def choose(name, module):
+    def choose(module, name):
         if isinstance(module, nn.Embedding) or name == "lm_head":
             return False
         return PoTConfig(bits=3) if "mlp" in name else True
@@ -556,7 +557,7 @@ def test_bad_weights_raise_by_name_and_change_nothing():
     assert type(m["good"]) is PoTLinear
     m = tiny_gpt()
     with pytest.raises(ValueError, match="^lm_head: shares its weight"):
-        prepare(m, filter_fn=lambda n, _: PoTConfig(bits=3) if n == "lm_head" else True)
+        prepare(m, filter_fn=lambda _, n: PoTConfig(bits=3) if n == "lm_head" else True)
     with pytest.raises(ValueError, match="max_norm"):
         prepare(nn.Embedding(5, 64, max_norm=1.0))
 
@@ -575,7 +576,16 @@ def test_hooks_training_mode_and_shared_modules_survive():
 
 def test_subclasses_are_not_prepared():
     model = nn.MultiheadAttention(64, 2)  # reads out_proj.weight without calling out_proj
-    assert prepare(model) == []
+    with pytest.warns(UserWarning, match="no layer was quantized"):
+        assert prepare(model) == []
+
+
+def test_torchaos_filter_chooses_the_same_layers():
+    model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 8))
+    pot.quantize_(model, filter_fn=lambda m, fqn: isinstance(m, nn.Linear) and fqn == "1")
+    assert isinstance(model[0], nn.Embedding) and isinstance(model[1], pot.PackedPoTLinear)
+    with pytest.warns(UserWarning, match="filter_fn\\(module, name\\) left all out"):
+        assert prepare(nn.Linear(64, 8), filter_fn=lambda m, fqn: False) == []
 
 
 def test_load_packed_rejects_bad_tensors_and_metadata():
@@ -604,7 +614,7 @@ def test_load_packed_rejects_bad_tensors_and_metadata():
             load(tensors | {name: tensors[name].int()})
     for alias in metadata["aliases"]:
         remaining = {a: t for a, t in metadata["aliases"].items() if a != alias}
-        with pytest.raises(ValueError, match="is missing|Missing key"):
+        with pytest.raises(ValueError, match="is missing|Missing key|Unexpected key"):
             load(m=metadata | {"aliases": remaining | {"unknown." + alias: metadata["aliases"][alias]}})
     with pytest.raises(ValueError, match='Unexpected key.* "stranger"'):
         load(tensors | {"stranger": torch.zeros(1)})
@@ -688,8 +698,8 @@ def test_weights_untied_after_prepare_are_packed_separately():
 
 def test_preparing_a_tied_partner_later_shares_the_quantizer():
     model = tiny_gpt()
-    prepare(model, filter_fn=lambda n, _: n == "lm_head")
-    prepare(model, filter_fn=lambda n, _: n == "transformer.wte")
+    prepare(model, filter_fn=lambda _, n: n == "lm_head")
+    prepare(model, filter_fn=lambda _, n: n == "transformer.wte")
     assert model.lm_head.quantizer is model.transformer.wte.quantizer
 
 

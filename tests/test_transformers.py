@@ -1,0 +1,306 @@
+"""extras/pot_transformers.py, and what a user of transformers does with prepared and packed models."""
+
+import copy
+import json
+import math
+import os
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pot
+from pot import PoTConfig, convert, prepare, quantize_
+
+transformers = pytest.importorskip("transformers")
+from safetensors import safe_open  # noqa: E402
+
+from extras.pot_transformers import PoTQuantizationConfig, attach_quantizer, model_card  # noqa: E402
+
+IDS = torch.arange(1, 25).view(2, 12)
+TEXTS = ["the cat sat on the mat and the dog ran to the cat . " * 30, "a dog and a cat sat . the mat ran . " * 30]
+
+
+def llama(tied, dtype=torch.float32):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=80, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        initializer_range=0.2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).to(dtype).eval()
+
+
+def gpt2():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=2, n_embd=64, n_head=2, n_positions=32, vocab_size=80, bos_token_id=1, eos_token_id=2
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of float models, with a tokenizer of words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = sorted({word for text in TEXTS for word in text.split()})
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["[UNK]", *words])}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[UNK]")
+    root = tmp_path_factory.mktemp("float")
+    models = {"tied": llama(True), "untied": llama(False), "bfloat16": llama(True, torch.bfloat16), "gpt2": gpt2()}
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root
+
+
+def load(folder, **kwargs):
+    return transformers.AutoModelForCausalLM.from_pretrained(str(folder), **kwargs)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "bfloat16", "gpt2"])
+def test_quantize_while_loading_save_and_load(folders, tmp_path, name):
+    model = load(folders / name, quantization_config=PoTQuantizationConfig(terms=2, group_size=32))
+    float_model = load(folders / name)
+    expected = quantize_(copy.deepcopy(float_model), PoTConfig(terms=2, group_size=32))
+    assert torch.equal(logits(model), logits(expected)) and model.dtype == float_model.dtype
+    assert model.num_parameters() == float_model.num_parameters()
+    assert model.num_parameters(exclude_embeddings=True) == float_model.num_parameters(exclude_embeddings=True)
+    model.save_pretrained(tmp_path / "packed")
+    with safe_open(tmp_path / "packed" / "model.safetensors", "pt") as f:
+        names = set(f.keys())
+    assert names == set(pot.packed_state(expected)[0])
+    saved = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert (saved["quant_method"], saved["bits"], saved["terms"]) == ("pot", 4, 2) and "calibrate" not in saved
+    loaded = load(tmp_path / "packed")
+    assert torch.equal(logits(loaded), logits(model)) and loaded.num_parameters() == model.num_parameters()
+    assert not any(isinstance(m, (nn.Linear, nn.Embedding)) for m in loaded.modules())
+    loaded.tie_weights()
+    if name != "untied":
+        head, table = loaded.get_output_embeddings(), loaded.get_input_embeddings()
+        assert head.packed is table.packed
+    prompt = IDS[:1, :4]
+    text = loaded.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
+    clone = copy.deepcopy(loaded)
+    clone.save_pretrained(tmp_path / "again", max_shard_size="10KB")
+    assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+    assert torch.equal(load(tmp_path / "again").generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False), text)  # fmt: skip
+
+
+def test_loading_a_packed_model_makes_no_float_copy(folders, tmp_path, monkeypatch):
+    load(folders / "tied", quantization_config=PoTQuantizationConfig()).save_pretrained(tmp_path)
+
+    class Largest(TorchDispatchMode):
+        floats = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            if isinstance(out, torch.Tensor) and out.is_floating_point() and not out.is_meta:
+                self.floats = max(self.floats, out.numel())
+            return out
+
+    with Largest() as largest:
+        load(tmp_path)
+    assert 0 < largest.floats < 64 * 64  # the smallest matrix
+
+
+def test_units_that_float16_cannot_hold_stay_float32(folders, tmp_path):
+    model = load(folders / "untied")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1e-6)
+    for stage in (prepare, convert):
+        stage(model)
+        attach_quantizer(model).save_pretrained(tmp_path / stage.__name__)
+        loaded = load(tmp_path / stage.__name__)
+        layer = loaded.model.layers[0].mlp.up_proj
+        assert (layer.quantizer if stage is prepare else layer.packed).unit.dtype == torch.float32
+        assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_modules_to_not_convert(folders, tmp_path, name):
+    config = PoTQuantizationConfig(modules_to_not_convert=["lm_head", "mlp.down_proj"], layers={"model.layers.0.mlp.up_proj": {"bits": 3}})  # fmt: skip
+    model = load(folders / name, quantization_config=config)
+    assert type(model.lm_head) is nn.Linear and type(model.model.layers[1].mlp.down_proj) is nn.Linear
+    assert model.model.layers[0].mlp.up_proj.packed.config.bits == 3
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+    saved = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert saved["modules_to_not_convert"] == ["lm_head", "mlp.down_proj"]
+
+
+def test_calibrate_lowers_the_loss_and_the_card_reports_it(folders, tmp_path):
+    config = PoTQuantizationConfig(bits=3, calibrate=TEXTS)
+    model = load(folders / "tied", quantization_config=config)
+    losses = model.config.quantization_config.losses
+    assert losses["tokens"] > 50 and 0 < losses["float"] < 100 and losses["quantized"] != losses["float"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folders / "tied"))
+    ids = torch.tensor([i for text in TEXTS for i in tokenizer(text)["input_ids"]])
+    size = min(64, len(ids) // 16)
+    windows = ids[: len(ids) // size * size].view(-1, size)[-math.ceil(len(ids) // size / 8) :]
+    with torch.no_grad():
+        expected = load(folders / "tied")(windows, labels=windows).loss.item()
+        packed = model(windows, labels=windows).loss.item()
+    assert losses["float"] == pytest.approx(expected, rel=1e-4) and losses["quantized"] == pytest.approx(
+        packed, rel=1e-3
+    )
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    for line in ("base_model: tied", "base_model_relation: quantized", "library_name: transformers"):
+        assert line in card
+    assert f"{losses['quantized']:.4f} quantized" in card and str(folders) not in card
+    (tmp_path / "README.md").write_text("mine")
+    load(tmp_path).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert f"{losses['float']:.4f} in float" in model_card(load(tmp_path)).content
+    with pytest.raises(ValueError, match="pass more text"):
+        load(folders / "tied", quantization_config=PoTQuantizationConfig(calibrate=["the cat"]))
+
+
+def test_push_to_hub_uploads_the_packed_folder(folders, monkeypatch):
+    from huggingface_hub.errors import EntryNotFoundError
+    from transformers.utils import hub
+
+    class Api:
+        def create_repo(self, repo_id, **kwargs):
+            return type("Repo", (), {"repo_id": repo_id})
+
+    uploaded = {}
+
+    def upload(self, folder, repo_id, **kwargs):
+        uploaded[repo_id] = sorted(os.listdir(folder))
+
+    def no_card(*args, **kwargs):
+        raise EntryNotFoundError("no card")
+
+    monkeypatch.setattr(hub, "hf_api", Api)
+    monkeypatch.setattr(hub.ModelCard, "load", no_card)
+    monkeypatch.setattr(transformers.PreTrainedModel, "_upload_modified_files", upload)
+    load(folders / "tied", quantization_config=PoTQuantizationConfig()).push_to_hub("me/tied-pot")
+    assert {"README.md", "config.json", "model.safetensors"} <= set(uploaded["me/tied-pot"])
+
+
+def test_models_made_in_memory(folders, tmp_path):
+    model = load(folders / "tied")
+    with pytest.raises(ValueError, match="call prepare first"):
+        attach_quantizer(model)
+    prepare(
+        model, PoTConfig(), lambda m, name: PoTConfig(terms=2) if "layers.1" in name else "layers.0.mlp" not in name
+    )
+    convert(model)
+    attach_quantizer(model).save_pretrained(tmp_path / "mixed")
+    loaded = load(tmp_path / "mixed")
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.model.layers[1].mlp.up_proj.packed.config.terms == 2
+    apart = load(folders / "tied")
+    prepare(apart)
+    apart.lm_head.weight = nn.Parameter(apart.lm_head.weight * 2)
+    with pytest.raises(ValueError, match="tie_word_embeddings = False"):
+        attach_quantizer(convert(apart))
+    apart.config.tie_word_embeddings = False
+    attach_quantizer(apart).save_pretrained(tmp_path / "apart")
+    assert torch.equal(logits(load(tmp_path / "apart")), logits(apart))
+
+
+def test_bad_config_is_refused(folders):
+    with pytest.raises(ValueError, match="choose one of"):
+        PoTQuantizationConfig(bits=9)
+    with pytest.raises(ValueError, match="group_size 48 does not divide"):
+        load(folders / "tied", quantization_config=PoTQuantizationConfig(group_size=48))
+
+
+# --- prepared models: Trainer, PEFT ---
+
+
+def units(model):
+    return {n: b for n, b in model.named_buffers() if n.endswith("quantizer.unit")}
+
+
+def trainer(model, folder, **kwargs):
+    data = [{"input_ids": torch.randint(80, (12,), generator=torch.Generator().manual_seed(i))} for i in range(32)]
+    data = [d | {"labels": d["input_ids"]} for d in data]
+    settings = dict(
+        max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2, save_steps=2, eval_steps=2, eval_strategy="steps",
+        load_best_model_at_end=True, save_total_limit=3, report_to=[], use_cpu=True, seed=1, disable_tqdm=True,
+    )  # fmt: skip
+    settings = transformers.TrainingArguments(output_dir=str(folder), **settings | kwargs)
+    return transformers.Trainer(model, settings, train_dataset=data, eval_dataset=data[:8])
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_trainer_trains_saves_resumes_and_loads_the_best(folders, tmp_path, attached):
+    pytest.importorskip("accelerate")
+
+    def build():
+        if attached:
+            config = PoTQuantizationConfig(terms=2, prepared=True)
+            return load(folders / "tied", quantization_config=config)
+        model = load(folders / "tied")
+        prepare(model, PoTConfig(terms=2))
+        return model
+
+    model = build()
+    before, start = units(model), copy.deepcopy(model.state_dict())
+    assert model.num_parameters() == load(folders / "tied").num_parameters()
+    run = trainer(model, tmp_path / "run")
+    run.train()
+    assert "checkpoint" in run.state.best_model_checkpoint
+    trained = model.state_dict()
+    assert not torch.equal(trained["lm_head.weight"], start["lm_head.weight"])
+    assert all(torch.equal(b, units(model)[n]) for n, b in before.items())
+    resumed = build()
+    trainer(resumed, tmp_path / "resumed").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert all(torch.equal(t, trained[n]) for n, t in resumed.state_dict().items())
+    assert resumed.lm_head.weight is resumed.model.embed_tokens.weight
+    run.save_model(str(tmp_path / "prepared"))
+    if attached:
+        loaded = load(tmp_path / "prepared")
+        assert all(torch.equal(b, units(loaded)[n]) for n, b in before.items())
+        fresh = pot.compute_unit(loaded.lm_head.weight, PoTConfig(terms=2))
+        assert not torch.equal(fresh, loaded.lm_head.quantizer.unit)  # training moved the weight, not its unit
+        assert torch.equal(logits(loaded), logits(model)) and not (tmp_path / "prepared" / "README.md").exists()
+        convert(loaded).save_pretrained(tmp_path / "packed")
+        packed = load(tmp_path / "packed")
+        assert torch.equal(logits(packed), logits(loaded)) and packed.num_parameters() == model.num_parameters()
+        with pytest.raises(ValueError, match="fine-tuning on purely quantized"):
+            trainer(packed, tmp_path / "no")
+
+
+def test_peft_trains_lora_on_a_prepared_model(folders, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = load(folders / "tied", quantization_config=PoTQuantizationConfig(prepared=True))
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    before = logits(model)
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    assert isinstance(model.model.layers[0].mlp.up_proj.base_layer, pot.PoTLinear)
+    assert torch.equal(logits(lora), before)  # B starts at zero
+    trainer(lora, tmp_path / "run", load_best_model_at_end=False).train()
+    after = logits(lora.eval())
+    assert not torch.equal(after, before)
+    lora.save_pretrained(tmp_path / "adapter")
+    assert os.path.getsize(tmp_path / "adapter" / "adapter_model.safetensors") < 20_000
+    again = load(folders / "tied", quantization_config=PoTQuantizationConfig(prepared=True))
+    again = peft.PeftModel.from_pretrained(again, str(tmp_path / "adapter"))
+    assert torch.equal(logits(again), after)
+    base = again.unload()
+    assert all(torch.equal(p, weights[n]) for n, p in base.named_parameters())
+
+
+# --- pot.py without the plug-in ---
+
+
+def test_load_packed_fills_the_buffers_of_a_meta_llama():
+    model = quantize_(llama(True))
+    with torch.device("meta"):
+        empty = llama(True)
+    loaded = pot.load_packed(empty, *pot.packed_state(model))
+    assert torch.equal(logits(loaded.eval()), logits(model))
