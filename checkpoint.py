@@ -297,7 +297,7 @@ def model_of(state: TrainingState, quantized: bool = True) -> GPT:
 def prepare_gpt(model: GPT, pot: PoTConfig, table: PoTConfig | None) -> None:
     """pot.prepare with another config for the embeddings and the head, if table is given. Raises ValueError as it does."""
     tables = ("transformer.wte", "transformer.wpe", "lm_head")
-    prepare(model, pot, lambda name, module: table if table and name in tables else True)
+    prepare(model, pot, lambda module, name: table if table and name in tables else True)
 
 
 def make_decoder(model: GPT) -> Decoder | None:
