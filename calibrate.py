@@ -35,6 +35,8 @@ from pot import PoTConfig, PoTEmbedding, PoTQuantizer, check_weight, compute_uni
 DAMPING = 0.01
 # The same for a tied table. Its rows are also looked up as they are, where no other feature makes up for an error.
 TABLE_DAMPING = 0.1
+RECORDED = 4  # batches that show which layers a model calls
+SWEEPS = 2  # of coordinate descent after GPTQ; more lower the error by less than 1 %
 
 
 @torch.no_grad()
@@ -48,8 +50,8 @@ def calibrate(
     a forward pass of the model and of its copy hold in one place.
     progress(done, total) is called after each set of layers.
 
-    First come embeddings and weights that several layers share (a tied head). Weighted least squares gives them new
-    units, and GPTQ gives codes to those that a linear layer uses. Then come linear layers in the order of execution.
+    First come embeddings and weights that several layers share (a tied head), then linear layers in the order of
+    execution. Weighted least squares gives new units, and GPTQ gives codes to what a linear layer uses.
     Afterwards `weight` holds compensated values that are not rounded yet; the layer's own rounding gives the codes. So
     convert the model, or train on. An eighth of the rows that a layer sees is kept aside. A layer that the batches do
     not reach, or whose error on these rows would grow, stays as it was. If the whole model's error there would grow,
@@ -82,7 +84,7 @@ def calibrate(
         sets, calls, importance, last = _record(reference, batches, {t: layer for layer, t in twins.items()}, shared)
         for q, moment in importance.items():
             _check_finite(names[shared[q][0]], moment)
-        checked = range(0, len(batches), max(1, len(batches) // 2)) if last else ()  # batches that check the model
+        checked = range(0, len(batches), -(-len(batches) // 2)) if last else ()  # batches that check the model
         rounded = [_inputs(model, batches[i], last, calls.get((i, last))) for i in checked]
         for q, moment in importance.items():
             calibrate_shared(weight_matrix(shared[q][0]), q, moment)
@@ -316,7 +318,8 @@ def _inputs(model, batch, layer, limit):
 
 
 def _record(model, batches, layers, shared):
-    """Runs model once over all batches. layers: {module that runs: the layer that it stands for}.
+    """Runs model over the batches, or over RECORDED of them if these call the layers equally often: then all others are
+    taken to do so. layers: {module that runs: the layer that it stands for}.
 
     Returns (sets, calls, importance, last):
     sets: lists of layers with the same inputs, in the order of execution;
@@ -326,7 +329,7 @@ def _record(model, batches, layers, shared):
     """
     inputs_of, calls, importance, number, seen, last = {}, {}, {}, 0, None, None
     before, previous = {}, None  # {layer: layers that run just before it}; a batch need not call all layers
-    first = counts = {}  # {layer: calls} of the first batch and of this one
+    first, counts, same = {}, {}, True  # {layer: calls} of the first batch and of this one; are all equal?
 
     def record(module, inputs):
         nonlocal number, seen, previous, last
@@ -353,11 +356,15 @@ def _record(model, batches, layers, shared):
     hooks = [module.register_forward_pre_hook(record) for module in layers]
     try:
         for i, batch in enumerate(batches):
+            if i >= RECORDED and same:
+                calls |= {(i, layer): n for layer, n in first.items()}
+                continue
             previous, counts = None, {}
             first = counts if i == 0 else first
             with contextlib.suppress(_Stop):
                 _call(model, batch)
             calls |= {(i, layer): n for layer, n in counts.items()}
+            same = same and counts == first
     finally:
         for hook in hooks:
             hook.remove()
@@ -458,10 +465,14 @@ def calibrate_layer(layer: nn.Module, fitted: torch.Tensor, aside: torch.Tensor)
     before = error()
     if before == 0:
         return before, before
-    w.copy_(gptq((old + correction(old, fitted, aside)).to(w.dtype), q.unit, q.config, fitted[0]))
+    target, squares, unit = (old + correction(old, fitted, aside)).to(w.dtype), fitted[0].diagonal(), q.unit
+    if q.config.scale == "mse":  # an input feature counts by its mean square
+        q.unit = compute_unit(target, q.config, squares + DAMPING * squares.mean())
+    w.copy_(gptq(target, q.unit, q.config, fitted[0]))
     after = error()
     if not after < before:
         w.copy_(kept)
+        q.unit = unit
     return before, min(before, after)
 
 
@@ -486,11 +497,12 @@ def correction(w: torch.Tensor, fitted: torch.Tensor, aside: torch.Tensor) -> to
 
 
 def gptq(w: torch.Tensor, unit: torch.Tensor, config: PoTConfig, moment: torch.Tensor) -> torch.Tensor:
-    """w (out, in), with the errors of features rounded earlier made up for, in w's dtype; not rounded itself.
+    """w (out, in), with the errors of other features made up for, in w's dtype; not rounded itself.
 
-    moment: (in, in), sum of x x^T. Features come in the order of their mean squares, largest first: rounding those
-    costs most, and most features are left to make up for it. Units are fixed before ("static groups"), so the features
-    of a group need not be neighbours in that order.
+    moment: (in, in), sum of x x^T. GPTQ goes through the features in the order of their mean squares, largest first:
+    rounding those costs most, and most features are left to make up for it. Then SWEEPS of coordinate descent choose each
+    code again, given all others, so that early features make up for later ones, too. Units are fixed before ("static groups"), so
+    the features of a group need not be neighbours in that order.
     """
     n = w.shape[1]
     order = moment.diagonal().argsort(descending=True)
@@ -499,19 +511,33 @@ def gptq(w: torch.Tensor, unit: torch.Tensor, config: PoTConfig, moment: torch.T
     factor = torch.linalg.cholesky(hessian.flip(0, 1))
     eye = torch.eye(n, dtype=factor.dtype, device=factor.device)
     u = torch.linalg.solve_triangular(factor, eye, upper=False).flip(0, 1).float().to(w.device)
+    hessian = hessian.float().to(w.device)
     units = unit.float().t().expand(-1, len(w)).contiguous()  # (groups, out)
     group = order // (n // len(units))
-    left = w.float().t()[order]  # (in, out): the weights of a feature lie side by side
-    result = torch.empty_like(left)
+    target = w.float().t()[order]  # (in, out): the weights of a feature lie side by side
+    left, result, rounded = target.clone(), torch.empty_like(target), torch.empty_like(target)
+
+    def choose(i, value):
+        result[i] = value.to(w.dtype)
+        own = units[group[i]]
+        rounded[i] = config.round_(result[i] / own) * own
+
     for start in range(0, n, 128):  # one large product for features beyond the block is faster than many small ones
         end = min(start + 128, n)
         errors = left.new_empty(end - start, len(w))
         for i in range(start, end):
-            column, own = left[i].to(w.dtype).float(), units[group[i]]
-            result[i] = column
-            errors[i - start] = (column - config.round_(column / own) * own) / u[i, i]
+            choose(i, left[i])
+            errors[i - start] = (result[i] - rounded[i]) / u[i, i]
             left[i + 1 : end].addr_(u[i, i + 1 : end], errors[i - start], alpha=-1)
         left[end:].addmm_(u[start:end, end:].t(), errors, alpha=-1)
+    for _ in range(SWEEPS):
+        for start in range(0, n, 128):
+            end = min(start + 128, n)
+            slope = hessian[start:end] @ (target - rounded)  # of the squared error, halved
+            for i in range(start, end):
+                before = rounded[i].clone()
+                choose(i, before + slope[i - start] / hessian[i, i])
+                slope[i + 1 - start :].addr_(hessian[i + 1 : end, i], before - rounded[i])
     return result[order.argsort()].t().to(w.dtype)
 
 

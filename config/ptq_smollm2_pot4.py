@@ -15,6 +15,7 @@ dataset = "openwebtext-smollm2"
 pot_bits = 4
 pot_granularity = "group"
 pot_group_size = 64
+table_terms = 2
 calibrate_tokens = 16384
 
 max_iters = 0

@@ -27,27 +27,41 @@ CONFIGS = [
 
 
 def gptq(w, unit, config, moment):
-    """Quantizes w (out, in) column by column, given the inputs' second moment (in, in). Returns float64 (out, in)."""
-    dtype = w.dtype
+    """Quantizes w (out, in) column by column, given the inputs' second moment (in, in), then each column again, given all
+    others. Returns float64 (out, in)."""
+    dtype, target = w.dtype, w.double()
     w, hessian = w.double().clone(), moment.double() + 0.01 * moment.double().diagonal().mean() * torch.eye(len(moment))
     levels = torch.tensor(config.levels(), dtype=torch.float64)
     levels = torch.cat([-levels.flip(0), levels])
     remaining = moment.diagonal().argsort(descending=True).tolist()
-    size = w.shape[1] // unit.shape[1]
-    while remaining:
-        j, inverse = remaining[0], torch.linalg.inv(hessian[remaining][:, remaining])
+    size, order = w.shape[1] // unit.shape[1], remaining
+
+    def nearest(column, j):
         u = unit.double()[:, j // size].expand(len(w))
-        column = w[:, j].to(dtype).double()  # the layer stores this dtype
+        column = column.to(dtype).double()  # the layer stores this dtype
         if config.grid == "paper":  # rounds to integers, then in the log domain
             a = (column / u).abs().round()
-            q = torch.where(a > 0, torch.exp2(a.log2().round()).clamp(max=config.top), 0) * column.sign() * u
-        else:
-            q = levels[(column[:, None] / u[:, None] - levels).abs().argmin(1)] * u
+            return torch.where(a > 0, torch.exp2(a.log2().round()).clamp(max=config.top), 0) * column.sign() * u
+        return levels[(column[:, None] / u[:, None] - levels).abs().argmin(1)] * u
+
+    while remaining:
+        j, inverse = remaining[0], torch.linalg.inv(hessian[remaining][:, remaining])
+        column = w[:, j].to(dtype).double()
+        q = nearest(column, j)
         error = (column - q) / inverse[0, 0]
         w[:, remaining] -= error[:, None] * inverse[0]
         w[:, j] = q
         remaining = remaining[1:]
+    for j in order * calibrate_module.SWEEPS:
+        others = [k for k in order if k != j]  # the least squared error is where its derivative by column j is zero
+        best = target[:, j] + (target - w)[:, others] @ hessian[others, j] / hessian[j, j]
+        w[:, j] = nearest(best, j)
     return w
+
+
+def unit_of(w, config, moment):
+    squares = moment.diagonal().float()
+    return compute_unit(w, config, squares + 0.01 * squares.mean()) if config.scale == "mse" else compute_unit(w, config)
 
 
 def split(x, turn=0):
@@ -67,18 +81,19 @@ def test_one_layer_against_float64(config, n):
     torch.manual_seed(0)
     layer, x = nn.Sequential(nn.Linear(n, 24)), correlated_inputs(n, 2000)
     prepare(layer, config)
-    w, unit = layer[0].weight.detach().clone(), layer[0].quantizer.unit
+    w, old_unit = layer[0].weight.detach().clone(), layer[0].quantizer.unit
     ((before, after),) = calibrate(layer, [x]).values()
     fitted, aside = split(x.double())
+    unit = unit_of(w, config, fitted.t() @ fitted)
     expected = gptq(w, unit, config, fitted.t() @ fitted)
     actual = layer[0].quantizer(layer[0].weight).detach().double()
     assert (actual - expected).abs().lt(1e-5).float().mean() > 0.995  # ties may round either way
-    rounded = pot.fake_quantize(w, unit, config)
+    rounded = pot.fake_quantize(w, old_unit, config)
     errors = [((aside @ (w - q).double().t()) ** 2).sum().item() for q in (rounded, actual)]
     total = ((aside @ w.double().t()) ** 2).sum().item()
     assert before == pytest.approx(errors[0] / total, rel=1e-3) and after == pytest.approx(errors[1] / total, rel=1e-3)
     assert after < before
-    assert torch.equal(layer[0].quantizer.unit, unit)
+    assert torch.allclose(layer[0].quantizer.unit, unit)
     # calibrate leaves weights unrounded. The layer's own rounding gives the codes, and packing keeps them.
     assert not torch.equal(layer[0].weight, layer[0].quantizer(layer[0].weight))
     y = layer(x)
@@ -242,10 +257,11 @@ def test_layer_in_bfloat16_against_float64():
     layer, x = nn.Sequential(nn.Linear(96, 200)).bfloat16(), correlated_inputs(96).bfloat16()
     config = PoTConfig(terms=2, group_size=32)
     prepare(layer, config)
-    w, unit = layer[0].weight.detach().clone(), layer[0].quantizer.unit
+    w = layer[0].weight.detach().clone()
     calibrate(layer, [x])
     fitted, _ = split(x.double())
-    expected = gptq(w, unit, config, fitted.t() @ fitted).bfloat16()
+    moment = fitted.t() @ fitted
+    expected = gptq(w, unit_of(w, config, moment), config, moment).bfloat16()
     assert (layer[0].quantizer(layer[0].weight) == expected).float().mean() > 0.995
 
 
@@ -266,11 +282,11 @@ def test_finished_modules_are_not_computed_again(monkeypatch):
     rows, gelu = pot.PoTQuantizer.rows, F.gelu
     monkeypatch.setattr(pot.PoTQuantizer, "rows", lambda *a: calls.append("embedding") or rows(*a))
     monkeypatch.setattr(F, "gelu", lambda *a, **k: calls.append("gelu") or gelu(*a, **k))
-    calibrate(model, [torch.randint(65, (8, 16))] * 3)
-    # 3 batches, 2 tables, 5 blocks, 4 passes: the first pass, one to see how far rounding takes the model, and one pass
-    # of the float model and of the quantized model, which go on after each set of layers.
-    assert calls.count("embedding") == 3 * 2 * 4
-    assert calls.count("gelu") == 3 * 5 * 4
+    calibrate(model, [torch.randint(65, (8, 16))] * 6)
+    # 2 tables, 5 blocks. RECORDED of 6 batches have a first pass, 2 have one to see how far rounding takes the model. All
+    # have a pass of the float model and of the quantized model, which go on after each set of layers.
+    assert calls.count("embedding") == (4 + 2 + 6 * 2) * 2
+    assert calls.count("gelu") == (4 + 2 + 6 * 2) * 5
 
 
 def run(net, batch):
@@ -322,18 +338,21 @@ def calibrate_reference(net, batches, order, float_net=None):
             share *= min(1, (1 - ((missed - share * added) ** 2).sum() / (missed**2).sum()).item())
             w = w + share * delta.t()
         with torch.no_grad():
-            target = gptq(w.float(), layer.quantizer.unit, layer.quantizer.config, moment)
-            w = layer.weight.detach().double()
-            rounded = layer.quantizer(layer.weight).detach().double()
-            errors = [((y_aside @ w.t() - x_aside @ q.double().t()) ** 2).sum() for q in (target, rounded)]
-            layer.weight.copy_(target if errors[0] < errors[1] else layer.weight)
+            config, unit = layer.quantizer.config, unit_of(w.float(), layer.quantizer.config, moment)
+            target, rounded = gptq(w.float(), unit, config, moment), layer.quantizer(layer.weight).double()
+            w = layer.weight.double()
+            errors = [((y_aside @ w.t() - x_aside @ q.t()) ** 2).sum() for q in (target, rounded)]
+            if errors[0] < errors[1]:
+                layer.quantizer.unit = unit
+                layer.weight.copy_(target)
 
 
 def assert_same_weights(actual_net, expected_net, names):
+    """Most are the same: where two units or codes are almost equally good, float32 and float64 may choose another."""
     for name in names:
         layer, expected = actual_net.get_submodule(name), expected_net.get_submodule(name)
         expected = expected.quantizer(expected.weight)
-        assert (layer.quantizer(layer.weight) - expected).abs().lt(1e-4).float().mean() > 0.99, name
+        assert (layer.quantizer(layer.weight) - expected).abs().lt(1e-4).float().mean() > 0.95, name
 
 
 def test_model_against_reference(monkeypatch):
@@ -349,8 +368,7 @@ def test_model_against_reference(monkeypatch):
     net(x)
     hook.remove()
     moment = torch.cat(head_inputs).double().t() @ torch.cat(head_inputs).double()
-    square = moment.diagonal().float()
-    reference.emb.quantizer.unit = compute_unit(reference.emb.weight, config, square + 0.01 * square.mean())
+    reference.emb.quantizer.unit = unit_of(reference.emb.weight, config, moment)
     moment.diagonal().add_(0.1 * moment.diagonal().mean())
     float_net = copy.deepcopy(reference)
     with torch.no_grad():
