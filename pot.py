@@ -37,21 +37,29 @@ to matter).
 Sections: grid, scale, fake quantization, layers, packing, prepare and convert, state.
 """
 
+import importlib
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-try:
-    if __package__:  # this file is part of a package
-        from . import pot_kernel
-    else:
-        import pot_kernel
+pot_kernel: Any
+try:  # beside this file, which may be part of a package
+    pot_kernel = importlib.import_module(f"{__package__}.pot_kernel" if __package__ else "pot_kernel")
 except ImportError:  # this file was copied alone
     pot_kernel = None
+
+__version__ = "0.1.0"
+__all__ = [
+    "FakeQuantize", "PackedPoTEmbedding", "PackedPoTLinear", "PackedWeight", "PoTConfig", "PoTConv1D", "PoTEmbedding",
+    "PoTLinear", "PoTQuantizer", "allow_int8_activations", "check_weight", "compute_unit", "convert", "fake_quantize",
+    "fake_quantize_activations", "is_prepared", "load_packed", "pack_codes", "packed_state", "prepare", "quantize_",
+    "row_blocks", "sqnr", "unpack_codes", "weight_matrix",
+]  # fmt: skip
 
 # -----------------------------------------------------------------------------
 # Grid: the values that a weight may take
@@ -667,8 +675,8 @@ class PackedWeight(_WithUnit):
         """How pot_kernel takes layer inputs: 0: float32; 1: 8 bits, per token; 2: 8 bits, per 64 features."""
         return 1 if self.config.act_bits else 2 if self.int8_activations else 0
 
-    def kernel_weight(self) -> "pot_kernel.Weight":
-        """This weight as pot_kernel takes it, where on_kernel is true. It is kept: making it takes as long as a product."""
+    def kernel_weight(self) -> Any:
+        """This weight as a pot_kernel.Weight, where on_kernel is true. It is kept: making it takes as long as a product."""
         kept = self._kernel_weight
         # load_state_dict(assign=True) and `.data =` put other tensors in place of these.
         if kept is None or kept.key != (self.codes.data_ptr(), self.unit.data_ptr(), self.activations):

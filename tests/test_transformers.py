@@ -4,6 +4,8 @@ import copy
 import json
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -304,3 +306,52 @@ def test_load_packed_fills_the_buffers_of_a_meta_llama():
         empty = llama(True)
     loaded = pot.load_packed(empty, *pot.packed_state(model))
     assert torch.equal(logits(loaded.eval()), logits(model))
+
+
+# --- FSDP ---
+
+STEP = """
+import sys, torch, torch.nn as nn
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+import pot
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 50, bias=False))
+model[3].weight = model[0].weight
+pot.prepare(model, pot.PoTConfig(group_size=32))
+ids = torch.randint(50, (8, 6))
+if rank >= 0:
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    fully_shard(model[1], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    ids = ids[4 * rank : 4 * rank + 4]
+optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+for _ in range(2):
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+    optimizer.step()
+state = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in model.state_dict().items()}
+if rank <= 0:
+    torch.save(state, f"{folder}/{'alone' if rank else 'sharded'}.pt")
+if rank >= 0:
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes_of_fsdp_take_the_steps_of_one(tmp_path):
+    if not torch.distributed.is_available():
+        pytest.skip("torch without distributed")
+    env = os.environ | {"PYTHONPATH": os.path.dirname(pot.__file__)}
+    args = [[sys.executable, "-c", STEP, str(rank), str(tmp_path)] for rank in (-1, 0, 1)]
+    processes = [subprocess.Popen(a, env=env, stderr=subprocess.PIPE, text=True) for a in args]
+    messages = [p.communicate(timeout=600)[1] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0, 0], messages
+    alone, sharded = (torch.load(tmp_path / f"{name}.pt") for name in ("alone", "sharded"))
+    assert alone.keys() == sharded.keys() and "3.quantizer.unit" not in alone
+    assert all(torch.allclose(t, sharded[n], atol=1e-6) for n, t in alone.items())
