@@ -78,7 +78,7 @@ def mutate(file: str) -> str:
     for i, m in enumerate(MUTANTS, 1):
         if m.file != file:
             continue
-        (before, whole, after), place = m.place.replace("»", "«").split("«"), m.place.replace("«", "").replace("»", "")
+        (before, whole, _), place = m.place.replace("»", "«").split("«"), m.place.replace("«", "").replace("»", "")
         if text.count(place) != 1:
             raise ValueError(f"{m.name}: {file} holds {text.count(place)} times, not once: {place}")
         start = text.index(place) + len(before)
