@@ -58,7 +58,7 @@ WAYS = {
     "float32": dict.fromkeys(("eager", "oneDNN", "compiled"), 1e-4),
     "bfloat16": dict.fromkeys(("eager", "oneDNN", "compiled"), 0.05),
     "int8": dict.fromkeys([e for e in ("x86", "onednn") if e in ENGINES] or ENGINES[-1:], 0.25),
-    **dict.fromkeys(PACKED, {"float32": 1e-3, "int8": 0.05}),  # the decode step keeps keys and values in float16
+    **dict.fromkeys(PACKED, {"float32": 1e-3, "int8": 0.1}),  # the decode step keeps keys and values in float16
 }
 LLAMA = ("Q4_0", "IQ4_NL", "Q4_K", "MXFP4", "Q8_0", "F32")  # llama.cpp's formats
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)  # of inputs of single layers

@@ -513,32 +513,36 @@ def gptq(w: torch.Tensor, unit: torch.Tensor, config: PoTConfig, moment: torch.T
     u = torch.linalg.solve_triangular(factor, eye, upper=False).flip(0, 1).float().to(w.device)
     hessian = hessian.float().to(w.device)
     units = unit.float().t().expand(-1, len(w)).contiguous()  # (groups, out)
-    group = order // (n // len(units))
+    group = (order // (n // len(units))).tolist()
     target = w.float().t()[order]  # (in, out): the weights of a feature lie side by side
-    left, result, rounded = target.clone(), torch.empty_like(target), torch.empty_like(target)
+    value, rounded = target.clone(), torch.empty_like(target)  # not rounded yet, and rounded
 
-    def choose(i, value):
-        result[i] = value.to(w.dtype)
+    def choose(i):
+        if w.dtype != torch.float32:  # the layer stores this dtype
+            value[i] = value[i].to(w.dtype)
         own = units[group[i]]
-        rounded[i] = config.round_(result[i] / own) * own
+        torch.mul(config.round_(value[i] / own), own, out=rounded[i])
 
+    scales = u.diagonal().tolist()
     for start in range(0, n, 128):  # one large product for features beyond the block is faster than many small ones
         end = min(start + 128, n)
-        errors = left.new_empty(end - start, len(w))
+        errors = value.new_empty(end - start, len(w))
         for i in range(start, end):
-            choose(i, left[i])
-            errors[i - start] = (result[i] - rounded[i]) / u[i, i]
-            left[i + 1 : end].addr_(u[i, i + 1 : end], errors[i - start], alpha=-1)
-        left[end:].addmm_(u[start:end, end:].t(), errors, alpha=-1)
+            choose(i)
+            error = torch.sub(value[i], rounded[i], out=errors[i - start]).div_(scales[i])
+            value[i + 1 : end].addr_(u[i, i + 1 : end], error, alpha=-1)
+        value[end:].addmm_(u[start:end, end:].t(), errors, alpha=-1)
+    curvatures = hessian.diagonal().tolist()
     for _ in range(SWEEPS):
         for start in range(0, n, 128):
             end = min(start + 128, n)
             slope = hessian[start:end] @ (target - rounded)  # of the squared error, halved
             for i in range(start, end):
                 before = rounded[i].clone()
-                choose(i, before + slope[i - start] / hessian[i, i])
-                slope[i + 1 - start :].addr_(hessian[i + 1 : end, i], before - rounded[i])
-    return result[order.argsort()].t().to(w.dtype)
+                torch.add(before, slope[i - start], alpha=1 / curvatures[i], out=value[i])
+                choose(i)
+                slope[i + 1 - start :].addr_(hessian[i + 1 : end, i], before.sub_(rounded[i]))
+    return value[order.argsort()].t().to(w.dtype)
 
 
 def damped(moment: torch.Tensor, share: float) -> torch.Tensor:

@@ -1,13 +1,13 @@
-# QAT of SmolLM2-135M-Instruct with 4-bit power-of-two weights in groups of 64, embeddings included. It starts from
-# GPTQ's codes and learns the float model's predictions instead of the text, because the float model has seen far more
-# text than we can show it.
+# QAT of SmolLM2-135M-Instruct with 4-bit power-of-two weights in groups of 64; the tied token table, which costs most,
+# has two terms at the same 4 bits. It starts from GPTQ's codes and learns the float model's predictions instead of the
+# text, because the float model has seen far more text than we can show it.
 # Run:   python train.py config/finetune_smollm2_pot4.py
 # Also:  --pot_terms=2 --out_dir=out-smollm2-pot4-two-terms; on a GPU, sequences of 512 fit: --block_size=512
-#        The float control, trained on the same batches: --pot=None --out_dir=out-smollm2-control
+#        The float control, trained on the same batches: --pot=None --table=None --out_dir=out-control
 # Needs: the model in smollm2/ (extras/import_gguf.py says how to get it, --init_from=HuggingFaceTB/SmolLM2-135M-Instruct
 #        takes it from the hub), and `python data/openwebtext/prepare.py --tokenizer=smollm2 --out=openwebtext-smollm2`
 # Gives: out-smollm2-pot4 with model.safetensors (packed, 72 MB instead of 538 MB) and ckpt.pt (to resume).
-# Takes: 500 steps of 768 tokens.
+# Takes: 500 steps of 768 tokens, by the 5.8 s of a step (2 cores with AVX-512) about 50 minutes, and 5.8 GiB.
 init_from = "smollm2"
 out_dir = "out-smollm2-pot4"
 dataset = "openwebtext-smollm2"

@@ -54,7 +54,7 @@ fi
 
 # 20 steps of fine-tuning in float, and of QAT with distillation
 few="python train.py config/finetune_smollm2_pot4.py --calibrate_tokens=0 --max_iters=20 --eval_tokens=1025"
-[ -e out-smollm2-float-20/model.safetensors ] || $few --pot=None --out_dir=out-smollm2-float-20
+[ -e out-smollm2-float-20/model.safetensors ] || $few --pot=None --table=None --out_dir=out-smollm2-float-20
 [ -e out-smollm2-qat-20/model.safetensors ] || $few --out_dir=out-smollm2-qat-20
 
 python - <<'PYTHON'
