@@ -3,6 +3,7 @@ Exports a model: as a folder that transformers loads, or as a GGUF file for llam
 
     python extras/export.py --ckpt out-gpt2-pot4 --out exported        # AutoModelForCausalLM.from_pretrained("exported")
     python extras/export.py --ckpt out-gpt2-mxfp4 --out model.gguf     # needs `pip install gguf`
+    python extras/export.py --ckpt out-smollm2-mxfp4 --out exported --packed=True    # needs `pip install compressed-tensors`
 
 A folder holds the tokenizer and the dequantized weights: in bfloat16 where that loses nothing, else in float32. A GGUF
 file holds each matrix in the smallest format of llama.cpp that loses nothing:
@@ -16,6 +17,10 @@ file holds each matrix in the smallest format of llama.cpp that loses nothing:
 All but the last have blocks of 32 weights that share a scale, which is our unit. So the group size must be a multiple of
 32, and the unit a float16. Other weights are rounded, if --lossy=True allows it. Layers that were not quantized stay in
 bfloat16 where that loses nothing, else in float32.
+
+With --packed=True a folder holds the linear layers of a Llama-type model as MXFP4, in the format mxfp4-pack-quantized of
+compressed-tensors, which vLLM and transformers read. Their package decodes the same weights; vLLM was not tried here. The
+token table and the head stay in bfloat16.
 """
 
 import json
@@ -40,6 +45,7 @@ from pot import PackedWeight, convert  # noqa: E402
 class Settings:
     ckpt: str = "out"  # folder of a checkpoint
     out: str = "exported"  # a .gguf file or a folder to write; it must not exist yet
+    packed: bool = False  # a folder holds packed MXFP4 weights, for compressed-tensors
     lossy: bool = False  # a .gguf file may round weights for which llama.cpp has no exact format
 
 
@@ -47,6 +53,8 @@ class Settings:
 def main(s: Settings):
     if os.path.exists(s.out):
         raise ValueError(f"{s.out} exists already: remove it, or choose another --out")
+    if s.packed and s.out.endswith(".gguf"):
+        raise ValueError("--packed=True is for a folder: a .gguf file is packed anyway")
     model, info = checkpoint.load_model(s.ckpt)
     model = convert(model)
     if any(m.config.act_bits for m in model.modules() if isinstance(m, PackedWeight)):
@@ -58,7 +66,7 @@ def main(s: Settings):
         if s.out.endswith(".gguf"):
             to_gguf(model, info.tokenizer, s.ckpt, path, s.lossy)
         else:
-            to_huggingface(model, info.tokenizer, s.ckpt, path)
+            to_huggingface(model, info.tokenizer, s.ckpt, path, s.packed)
         os.rename(path, s.out)
     size = sum(os.path.getsize(os.path.join(d, f)) for d, _, files in os.walk(s.out) for f in files)
     print(f"{s.out}: {size or os.path.getsize(s.out):,} bytes")
@@ -109,13 +117,22 @@ def parts_of(config: GPTConfig, name: str, t: torch.Tensor) -> tuple[torch.Tenso
 # Hugging Face
 
 
-def to_huggingface(model: GPT, meta: dict, ckpt: str, folder: str):
-    """Writes the folder, with the tokenizer of checkpoint `ckpt`, which meta describes."""
+def to_huggingface(model: GPT, meta: dict, ckpt: str, folder: str, packed: bool = False):
+    """Writes the folder, with the tokenizer of checkpoint `ckpt`, which meta describes. Raises ValueError if packed is
+    asked for and the model is of GPT-2's kind, or its linear layers are not MXFP4."""
     c, kind, tensors = model.config, family(model.config), {}
+    if packed and kind == "gpt2":
+        raise ValueError("--packed=True is for Llama-type models: transformers' GPT-2 has no nn.Linear layers")
     for name, t in dense(model).items():
         exact = torch.equal(t.bfloat16().float(), t)
         t = t.bfloat16() if exact else t
-        if kind != "gpt2":
+        if packed and ".h." in name and name.endswith(".weight") and t.ndim == 2:
+            layer = model.get_submodule(name.removesuffix(".weight"))
+            unit = unit_rows(layer.packed) if hasattr(layer, "packed") else None
+            for i, full_name in enumerate(huggingface_names(kind, name)):
+                w, u = (x if x is None else parts_of(c, name, x)[i].numpy() for x in (t.float(), unit))
+                tensors |= compressed(full_name, w, u)
+        elif kind != "gpt2":
             tensors |= zip(huggingface_names(kind, name), parts_of(c, name, t))
         elif name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
             tensors[name] = t.t()  # Conv1D: (in, out)
@@ -137,6 +154,7 @@ def to_huggingface(model: GPT, meta: dict, ckpt: str, folder: str):
             "rope_scaling": {"rope_type": "llama3", **c.rope_scaling} if c.rope_scaling else None,
         }  # fmt: skip
         config |= {"attention_bias": c.bias, "mlp_bias": c.bias} if kind == "llama" else {}
+    config |= {"quantization_config": COMPRESSED} if packed else {}
     os.mkdir(folder)
     tokenizer.keep(folder, meta, ckpt)
     config |= {"bos_token_id": None, "eos_token_id": None}
@@ -146,6 +164,32 @@ def to_huggingface(model: GPT, meta: dict, ckpt: str, folder: str):
         json.dump(config, f, indent=1)
     tensors = {name: t.contiguous() for name, t in tensors.items()}
     save_file(tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+
+
+COMPRESSED = {  # of compressed-tensors
+    "quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized", "quantization_status": "compressed",
+    "ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
+        "num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True, "dynamic": False,
+        "scale_dtype": "torch.uint8",
+    }}},
+}  # fmt: skip
+
+
+def compressed(name: str, w: np.ndarray, unit: np.ndarray | None) -> dict[str, torch.Tensor]:
+    """The tensors of a linear layer: codes (out, in / 2), the even columns in the lower halves of bytes, and E8M0 scales
+    (out, in / 32), both uint8. unit: (out, groups), or None for a float layer."""
+    blocks = None if unit is None else in_blocks(w, unit)
+    coded = None if blocks is None else mxfp4(*blocks)
+    if coded is None:
+        raise ValueError(
+            f"{name} is not MXFP4: quantize to two terms in groups of 32 with scale_format='e8m0', as "
+            "config/finetune_gpt2_mxfp4.py does, or leave out --packed"
+        )
+    scale, code = coded[0].squeeze(-1), coded[1].reshape(w.shape)
+    return {
+        f"{name}_packed": torch.from_numpy(code[:, ::2] | code[:, 1::2] << 4),
+        f"{name}_scale": torch.from_numpy(scale),
+    }
 
 
 # -----------------------------------------------------------------------------
@@ -281,25 +325,46 @@ def encode(gguf, w: np.ndarray, unit: np.ndarray | None) -> tuple[str, np.ndarra
 
 def candidates(gguf, w, unit):
     """Yields (name of a format, bytes of w in it), the smallest first."""
-    rows, columns = w.shape
-    if unit is not None and columns // unit.shape[1] % 32 == 0:  # a block has one unit
-        scale = unit.repeat(columns // unit.shape[1] // 32, axis=1)[:, :, None]
-        level = np.rint(w.reshape(*scale.shape[:2], 32) / scale).astype(np.int32)
-        for form in FORMATS:
-            blocks = blocks_of(form, level, scale)
-            if blocks is not None:
-                yield form, blocks.reshape(rows, -1)
+    split = None if unit is None else in_blocks(w, unit)
+    for form in FORMATS if split else ():
+        blocks = blocks_of(form, *split)
+        if blocks is not None:
+            yield form, blocks.reshape(len(w), -1)
     bfloat16 = gguf.quants.quantize(w, gguf.GGMLQuantizationType.BF16)
     if (gguf.quants.dequantize(bfloat16, gguf.GGMLQuantizationType.BF16) == w).all():
         yield "BF16", bfloat16
-    if unit is None or columns % 32:
+    if unit is None or w.shape[1] % 32:
         yield "F32", w
     else:
         yield "Q8_0", gguf.quants.quantize(w, gguf.GGMLQuantizationType.Q8_0)  # rounded, with a scale of its own
 
 
 E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12])  # levels of MXFP4, times two
-FORMATS = {"MXFP4": E2M1, "Q4_0": np.arange(8), "Q5_0": np.arange(16), "Q8_0": np.arange(128)}  # levels, without sign
+FORMATS = ("MXFP4", "Q4_0", "Q5_0", "Q8_0")  # by size
+TOPS = {"Q4_0": 7, "Q5_0": 15, "Q8_0": 127}  # the largest level
+
+
+def in_blocks(w: np.ndarray, unit: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """w (out, in) and its unit (out, groups) as level (out, in / 32, 32) int32 and unit (out, in / 32, 1). None if a block
+    of 32 weights would have several units."""
+    repeats, rest = divmod(w.shape[1] // unit.shape[1], 32)
+    if rest:
+        return None
+    unit = unit.repeat(repeats, axis=1)[:, :, None]
+    return np.rint(w.reshape(*unit.shape[:2], 32) / unit).astype(np.int32), unit
+
+
+def mxfp4(level: np.ndarray, unit: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """E8M0 scales (out, blocks, 1) and FP4 codes (out, blocks, 32), both uint8. None if a unit is no power of two, or a
+    level is none of FP4's."""
+    mantissa, exponent = np.frexp(unit)  # unit = mantissa * 2^exponent, 0.5 <= mantissa < 1
+    size = np.abs(level)
+    if (mantissa != 0.5).any() or not np.isin(size, E2M1).all():
+        return None
+    code = np.searchsorted(E2M1, size) + 8 * (level < 0)
+    return (exponent + 127).astype(np.uint8), code.astype(
+        np.uint8
+    )  # a scale is the value of FP4's 1.0, which is level 2
 
 
 def blocks_of(form: str, level: np.ndarray, unit: np.ndarray) -> np.ndarray | None:
@@ -309,25 +374,22 @@ def blocks_of(form: str, level: np.ndarray, unit: np.ndarray) -> np.ndarray | No
     A block is a scale, then (Q5_0) the fifth bit of each code, then 4 or 8 bits of each code. Half a block's codes lie in
     the lower halves of bytes, the other half in the upper ones. ggml/src/ggml-common.h of llama.cpp declares the blocks.
     """
-    size = np.abs(level)
-    if not np.isin(size, FORMATS[form]).all():
+    if form == "MXFP4":
+        coded = mxfp4(level, unit)
+        return None if coded is None else np.concatenate([coded[0], nibbles(coded[1])], axis=-1)
+    if np.abs(level).max() > TOPS[form]:
         return None
     half = np.finfo(np.float16)
     scale = unit.clip(half.smallest_subnormal, half.max).astype(np.float16).view(np.uint8)
     if form == "Q8_0":
         return np.concatenate([scale, level.astype(np.int8).view(np.uint8)], axis=-1)
-    high = []
-    if form == "MXFP4":
-        mantissa, exponent = np.frexp(unit)  # unit = mantissa * 2^exponent, 0.5 <= mantissa < 1
-        if (mantissa != 0.5).any():
-            return None
-        scale = (exponent + 127).astype(np.uint8)  # E8M0 of the value of FP4's 1.0, which is level 2
-        code = np.searchsorted(E2M1, size) + 8 * (level < 0)
-    else:
-        code = level + len(FORMATS[form])
-        high = [np.packbits(code > 15, axis=-1, bitorder="little")] if form == "Q5_0" else []
-    code = code.astype(np.uint8) & 15
-    return np.concatenate([scale, *high, code[..., :16] | code[..., 16:] << 4], axis=-1)
+    code = (level + TOPS[form] + 1).astype(np.uint8)
+    high = [np.packbits(code > 15, axis=-1, bitorder="little")] if form == "Q5_0" else []
+    return np.concatenate([scale, *high, nibbles(code & 15)], axis=-1)
+
+
+def nibbles(code):
+    return code[..., :16] | code[..., 16:] << 4
 
 
 def add_vocabulary(writer, gguf, named, rows):

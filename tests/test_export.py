@@ -241,6 +241,41 @@ def test_llama_cpp_continues_a_prompt(tmp_path, kind, family):
     assert len(theirs) == 8 and max(differences) < 0.1 * ours.std()
 
 
+@pytest.mark.parametrize("family", ["llama grouped", "qwen2"])
+def test_compressed_tensors_decodes_the_same_weights(tmp_path, family):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    model, run = save_other(tmp_path, family, MXFP4)
+    export.main(export.Settings(run, str(tmp_path / "dense")))
+    export.main(export.Settings(run, str(tmp_path / "packed"), packed=True))
+    from safetensors.torch import load_file
+
+    tensors = load_file(tmp_path / "packed" / "model.safetensors")
+    assert tensors["model.layers.0.mlp.down_proj.weight_packed"].shape == (128, 64)
+    assert "model.layers.0.mlp.down_proj.weight" not in tensors
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).state_dict()
+    config = transformers.CompressedTensorsConfig(dequantize=True)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "packed", dtype=torch.float32, quantization_config=config
+    )
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor.float(), expected[name]), name
+    x = torch.randint(300, (2, 20))
+    with torch.no_grad():
+        assert torch.allclose(loaded.float()(x).logits, model(x), atol=1e-4)
+
+
+def test_weights_that_compressed_tensors_cannot_hold(workdir, tmp_path):
+    _, run = save_other(tmp_path, "qwen2", PoTConfig(terms=2, group_size=32))
+    with pytest.raises(ValueError, match="layers.0.self_attn.q_proj.weight is not MXFP4.*leave out --packed"):
+        export.main(export.Settings(run, str(tmp_path / "packed"), packed=True))
+    with pytest.raises(ValueError, match="packed anyway"):
+        export.main(export.Settings(run, str(tmp_path / "model.gguf"), packed=True))
+    with pytest.raises(ValueError, match="Llama-type"):
+        export.main(export.Settings(str(workdir / "gpt2"), str(tmp_path / "packed"), packed=True))
+    assert not (tmp_path / "packed").exists()
+
+
 def test_families_that_nobody_has():
     with pytest.raises(ValueError, match="nothing to export to"):
         export.family(GPTConfig(norm="rms"))
