@@ -16,5 +16,4 @@ demo: $(VENV)/ready
 	@PATH="$(abspath $(BIN)):$$PATH" sh demo.sh
 
 test: $(VENV)/ready
-	$(BIN)/python -m pip install -q mypy==2.4.1 && $(BIN)/python -m mypy  # checks what pyproject.toml names
 	$(BIN)/python -m pytest -q tests
