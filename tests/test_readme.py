@@ -85,7 +85,11 @@ def test_commands(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("code", [block for _, block in CODE], ids=[name for name, _ in CODE])
 def test_python_code(code, tmp_path):
-    for name in ("pot.py", "calibrate.py", "extras/pot_transformers.py"):  # the files that a user copies into another project
+    for name in (
+        "pot.py",
+        "calibrate.py",
+        "extras/pot_transformers.py",
+    ):  # the files that a user copies into another project
         shutil.copy(ROOT / name, tmp_path)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "tokens are few" not in done.stderr, done.stderr

@@ -574,7 +574,7 @@ def test_table_of_another_kind(workdir, sh, float_run):
                 assert module.packed.config == (info.pot if ".h." in name else info.table), name
     state = checkpoint.load_training(str(workdir / "out-table-qat"))
     assert checkpoint.model_of(state).lm_head.quantizer.config == info.table
-    resume = "train.py --dataset=tiny --init_from=resume --pot_bits=3 --out_dir=out-table-qat --max_iters=3"
+    resume = "train.py --dataset=tiny --init_from=resume --table=None --out_dir=out-table-qat --max_iters=3"
     assert "tables uniform 8 bits" in sh(resume, ok=False).stderr
     done = sh(f"train.py --dataset=tiny --init_from={float_run} --table_bits=4 --out_dir=out-x", ok=False)
     assert "table_ keys need a pot_ key" in done.stderr
