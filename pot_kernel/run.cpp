@@ -5,13 +5,13 @@
 //
 // It needs the C++ standard library and POSIX, nothing else. decode.cpp and pot.cpp compute; this file reads the folder:
 //     model.safetensors       codes, units, norms, biases, and what kind of model they are; mapped, not copied
-//     tokenizer.json          byte pairs as GPT-2 and SmolLM2 have them; a model of characters has its own in its file
-//     tokenizer_config.json, generation_config.json    the tokens that end a text
-// Files may be damaged or hostile. Every size and offset is checked before it is used, and a bad file ends the program
+//     tokenizer.json          byte pairs as GPT-2 and SmolLM2 have them; a model of characters needs none
+//     tokenizer_config.json, generation_config.json    the tokens that end a text; may be missing
+// Files may be damaged or hostile: every size and offset is checked before it is used, and a bad file ends the program
 // with one line and exit status 2.
 //
-// -DPOT_SHIFT_ONLY multiplies by weights with shifts and additions alone (shift.h). It shows what hardware without a
-// multiplier would compute; on a processor it is slower.
+// -DPOT_SHIFT_ONLY multiplies by weights with shifts and additions alone (shift.h), as hardware without a multiplier
+// would. On a processor that is slower.
 //
 // Sections: files, JSON, UTF-8, tokenizer, model, products by shifts, generation, command line.
 
@@ -33,7 +33,6 @@
 #include <string_view>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <utility>
 
 namespace {
 
@@ -43,23 +42,13 @@ using std::to_string;
 
 [[noreturn]] void fail(const string& message) { throw std::runtime_error(message); }
 
-// Adds the path of a file to the errors that reading it raises.
-template <class Read>
-auto in_file(const string& path, const Read& read) {
-    try {
-        return read();
-    } catch (const std::runtime_error& e) {
-        fail(path + ": " + e.what());
-    }
-}
-
 // -----------------------------------------------------------------------------
 // Files
 
-// A file in memory, as the system maps it. It is empty if the file is empty, or if it is optional and missing.
+// A file in memory, as the system maps it. An optional file may be missing; then it is empty.
 class MappedFile {
   public:
-    explicit MappedFile(const string& path, bool optional = false) {
+    explicit MappedFile(const string& path, bool optional = false) : path_(path) {
         const int file = open(path.c_str(), O_RDONLY);
         if (file < 0 && optional && errno == ENOENT) return;
         struct stat status;
@@ -73,121 +62,105 @@ class MappedFile {
     ~MappedFile() {
         if (data_) munmap(data_, size_);
     }
-    string_view text() const { return {static_cast<const char*>(data_), size_}; }
+
+    // Calls use(text of the file), and adds the path to an error that it raises.
+    template <class Use>
+    void read(const Use& use) const {
+        try {
+            use(string_view(static_cast<const char*>(data_), size_));
+        } catch (const std::runtime_error& e) {
+            fail(path_ + ": " + e.what());
+        }
+    }
 
   private:
+    const string path_;
     void* data_ = nullptr;
     size_t size_ = 0;  // bytes
 };
 
 // -----------------------------------------------------------------------------
-// JSON, read where it lies. Trees of objects would take many times the memory of a hostile file.
+// JSON, read where it lies: a tree of objects would take many times the memory of a hostile file.
 
 void append_utf8(string& out, uint32_t code) {
     if (code < 0x80) return void(out += char(code));
     const int more = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;  // bytes behind the first
-    out += char((0xf00 >> more & 0xff) | code >> 6 * more);
+    out += char((0xff << (7 - more) & 0xff) | code >> 6 * more);
     for (int i = more - 1; i >= 0; i--) out += char(0x80 | (code >> 6 * i & 0x3f));
 }
 
-// A value: a part of a JSON text. Values that `parse` and the functions below return have no errors of syntax.
-class Json {
-  public:
+// A value within a JSON text. The brackets and quotes of a value that `parse` returned are complete, also inside.
+struct Json {
     string_view text;  // from the first to the last byte of the value; empty: there is no such value
 
     static Json parse(string_view document) {
-        const char *end = document.data() + document.size(), *start = blank(document.data(), end);
-        const char* last = skip(start, end, 0);
-        if (blank(last, end) != end) fail("damaged JSON: something follows its end");
-        return {{start, size_t(last - start)}};
+        const char *end = document.data() + document.size(), *p = blank(document.data(), end);
+        const Json value = next(&p, end);
+        if (blank(p, end) != end) fail("damaged JSON: something follows its end");
+        return value;
     }
 
     bool is_null() const { return text.empty() || text == "null"; }
 
-    // Calls visit(key, value) for each part of an object or array; keys of an array are empty. False if it is neither.
+    // Is it this text, without escapes?
+    bool equals(string_view value) const {
+        return text.size() == value.size() + 2 && text[0] == '"' && text.substr(1, value.size()) == value;
+    }
+
+    // Calls visit(key, value) for each part of an object or array; an array has no keys. False if it is neither.
     template <class Visit>
     bool each(const Visit& visit) const {
         if (text.empty() || (text[0] != '{' && text[0] != '[')) return false;
         const char *p = text.data() + 1, *end = text.data() + text.size() - 1;
         for (p = blank(p, end); p < end; p = blank(p, end)) {
-            Json key, value;
-            if (text[0] == '{') {
-                key = next(&p, end);
-                p = blank(blank(p, end) + 1, end);  // the colon
-            }
-            value = next(&p, end);
+            const Json key = text[0] == '{' ? next(&p, end) : Json();
+            if (text[0] == '{') p = blank(blank(p, end) + 1, end);  // behind the colon
+            const Json value = next(&p, end);
             visit(key, value);
-            p = blank(p, end) + 1;  // the comma
+            p = blank(p, end) + 1;  // behind the comma
         }
         return true;
     }
 
-    // The value of a key in an object; empty if this is no object or has no such key.
+    // The value of a key of an object; empty if there is none.
     Json operator[](string_view name) const {
         Json out;
-        if (text.empty() || text[0] != '{') return out;
-        const char *p = text.data() + 1, *end = text.data() + text.size() - 1;
-        for (p = blank(p, end); p < end; p = blank(p, end)) {
-            const Json key = next(&p, end);
-            p = blank(blank(p, end) + 1, end);
-            out = next(&p, end);
-            if (key.equals(name)) return out;
-            p = blank(p, end) + 1;
-        }
-        return {};
+        each([&](Json key, Json value) { key.equals(name) ? void(out = value) : void(); });
+        return out;
     }
 
-    // Is it this text? `value` has no quotes, backslashes or control bytes.
-    bool equals(string_view value) const {
-        return text.size() == value.size() + 2 && text[0] == '"' && text.substr(1, value.size()) == value;
-    }
-
-    bool is_string() const { return !text.empty() && text[0] == '"'; }
-
-    // The text of a string, without quotes and escapes. name is for the error.
-    string as_string(const char* name) const {
-        if (!is_string()) fail(string(name) + " is missing or no text");
+    // The text of a string, without quotes and escapes. The names here and below are for the error.
+    string as_string(const string& name) const {
+        if (text.empty() || text[0] != '"') fail(name + " is missing or no text");
         string out;
-        for (size_t i = 1; i < text.size() - 1; i++) {
-            if (text[i] != '\\') {
-                out += text[i];
-                continue;
+        for (size_t i = 1; i + 1 < text.size(); i++) {
+            const char letter = text[i] == '\\' ? text[++i] : '\0';
+            const size_t known = letter ? string_view("bfnrt").find(letter) : string_view::npos;
+            if (letter == 'u') {
+                uint32_t code = hex(i + 1);
+                i += 4;
+                const uint32_t low = code >> 10 == 0x36 && text.substr(i + 1, 2) == "\\u" ? hex(i + 3) : 0;
+                if (low >> 10 == 0x37) code = 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff)), i += 6;
+                append_utf8(out, code >> 11 == 0x1b ? 0xfffd : code);  // half of a pair is no character
+            } else {
+                out += known == string_view::npos ? text[i] : "\b\f\n\r\t"[known];
             }
-            const char letter = text[++i];
-            const size_t known = string_view("bfnrt").find(letter);
-            if (letter != 'u') {
-                out += known == string_view::npos ? letter : "\b\f\n\r\t"[known];
-                continue;
-            }
-            uint32_t code = hex(text.substr(i + 1, 4)), low = 0;
-            i += 4;
-            if (code >> 10 == 0x36 && text.substr(i + 1, 2) == "\\u") low = hex(text.substr(i + 3, 4));
-            if (low >> 10 == 0x37) code = 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff)), i += 6;
-            append_utf8(out, code >> 11 == 0x1b ? 0xfffd : code);  // half of a pair is no character
         }
         return out;
     }
 
-    // A whole number from `least` to `most`.
-    int64_t as_integer(const char* name, int64_t least, int64_t most) const {
-        const size_t start = !text.empty() && text[0] == '-' ? 1 : 0;
-        const bool digits = text.size() > start && text.size() < 19 && text.find_first_not_of("0123456789", start) == text.npos;
-        const int64_t value = digits ? std::strtoll(string(text).c_str(), nullptr, 10) : least - 1;
+    int64_t as_integer(const string& name, int64_t least, int64_t most) const {
+        const bool digits = !text.empty() && text.size() < 19 && text.find_first_not_of("0123456789") == text.npos;
+        const int64_t value = digits ? std::strtoll(string(text).c_str(), nullptr, 10) : -1;
         if (value < least || value > most)
-            fail(string(name) + " is missing or no whole number from " + to_string(least) + " to " + to_string(most));
+            fail(name + " is missing or no whole number from " + to_string(least) + " to " + to_string(most));
         return value;
     }
 
-    double as_number(const char* name) const {
-        const bool number = !text.empty() && text.size() < 50 && string_view("-0123456789").find(text[0]) != text.npos;
-        const double value = number ? std::strtod(string(text).c_str(), nullptr) : NAN;
-        if (!std::isfinite(value)) fail(string(name) + " is missing or no number");
+    double as_positive(const string& name) const {
+        const double value = text.size() < 50 ? std::strtod(string(text).c_str(), nullptr) : 0;
+        if (!(value > 0 && value < INFINITY)) fail(name + " is missing or no number above 0");
         return value;
-    }
-
-    bool as_bool(const char* name) const {
-        if (text != "true" && text != "false") fail(string(name) + " is missing or neither true nor false");
-        return text == "true";
     }
 
   private:
@@ -196,117 +169,90 @@ class Json {
         return p;
     }
 
-    static Json next(const char** p, const char* end) {
+    static Json next(const char** p, const char* end) {  // the value at p; moves p behind it
         const char* start = *p;
-        *p = skip(start, end, 0);
-        return {{start, size_t(*p - start)}};
+        return {{start, size_t((*p = skip(start, end, 0)) - start)}};
     }
 
-    static uint32_t hex(string_view digits) { return uint32_t(std::strtoul(string(digits).c_str(), nullptr, 16)); }
+    uint32_t hex(size_t at) const {
+        if (at + 4 >= text.size()) fail("damaged JSON");
+        return uint32_t(std::strtoul(string(text.substr(at, 4)).c_str(), nullptr, 16)) & 0xffff;
+    }
 
-    // Returns where the value at p ends. Raises an error of syntax.
-    static const char* skip(const char* p, const char* end, int depth) {
-        const auto need = [&](bool good) {
-            if (!good) fail("damaged JSON");
-        };
+    static const char* skip(const char* p, const char* end, int depth) {  // behind the value at p
+        const auto need = [](bool good) { good ? void() : fail("damaged JSON"); };
         need(p < end && depth < 100);
+        const char *start = p, close = *p == '{' ? '}' : ']';
         if (*p == '"') {
-            for (p++; p < end && *p != '"'; p++) {
-                need(uint8_t(*p) >= 0x20);
-                if (*p != '\\') continue;
-                need(++p < end && string_view("\"\\/bfnrtu").find(*p) != string_view::npos);
-                if (*p != 'u') continue;
-                need(end - p > 4 && string_view(p + 1, 4).find_first_not_of("0123456789abcdefABCDEF") == string_view::npos);
-                p += 4;
-            }
+            for (p++; p < end && *p != '"'; p++)
+                if (*p == '\\' && p + 1 < end) p++;
             need(p < end);
             return p + 1;
         }
-        if (*p == '{' || *p == '[') {
-            const bool object = *p == '{';
-            const char close = object ? '}' : ']';
-            p = blank(p + 1, end);
-            if (p < end && *p == close) return p + 1;
-            for (;; p = blank(p + 1, end)) {
-                if (object) {
-                    need(p < end && *p == '"');
-                    p = blank(skip(p, end, depth + 1), end);
-                    need(p < end && *p == ':');
-                    p = blank(p + 1, end);
-                }
-                p = blank(skip(p, end, depth + 1), end);
-                need(p < end && (*p == close || *p == ','));
-                if (*p == close) return p + 1;
-            }
+        if (*p != '{' && *p != '[') {  // a number, or a word such as true
+            while (p < end && (std::isalnum(uint8_t(*p)) || *p == '-' || *p == '+' || *p == '.')) p++;
+            need(p > start);
+            return p;
         }
-        const char* start = p;  // a number, or a word such as true
-        while (p < end && (std::isalnum(uint8_t(*p)) || *p == '-' || *p == '+' || *p == '.')) p++;
-        need(p > start);
-        return p;
+        p = blank(p + 1, end);
+        if (p < end && *p == close) return p + 1;
+        for (;; p = blank(p + 1, end)) {
+            if (*start == '{') {
+                need(p < end && *p == '"');
+                p = blank(skip(p, end, depth + 1), end);
+                need(p < end && *p == ':');
+                p = blank(p + 1, end);
+            }
+            p = blank(skip(p, end, depth + 1), end);
+            need(p < end && (*p == close || *p == ','));
+            if (*p == close) return p + 1;
+        }
     }
 };
 
 // -----------------------------------------------------------------------------
 // UTF-8
 
-constexpr uint32_t REPLACEMENT = 0xfffd;
-
-// Decodes the code point at p and moves p behind it. Bytes that are no UTF-8 become REPLACEMENT as with Python's
+// Decodes the code point at p and moves p behind it. Bytes that are no UTF-8 become U+FFFD as with Python's
 // errors="replace": one for each longest beginning of a code point. *cut: the text ended inside of a code point.
 uint32_t decode_utf8(const char** p, const char* end, bool* cut = nullptr) {
     const uint8_t first = uint8_t(*(*p)++);
     if (first < 0x80) return first;
     const int more = first < 0xc2 || first > 0xf4 ? 0 : first < 0xe0 ? 1 : first < 0xf0 ? 2 : 3;
-    uint8_t low = first == 0xe0 ? 0xa0 : first == 0xf0 ? 0x90 : 0x80;    // bounds of the second byte: no longer form
-    uint8_t high = first == 0xed ? 0x9f : first == 0xf4 ? 0x8f : 0xbf;   // than needed, no surrogate, below 0x110000
+    uint8_t low = first == 0xe0 ? 0xa0 : first == 0xf0 ? 0x90 : 0x80;   // bounds of the second byte: no longer form
+    uint8_t high = first == 0xed ? 0x9f : first == 0xf4 ? 0x8f : 0xbf;  // than needed, no surrogate, below 0x110000
     uint32_t code = first & (0x3f >> more);
     for (int i = 0; i < more; i++, low = 0x80, high = 0xbf) {
         if (cut && *p == end) *cut = true;
-        if (*p == end || uint8_t(**p) < low || uint8_t(**p) > high) return REPLACEMENT;
+        if (*p == end || uint8_t(**p) < low || uint8_t(**p) > high) return 0xfffd;
         code = code << 6 | (uint8_t(*(*p)++) & 0x3f);
     }
-    return more ? code : REPLACEMENT;
+    return more ? code : 0xfffd;
 }
 
-// Moves `bytes` into valid UTF-8. Unless it is the last part of a text, an unfinished code point stays in `bytes`.
-string take_utf8(string& bytes, bool last) {
+// Moves `bytes` into valid UTF-8. An unfinished code point stays in `bytes`, unless this is the end of the text.
+string take_utf8(string& bytes, bool is_end) {
     string out;
     const char *p = bytes.data(), *end = p + bytes.size(), *start = p;
     for (bool cut = false; p < end; start = p) {
         const uint32_t code = decode_utf8(&p, end, &cut);
-        if (cut && !last) break;
+        if (cut && !is_end) break;
         append_utf8(out, code);
     }
     bytes.erase(0, size_t(start - bytes.data()));
     return out;
 }
 
-// The bytes of a byte-level token are letters in files: a printable byte is its own letter, the others follow from 256
-// on. letter_of[byte] is such a letter.
-struct ByteLetters {
-    uint32_t letter_of[256];
-    int byte_of[324];  // -1: not the letter of a byte
-
-    ByteLetters() {
-        std::fill_n(byte_of, 324, -1);
-        for (uint32_t b = 0, other = 256; b < 256; b++) {
-            const bool printable = (b > 32 && b < 127) || (b > 160 && b != 173);
-            letter_of[b] = printable ? b : other++;
-            byte_of[letter_of[b]] = int(b);
-        }
-    }
-};
-
 // -----------------------------------------------------------------------------
 // Tokenizer: byte pairs from a tokenizer.json, or characters.
-
-enum Kind { LETTER, NUMBER, SPACE, OTHER };  // as GPT-2's pattern tells code points apart
 
 template <size_t N>
 bool contains(const uint32_t (&ranges)[N][2], uint32_t code) {
     const auto* range = std::upper_bound(ranges, ranges + N, code, [](uint32_t c, const uint32_t* r) { return c < r[0]; });
     return range != ranges && code <= (*(range - 1))[1];
 }
+
+enum Kind { LETTER, NUMBER, SPACE, OTHER };
 
 Kind kind_of(uint32_t code) {
     for (uint32_t space : {0x20, 0x85, 0xa0, 0x1680, 0x2028, 0x2029, 0x202f, 0x205f, 0x3000})
@@ -335,54 +281,66 @@ size_t word_length(string_view text) {
     return size_t((kind == SPACE && p < end && last > start ? last : p) - start);
 }
 
-struct Added {  // a token that is cut out of the text before all else, such as <|endoftext|>
-    string content;
-    int64_t id;
-    bool normalized;  // cut out after the others
+// A byte is a letter in the files of byte-level tokens: itself if it is printable, else one from 256 on.
+struct ByteLetters {
+    uint32_t letter_of[256];
+    int byte_of[324];  // -1: not the letter of a byte
+
+    ByteLetters() {
+        std::fill_n(byte_of, 324, -1);
+        for (uint32_t b = 0, other = 256; b < 256; b++) {
+            const bool printable = (b > 32 && b < 127) || (b > 160 && b != 173);
+            letter_of[b] = printable ? b : other++;
+            byte_of[letter_of[b]] = int(b);
+        }
+    }
 };
 
 class Tokenizer {
   public:
     std::vector<int64_t> stops;  // tokens that end a text
 
-    // The tokenizer of a run's folder. meta: "tokenizer" in the model's metadata. vocabulary: of the model.
-    Tokenizer(const string& folder, Json meta, int64_t vocabulary) {
-        const string kind = meta["tokenizer"].as_string("the kind of its tokenizer");
-        if (kind == "char") {
-            characters_ = true;
-            string chars = meta["chars"].as_string("the characters of its tokenizer");
-            letters_ = take_utf8(chars, true);
-            const char *p = letters_.data(), *end = p + letters_.size();
+    // The tokenizer of a run's folder. meta: "tokenizer" in the model's metadata. vocabulary: size of the model's.
+    Tokenizer(const string& folder, Json meta, int64_t vocabulary) : is_char_(meta["tokenizer"].equals("char")) {
+        if (is_char_) {
+            string chars = meta["chars"].as_string("the characters of its tokenizer"), text = take_utf8(chars, true);
+            const char *p = text.data(), *end = p + text.size();
             for (const char* start = p; p < end; start = p) {
                 decode_utf8(&p, end);
-                tokens_.push_back({uint32_t(start - letters_.data()), uint32_t(p - start)});
+                add_token({start, size_t(p - start)}, int64_t(tokens_.size()));
             }
             sort_tokens();
-        } else if (kind == "gpt2" || kind == "file") {
-            const MappedFile file(folder + "/tokenizer.json"), config(folder + "/tokenizer_config.json", true);
-            const MappedFile generation(folder + "/generation_config.json", true);
-            in_file(folder + "/tokenizer.json", [&] { read(Json::parse(file.text())); });
-            in_file(folder, [&] { read_stops(config.text(), generation.text()); });
+        } else if (meta["tokenizer"].equals("gpt2") || meta["tokenizer"].equals("file")) {
+            MappedFile(folder + "/tokenizer.json").read([&](string_view text) { read(Json::parse(text)); });
+            MappedFile(folder + "/tokenizer_config.json", true).read([&](string_view text) {
+                const Json end = text.empty() ? Json() : Json::parse(text)["eos_token"];
+                const Json content = end["content"].is_null() ? end : end["content"];
+                if (!content.is_null()) add_stop(find(content.as_string("eos_token")));
+            });
+            MappedFile(folder + "/generation_config.json", true).read([&](string_view text) {
+                const Json ends = text.empty() ? Json() : Json::parse(text)["eos_token_id"];
+                const auto add = [&](Json, Json id) { add_stop(id.as_integer("eos_token_id", 0, MOST)); };
+                if (!ends.is_null() && !ends.each(add)) add({}, ends);
+            });
+            add_stop(find("<|endoftext|>") < 0 ? find("<|end_of_text|>") : find("<|endoftext|>"));
         } else {
-            fail("unknown tokenizer: " + kind);
+            fail("the model has an unknown tokenizer");
         }
         if (int64_t(tokens_.size()) > vocabulary)
-            fail("its tokenizer has more than the " + to_string(vocabulary) + " tokens of the model");
+            fail("the tokenizer has more than the " + to_string(vocabulary) + " tokens of the model");
     }
 
     // Tokens of a text. Bytes that are no UTF-8 count as U+FFFD.
     std::vector<int64_t> encode(string text) const {
         text = take_utf8(text, true);
-        std::vector<int64_t> ids = first_;
-        if (!characters_) cut(text, false, &ids);
+        std::vector<int64_t> ids;
+        if (!is_char_) cut(text, false, &ids);
         const char *p = text.data(), *end = p + text.size();
-        for (const char* start = p; characters_ && p < end; start = p) {
+        for (const char* start = p; is_char_ && p < end; start = p) {
             decode_utf8(&p, end);
-            const int64_t id = find({start, size_t(p - start)});
-            if (id < 0) fail("the character " + string(start, p) + " is not in this model's vocabulary");
-            ids.push_back(id);
+            ids.push_back(find({start, size_t(p - start)}));
+            if (ids.back() < 0) fail("the character " + string(start, p) + " is not in this model's vocabulary");
         }
-        ids.insert(ids.end(), last_.begin(), last_.end());
         return ids;
     }
 
@@ -391,15 +349,17 @@ class Tokenizer {
         const string_view text = id < int64_t(tokens_.size()) ? letters(uint32_t(id)) : string_view();
         string out;
         const char *p = text.data(), *end = p + text.size();
-        while (!characters_ && p < end) {
+        while (!is_char_ && p < end) {
             const uint32_t code = decode_utf8(&p, end);
             if (code >= 324 || bytes_.byte_of[code] < 0) return string(text);  // a token that was added as text
             out += char(bytes_.byte_of[code]);
         }
-        return characters_ ? string(text) : out;
+        return is_char_ ? string(text) : out;
     }
 
   private:
+    static constexpr int64_t MOST = 1 << 28;  // ids
+
     struct Token {
         uint32_t start, length;  // of its letters, in letters_; length 0: no token has this id
     };
@@ -408,20 +368,23 @@ class Tokenizer {
         uint32_t rank;  // the lowest is merged first
         uint32_t id;    // the token that replaces the pair
     };
+    struct Added {  // a token that is cut out of the text before all else, such as <|endoftext|>
+        string content;
+        int64_t id;
+        bool normalized;  // cut out after the others
+    };
 
     string_view letters(uint32_t id) const { return {letters_.data() + tokens_[id].start, tokens_[id].length}; }
-
-    void sort_tokens() {
-        for (uint32_t id = 0; id < tokens_.size(); id++)
-            if (tokens_[id].length) sorted_.push_back(id);
-        std::sort(sorted_.begin(), sorted_.end(), [&](uint32_t a, uint32_t b) { return letters(a) < letters(b); });
-    }
 
     // The token with these letters, or -1.
     int64_t find(string_view text) const {
         const auto before = [&](uint32_t id, string_view t) { return letters(id) < t; };
         const auto at = std::lower_bound(sorted_.begin(), sorted_.end(), text, before);
         return at != sorted_.end() && letters(*at) == text ? int64_t(*at) : -1;
+    }
+
+    void add_stop(int64_t id) {
+        if (id >= 0) stops.push_back(id);
     }
 
     void add_token(string_view text, int64_t id) {
@@ -431,105 +394,67 @@ class Tokenizer {
         letters_ += text;
     }
 
+    void sort_tokens() {
+        sorted_.clear();
+        for (uint32_t id = 0; id < tokens_.size(); id++)
+            if (tokens_[id].length) sorted_.push_back(id);
+        std::sort(sorted_.begin(), sorted_.end(), [&](uint32_t a, uint32_t b) { return letters(a) < letters(b); });
+    }
+
     void read(Json file) {
-        const Json model = file["model"], vocabulary = model["vocab"], added = file["added_tokens"];
-        const auto plain = [&](Json value) { return value.is_null() || value.text == "false" || value.text == "\"\""; };
-        if (!model["type"].equals("BPE") || !plain(model["dropout"]) || !plain(model["byte_fallback"]) ||
-            !plain(model["ignore_merges"]) || !plain(model["continuing_subword_prefix"]) ||
-            !plain(model["end_of_word_suffix"]) || !file["normalizer"].is_null())
-            fail("it is no byte-level BPE as GPT-2 and SmolLM2 have it");
-        read_cuts(file["pre_tokenizer"]);
-        const int64_t most = int64_t(file.text.size());  // more tokens than bytes are not possible
-        letters_.reserve(vocabulary.text.size());
-        vocabulary.each([&](Json token, Json id) { add_token(token.as_string("a token"), id.as_integer("an id", 0, most)); });
+        const auto off = [](Json value) { return value.is_null() || value.text == "false" || value.text == "\"\""; };
+        const Json model = file["model"], added = file["added_tokens"], around = file["post_processor"];
+        bool known = model["type"].equals("BPE") && off(file["normalizer"]) && off(file["truncation"]);
+        for (const char* key : {"dropout", "byte_fallback", "ignore_merges", "end_of_word_suffix"})
+            known = known && off(model[key]);
+        std::vector<Json> cuts;
+        const Json cut = file["pre_tokenizer"];
+        if (!cut["pretokenizers"].each([&](Json, Json step) { cuts.push_back(step); })) cuts = {cut};
+        digits_ = cuts.size() == 2 && cuts[0]["type"].equals("Digits") && cuts[0]["individual_digits"].text == "true";
+        known = known && cuts.size() == (digits_ ? 2 : 1) && cuts.back()["type"].equals("ByteLevel") &&
+                off(cuts.back()["add_prefix_space"]) && cuts.back()["use_regex"].text != "false";
+        size_t parts = 1;  // of the template: the text alone
+        if (!around.is_null() && !around["type"].equals("ByteLevel"))
+            parts = 0, around["single"].each([&](Json, Json) { parts++; });
+        if (!known || parts != 1) fail("it is no tokenizer of GPT-2's or SmolLM2's kind");
+
+        const int64_t most = std::min(MOST, int64_t(file.text.size()));  // each token takes some bytes
+        letters_.reserve(model["vocab"].text.size());
+        model["vocab"].each([&](Json text, Json id) { add_token(text.as_string("a token"), id.as_integer("an id", 0, most)); });
         sort_tokens();
         for (uint32_t b = 0; b < 256; b++) {
             string letter;
             append_utf8(letter, bytes_.letter_of[b]);
-            const int64_t id = find(letter);
-            if (id < 0) fail("its vocabulary has no token for the byte " + to_string(b));
-            byte_ids_[b] = uint32_t(id);
+            if (find(letter) < 0) fail("its vocabulary has no token for the byte " + to_string(b));
+            byte_ids_[b] = uint32_t(find(letter));
         }
         size_t count = 0;
         model["merges"].each([&](Json, Json) { count++; });
         merges_.reserve(count);
         model["merges"].each([&](Json, Json merge) { read_merge(merge); });
-        std::sort(merges_.begin(), merges_.end(), [](const Merge& a, const Merge& b) {
-            return a.pair != b.pair ? a.pair < b.pair : a.rank > b.rank;  // of two equal pairs the last counts
-        });
+        std::sort(merges_.begin(), merges_.end(), [](const Merge& a, const Merge& b) { return a.pair < b.pair; });
         added.each([&](Json, Json token) {
-            for (const char* key : {"single_word", "lstrip", "rstrip"})
-                if (!plain(token[key])) fail(string("an added token with ") + key + " is not known here");
             const string content = token["content"].as_string("an added token");
             int64_t id = find(content);
             if (id < 0) add_token(content, id = token["id"].as_integer("the id of an added token", 0, most));
+            if (!off(token["single_word"]) || !off(token["lstrip"]) || !off(token["rstrip"]) || content.empty())
+                fail("the added token " + content + " has a setting that is not known here");
             added_.push_back({content, id, token["normalized"].text == "true"});
         });
-        sorted_.clear();
         sort_tokens();
-        read_template(file["post_processor"]);
-    }
-
-    // How a text is cut into words: by GPT-2's pattern, in SmolLM2 after single digits are cut off.
-    void read_cuts(Json cuts) {
-        std::vector<Json> steps{cuts};
-        if (cuts["type"].equals("Sequence")) {
-            steps.clear();
-            cuts["pretokenizers"].each([&](Json, Json step) { steps.push_back(step); });
-        }
-        for (size_t i = 0; i < steps.size(); i++) {
-            const Json step = steps[i];
-            if (i + 2 == steps.size() && step["type"].equals("Digits") && step["individual_digits"].text == "true")
-                digits_ = true;
-            else if (i + 1 != steps.size() || i > size_t(digits_) || !step["type"].equals("ByteLevel") ||
-                     step["add_prefix_space"].text == "true" || step["use_regex"].text == "false")
-                steps.clear();
-        }
-        if (steps.empty()) fail("it cuts text in another way than GPT-2 and SmolLM2");
     }
 
     void read_merge(Json merge) {  // "left right" or ["left", "right"]
         std::vector<string> parts;
-        if (merge.is_string()) {
+        if (!merge.each([&](Json, Json part) { parts.push_back(part.as_string("a part of a merge")); })) {
             const string both = merge.as_string("a merge");
-            const size_t space = both.find(' ');
-            if (space != string::npos) parts = {both.substr(0, space), both.substr(space + 1)};
+            const size_t space = std::min(both.size(), both.find(' '));
+            parts = {both.substr(0, space), both.substr(std::min(both.size(), space + 1))};
         }
-        merge.each([&](Json, Json part) { parts.push_back(part.as_string("a part of a merge")); });
-        const int64_t left = parts.size() == 2 ? find(parts[0]) : -1, right = parts.size() == 2 ? find(parts[1]) : -1;
-        const int64_t id = left < 0 || right < 0 ? -1 : find(parts[0] + parts[1]);
-        if (id < 0) fail("merge " + to_string(merges_.size()) + " is not of two tokens that make a third");
+        parts.resize(2);
+        const int64_t left = find(parts[0]), right = find(parts[1]), id = find(parts[0] + parts[1]);
+        if (left < 0 || right < 0 || id < 0) fail("a merge is not of two tokens that make a third");
         merges_.push_back({uint64_t(left) << 32 | uint64_t(right), uint32_t(merges_.size()), uint32_t(id)});
-    }
-
-    // What a model expects around a text, such as Llama's first token.
-    void read_template(Json processor) {
-        if (processor.is_null() || processor["type"].equals("ByteLevel")) return;
-        if (!processor["type"].equals("TemplateProcessing")) fail("its post_processor is not known here");
-        std::vector<int64_t>* around = &first_;
-        processor["single"].each([&](Json, Json part) {
-            if (!part["Sequence"].is_null()) return void(around = &last_);
-            const string name = part["SpecialToken"]["id"].as_string("a token of the template");
-            const int64_t id = find(name);
-            if (id < 0) fail("its template has a token that it does not know");
-            around->push_back(id);
-        });
-    }
-
-    void read_stops(string_view config_text, string_view generation_text) {
-        const auto add = [&](int64_t id) { id >= 0 ? stops.push_back(id) : void(); };
-        const Json config = config_text.empty() ? Json() : Json::parse(config_text);
-        const Json end = config["eos_token"], content = end.is_string() ? end : end["content"];
-        const string eos = content.is_string() ? content.as_string("eos_token") : string();
-        add(find(eos));
-        for (const string& name : {string("<|endoftext|>"), string("<|end_of_text|>"), eos})
-            if (find(name) >= 0) {
-                add(find(name));
-                break;
-            }
-        const Json ends = (generation_text.empty() ? Json() : Json::parse(generation_text))["eos_token_id"];
-        const auto add_id = [&](Json, Json id) { add(id.as_integer("eos_token_id", 0, 1 << 28)); };
-        if (!ends.is_null() && !ends.each(add_id)) add_id({}, ends);
     }
 
     // Cuts added tokens out of the text, the leftmost and longest first, and appends the tokens of the rest.
@@ -541,10 +466,7 @@ class Tokenizer {
                 const size_t i = a.normalized == normalized ? text.find(a.content) : string_view::npos;
                 if (i < at || (token && i == at && a.content.size() > token->content.size())) token = &a, at = i;
             }
-            if (normalized)
-                append_words(text.substr(0, at), ids);
-            else
-                cut(text.substr(0, at), true, ids);
+            normalized ? append_words(text.substr(0, at), ids) : cut(text.substr(0, at), true, ids);
             if (!token) return;
             ids->push_back(token->id);
             text.remove_prefix(at + token->content.size());
@@ -552,77 +474,63 @@ class Tokenizer {
     }
 
     void append_words(string_view text, std::vector<int64_t>* ids) const {
-        while (!text.empty()) {
-            size_t piece = text.size();  // bytes up to the next digit, or of a digit
-            if (digits_) {
-                const char *p = text.data(), *end = p + piece;
-                for (const char* start = p; p < end; start = p) {
-                    const uint32_t code = decode_utf8(&p, end);
-                    if (!contains(NUMBERS, code) && !contains(NEW_NUMBERS, code)) continue;
-                    piece = size_t((start == text.data() ? p : start) - text.data());
-                    break;
-                }
-            }
-            for (string_view rest = text.substr(0, piece); !rest.empty();) {
-                const size_t length = word_length(rest);
-                append_word(rest.substr(0, length), ids);
-                rest.remove_prefix(length);
-            }
-            text.remove_prefix(piece);
+        const char *p = text.data(), *end = p + text.size(), *start = p;
+        for (const char* next = p; p < end; p = next) {  // start: behind the last digit that was cut off
+            const uint32_t code = decode_utf8(&next, end);
+            const bool digit = digits_ && (contains(NUMBERS, code) || contains(NEW_NUMBERS, code));
+            if (!digit && next < end) continue;
+            append_piece({start, size_t((digit ? p : next) - start)}, ids);
+            if (digit) append_piece({p, size_t(next - p)}, ids);
+            start = next;
         }
     }
 
-    // Byte pair encoding of a word: merges the pair of the lowest rank until no pair is left.
-    void append_word(string_view word, std::vector<int64_t>* ids) const {
-        std::vector<uint32_t> parts;         // (parts): tokens
-        std::vector<const Merge*> merges{};  // (parts - 1): of each token with the next; null: they do not merge
-        const auto merge_of = [&](size_t i) -> const Merge* {
-            const uint64_t pair = uint64_t(parts[i]) << 32 | parts[i + 1];
-            const auto before = [](const Merge& merge, uint64_t p) { return merge.pair < p; };
-            const auto at = std::lower_bound(merges_.begin(), merges_.end(), pair, before);
-            return at != merges_.end() && at->pair == pair ? &*at : nullptr;
-        };
-        for (const char c : word) parts.push_back(byte_ids_[uint8_t(c)]);
-        for (size_t i = 0; i + 1 < parts.size(); i++) merges.push_back(merge_of(i));
-        for (;;) {
-            size_t best = merges.size();
-            for (size_t i = 0; i < merges.size(); i++)
-                if (merges[i] && (best == merges.size() || merges[i]->rank < merges[best]->rank)) best = i;
-            if (best == merges.size()) break;
-            parts[best] = merges[best]->id;
-            parts.erase(parts.begin() + int64_t(best) + 1);
-            merges.erase(merges.begin() + int64_t(best));
-            if (best < merges.size()) merges[best] = merge_of(best);
-            if (best > 0) merges[best - 1] = merge_of(best - 1);
+    // Byte pair encoding of each word: merges the pair of the lowest rank until no pair is left.
+    void append_piece(string_view text, std::vector<int64_t>* ids) const {
+        for (size_t length; !text.empty(); text.remove_prefix(length)) {
+            length = word_length(text);
+            std::vector<uint32_t> parts;  // tokens
+            for (const char c : text.substr(0, length)) parts.push_back(byte_ids_[uint8_t(c)]);
+            for (;;) {
+                size_t at = 0;
+                const Merge* best = nullptr;
+                for (size_t i = 0; i + 1 < parts.size(); i++) {
+                    const uint64_t pair = uint64_t(parts[i]) << 32 | parts[i + 1];
+                    const auto before = [](const Merge& merge, uint64_t other) { return merge.pair < other; };
+                    const auto merge = std::lower_bound(merges_.begin(), merges_.end(), pair, before);
+                    const bool is_pair = merge != merges_.end() && merge->pair == pair;
+                    if (is_pair && (!best || merge->rank < best->rank)) best = &*merge, at = i;
+                }
+                if (!best) break;
+                parts[at] = best->id;
+                parts.erase(parts.begin() + int64_t(at) + 1);
+            }
+            ids->insert(ids->end(), parts.begin(), parts.end());
         }
-        ids->insert(ids->end(), parts.begin(), parts.end());
     }
 
     const ByteLetters bytes_;
-    bool characters_ = false;            // tokens are characters
-    bool digits_ = false;                // single digits are cut off first
-    string letters_;                     // of all tokens
-    std::vector<Token> tokens_;          // (vocabulary)
-    std::vector<uint32_t> sorted_;       // (vocabulary): tokens in the order of their letters
-    std::vector<Merge> merges_;          // (merges): in the order of their pairs
-    uint32_t byte_ids_[256] = {};        // (256): token of each byte
-    std::vector<Added> added_;           // (added tokens)
-    std::vector<int64_t> first_, last_;  // tokens before and after every text
+    const bool is_char_;            // tokens are characters
+    bool digits_ = false;           // single digits are cut off first
+    string letters_;                // of all tokens
+    std::vector<Token> tokens_;     // (vocabulary)
+    std::vector<uint32_t> sorted_;  // (vocabulary): tokens in the order of their letters
+    std::vector<Merge> merges_;     // (merges): in the order of their pairs
+    uint32_t byte_ids_[256] = {};   // (256): token of each byte
+    std::vector<Added> added_;      // (added tokens)
 };
 
 // -----------------------------------------------------------------------------
 // Model: the content of model.safetensors as decode.cpp takes it.
 
-constexpr int64_t MOST = 1 << 28;  // of any size in a model
-
 class Model {
   public:
     Gpt gpt{};
-    int64_t vocabulary = 0, context = 0;
-    Json tokenizer;  // meta of its tokenizer
+    int64_t vocabulary = 0, context = 0;  // tokens
+    Json tokenizer;                       // meta of its tokenizer
 
     explicit Model(const string& folder) : file_(folder + "/model.safetensors") {
-        in_file(folder + "/model.safetensors", [&] { read(); });
+        file_.read([&](string_view text) { read(text); });
     }
 
     // Makes room for keys and values of `capacity` tokens.
@@ -638,115 +546,115 @@ class Model {
 
   private:
     struct Tensor {
-        Json name, entry;  // entry: {"dtype", "shape", "data_offsets"}
+        Json name;
+        Json entry;  // {"dtype", "shape", "data_offsets"}
         bool used;
     };
 
-    // A file is 8 bytes with the length of the header, the header in JSON, then the tensors.
-    void read() {
-        const string_view text = file_.text();
+    // The file is 8 bytes with the length of its header, the header in JSON, then the tensors.
+    void read(string_view text) {
         uint64_t length = 0;
         if (text.size() >= 8) std::memcpy(&length, text.data(), 8);
         if (length < 2 || length > text.size() - 8) fail("it is no safetensors file, or it is truncated");
-        const Json header = Json::parse(text.substr(8, length));
+        const Json header = Json::parse(text.substr(8, length)), nanopot = header["__metadata__"]["nanopot"];
         data_ = text.substr(8 + length);
+        if (nanopot.is_null()) fail("it is not of nanoPoT: pass the out_dir of a training run");
+        metadata_ = nanopot.as_string("its metadata");
+        const Json info = Json::parse(metadata_);
+        packed_ = info["packed"], tokenizer = info["tokenizer"];
         size_t count = 0;
         header.each([&](Json, Json) { count++; });
         tensors_.reserve(count);
         header.each([&](Json name, Json entry) { tensors_.push_back({name, entry, name.equals("__metadata__")}); });
-        const Json nanopot = header["__metadata__"]["nanopot"];
-        if (!nanopot.is_string()) fail("it is not of nanoPoT: pass the out_dir of a training run");
-        metadata_ = nanopot.as_string("its metadata");
-        const Json info = Json::parse(metadata_);
-        packed_ = info["packed"], tokenizer = info["tokenizer"];
-        if (!packed_["layers"].each([](Json, Json) {}) || info["pot"].is_null())
-            fail("it holds float weights: quantize them by train.py --pot_bits=4");
         read_model(info["model_args"]);
         for (const Tensor& t : tensors_)
-            if (!t.used) fail("its tensor " + string(t.name.text) + " is not part of such a model");
+            if (!t.used) fail("its tensor " + string(t.name.text) + " is no part of such a model");
     }
 
     void read_model(Json args) {
-        const auto size = [&](const char* name) { return args[name].as_integer(name, 1, MOST); };
-        const auto choice = [&](const char* name, const char* first, const char* second) {
-            if (!args[name].equals(first) && !args[name].equals(second)) fail(string(name) + " is not known here");
-            return args[name].equals(second);
+        const auto size = [&](const char* name) { return args[name].as_integer(name, 1, 1 << 28); };
+        const auto second = [&](const char* name, const char* first, const char* other) {
+            if (!args[name].equals(first) && !args[name].equals(other)) fail(string(name) + " is not known here");
+            return args[name].equals(other);
         };
         gpt.n_layer = size("n_layer"), gpt.n_head = size("n_head"), gpt.n_kv_head = size("n_kv_head");
         gpt.head_size = size("head_size"), gpt.n_embd = size("n_embd"), gpt.n_inner = size("n_inner");
         vocabulary = size("vocab_size"), context = size("block_size");
-        gpt.rms = choice("norm", "layer", "rms"), gpt.gated = choice("mlp", "gelu", "swiglu");
-        gpt.norm_eps = float(args["norm_eps"].as_number("norm_eps"));
-        const bool rotary = choice("position", "learned", "rotary"), bias = args["bias"].as_bool("bias");
-        if (gpt.n_head % gpt.n_kv_head || !(gpt.norm_eps > 0) || (rotary && gpt.head_size % 2))
-            fail("n_head must be a multiple of n_kv_head, head_size even and norm_eps above 0");
+        gpt.rms = second("norm", "layer", "rms"), gpt.gated = second("mlp", "gelu", "swiglu");
+        gpt.norm_eps = float(args["norm_eps"].as_positive("norm_eps"));
+        const bool rotary = second("position", "learned", "rotary"), bias = args["bias"].text == "true";
+        if (gpt.n_head % gpt.n_kv_head || (rotary && gpt.head_size % 2))
+            fail("n_head must be a multiple of n_kv_head, and head_size even with rotary positions");
         const int64_t heads = (gpt.n_head + 2 * gpt.n_kv_head) * gpt.head_size, inner = gpt.n_inner * (1 + gpt.gated);
         gpt.wte = weight("transformer.wte", vocabulary, gpt.n_embd);
         gpt.wpe = rotary ? gpt.wte : weight("transformer.wpe", context, gpt.n_embd);
         gpt.ln_f = norm("transformer.ln_f", bias);
         gpt.lm_head = {weight("lm_head", vocabulary, gpt.n_embd), nullptr};
         const auto linear = [&](const string& name, int64_t rows, int64_t columns, bool has_bias) {
-            const float* vector = has_bias ? floats(name + ".bias", rows) : nullptr;
-            return GptLinear{weight(name, rows, columns), vector};
+            const PotWeight w = weight(name, rows, columns);
+            return GptLinear{w, has_bias ? floats(name + ".bias", rows) : nullptr};
         };
         for (int64_t i = 0; i < gpt.n_layer; i++) {
             const string name = "transformer.h." + to_string(i) + ".";
             GptLayer layer{};
             layer.ln_1 = norm(name + "ln_1", bias), layer.ln_2 = norm(name + "ln_2", bias);
-            layer.c_attn = linear(name + "attn.c_attn", heads, gpt.n_embd, args["qkv_bias"].as_bool("qkv_bias"));
+            layer.c_attn = linear(name + "attn.c_attn", heads, gpt.n_embd, args["qkv_bias"].text == "true");
             layer.attn_c_proj = linear(name + "attn.c_proj", gpt.n_embd, gpt.n_head * gpt.head_size, bias);
             layer.c_fc = linear(name + "mlp.c_fc", inner, gpt.n_embd, bias);
             layer.mlp_c_proj = linear(name + "mlp.c_proj", gpt.n_embd, gpt.n_inner, bias);
             layers_.push_back(layer);
         }
         gpt.layers = layers_.data();
-        if (rotary) read_frequencies(args["rope_theta"].as_number("rope_theta"), args["rope_scaling"]);
+        if (rotary) read_frequencies(args["rope_theta"].as_positive("rope_theta"), args["rope_scaling"]);
     }
 
-    // Radians a position for each pair of features. Llama 3's scaling slows the pairs that turn less than once in the
-    // original context.
+    // As model.py's rotary_frequencies. Llama 3's scaling slows pairs that turn less than once in the original context.
     void read_frequencies(double theta, Json scaling) {
-        if (!(theta > 0)) fail("rope_theta must be above 0");
+        const auto number = [&](const char* name) { return float(scaling[name].as_positive(name)); };
         for (int64_t i = 0; i < gpt.head_size; i += 2) {
             float frequency = 1 / std::pow(float(theta), float(i) / float(gpt.head_size));
             if (!scaling.is_null()) {
-                const auto number = [&](const char* name) { return float(scaling[name].as_number(name)); };
-                const float factor = number("factor"), low = number("low_freq_factor"), high = number("high_freq_factor");
-                const float original = number("original_max_position_embeddings");
-                if (!(factor > 0 && 0 < low && low < high && original > 0)) fail("rope_scaling must be positive");
-                const float turns = original * frequency / float(2 * M_PI);
-                const float kept = std::min(1.0f, std::max(0.0f, (turns - low) / (high - low)));
-                frequency *= kept + (1 - kept) / factor;
+                const float low = number("low_freq_factor"), range = number("high_freq_factor") - low;
+                const float turns = number("original_max_position_embeddings") * frequency / float(2 * M_PI);
+                const float kept = std::min(1.0f, std::max(0.0f, (turns - low) / range));
+                frequency *= kept + (1 - kept) / number("factor");
             }
             frequencies_.push_back(frequency);
         }
         gpt.frequencies = frequencies_.data();
     }
 
-    // Data of a tensor. Checks its dtype, its shape and its place in the file.
-    const char* tensor(string name, const char* dtype, int64_t item, std::initializer_list<int64_t> expected) {
+    Tensor& find(string name) {
         const Json alias = packed_["aliases"][name];
         if (!alias.is_null()) name = alias.as_string("an alias");
-        const auto t = std::find_if(tensors_.begin(), tensors_.end(), [&](const Tensor& t) { return t.name.equals(name); });
+        const auto t = std::find_if(tensors_.begin(), tensors_.end(), [&](Tensor& t) { return t.name.equals(name); });
         if (t == tensors_.end()) fail(name + " is missing");
-        t->used = true;
+        return *t;
+    }
+
+    // Data of a tensor. Checks its dtype, its shape and its place in the file. item: bytes of an element.
+    const char* data(const string& name, const char* dtype, int64_t item, std::initializer_list<int64_t> expected) {
+        Tensor& t = find(name);
         string shape, wanted;
-        int64_t size = item, place[2] = {}, n = 0;
-        t->entry["shape"].each([&](Json, Json length) { shape += to_string(length.as_integer("a shape", 0, INT64_MAX)) + ", "; });
+        int64_t size = item, n = 0, place[3] = {};
+        const auto integer = [&](Json value) { return value.as_integer(name + "'s header", 0, int64_t(data_.size())); };
+        t.entry["shape"].each([&](Json, Json length) { shape += to_string(integer(length)) + " "; });
+        t.entry["data_offsets"].each([&](Json, Json at) { place[std::min<int64_t>(n++, 2)] = integer(at); });
         for (const int64_t length : expected) {
-            wanted += to_string(length) + ", ";
+            wanted += to_string(length) + " ";
             if (__builtin_mul_overflow(size, length, &size)) fail(name + " cannot be that large");
         }
-        t->entry["data_offsets"].each([&](Json, Json at) { place[n++ > 0] = at.as_integer("an offset", 0, int64_t(data_.size())); });
-        if (!t->entry["dtype"].equals(dtype) || shape != wanted)
-            fail(name + " is not " + dtype + " of shape " + wanted + "as its settings say");
-        if (n != 2 || place[1] - place[0] != size || reinterpret_cast<uintptr_t>(data_.data() + place[0]) % size_t(item))
-            fail(name + " does not lie in the file as its header says");
-        return data_.data() + place[0];
+        if (!t.entry["dtype"].equals(dtype) || shape != wanted)
+            fail(name + " is not " + dtype + " of shape " + wanted + "as the settings of its model say");
+        const char* start = data_.data() + place[0];
+        if (n != 2 || place[1] - place[0] != size || reinterpret_cast<uintptr_t>(start) % size_t(item))
+            fail(name + " does not lie where a tensor of its shape may lie");
+        t.used = true;
+        return start;
     }
 
     const float* floats(const string& name, int64_t n) {
-        return reinterpret_cast<const float*>(tensor(name, "F32", 4, {n}));
+        return reinterpret_cast<const float*>(data(name, "F32", 4, {n}));
     }
 
     GptNorm norm(const string& name, bool bias) {
@@ -756,120 +664,102 @@ class Model {
     // A packed weight (rows, columns), as pot.py's packed_state writes it.
     PotWeight weight(const string& name, int64_t rows, int64_t columns) {
         const Json layer = packed_["layers"][name];
-        if (layer.is_null()) fail(name + " is not packed: this program takes models whose layers all are");
-        if (!layer["dtype"].equals("float32")) fail(name + " is not of float32");
-        const int64_t number = layer["config"].as_integer("config", 0, MOST);
+        if (layer.is_null()) fail(name + " is not packed: quantize the model by train.py --pot_bits=4");
         Json config;
-        int64_t i = 0;
-        packed_["configs"].each([&](Json, Json c) { i++ == number ? void(config = c) : void(); });
-        const Json grid = config["grid"];
+        int64_t number = layer["config"].as_integer("a layer's config", 0, 1 << 28);
+        packed_["configs"].each([&](Json, Json c) { number-- == 0 ? void(config = c) : void(); });
         const int64_t bits = config["bits"].as_integer("bits", 3, 8), terms = config["terms"].as_integer("terms", 1, 2);
-        const bool uniform = grid.equals("uniform"), paper = grid.equals("paper");
-        if ((bits > 4 && bits < 8) || (bits == 8 && !uniform) || (!uniform && !paper && !grid.equals("pot")) ||
-            !config["layout"].equals("tiles-16"))
-            fail(name + " has weights that this program does not know: it takes 3, 4 and uniform 8 bits");
-        const int64_t half = 1 << (bits - 1), full = half - 1;  // codes without a sign, and levels above 0
+        const bool uniform = config["grid"].equals("uniform"), paper = config["grid"].equals("paper");
         const Json range = config["range"];
+        const int64_t half = 1 << (bits - 1), full = half - 1;  // codes of one sign; levels above 0
         int64_t top = range.is_null() ? full : range.as_integer("range", 1, full - paper) + paper;
-        if (!range.is_null() && (uniform || terms == 2)) fail(name + " has a range, which its grid has not");
+        if (!config["layout"].equals("tiles-16") || !layer["dtype"].equals("float32") || (bits > 4 && bits < 8) ||
+            (bits == 8 && !uniform) || (!uniform && !paper && !config["grid"].equals("pot")))
+            fail(name + " is packed in a way that this program does not know: it takes 3, 4 and uniform 8 bits");
 
         PotWeight w{};
-        w.rows = rows, w.columns = columns, w.bits = int32_t(bits), w.groups = 1;
-        for (int64_t code = 0; code < 2 * half && bits < 8; code++) {
-            const int64_t index = std::min(code % half, uniform || terms == 2 ? full : top);
-            const int64_t two = index < 2 ? index : (2 + index % 2) << (index / 2 - 1);
-            const int64_t level = uniform ? index : terms == 2 ? two : index ? 1 << (index - 1) : 0;
+        w.rows = rows, w.columns = columns, w.groups = 1, w.bits = int32_t(bits);
+        for (int64_t code = 0; code < 2 * half && bits < 8; code++) {  // as PoTConfig.levels
+            const int64_t i = std::min(code % half, uniform || terms == 2 ? full : top);
+            const int64_t power = i ? 1 << (i - 1) : 0, two = i < 2 ? i : (2 + i % 2) << (i / 2 - 1);
+            const int64_t level = uniform ? i : terms == 2 ? two : power;
             w.table[code] = int8_t(code < half ? level : -level);
         }
-        if (config["granularity"].equals("group")) {
-            const int64_t size = config["group_size"].as_integer("group_size", 1, columns);
-            if (columns % size) fail(name + ": its groups do not divide its columns");
-            w.groups = columns / size;
-        }
-        const int64_t blocks = (rows + 15) / 16, width = tile_columns(w);
-        const char* codes = tensor(name + ".packed.codes", "U8", 1, {blocks, (columns + width - 1) / width * tile_bytes(w)});
-        w.codes = reinterpret_cast<const uint8_t*>(codes);
-        read_units(name + ".packed.unit", !config["granularity"].equals("tensor") && rows > 1, blocks, &w);
-        w.activations = config["act_bits"].is_null() ? 2 : 1;
+        if (config["granularity"].equals("group")) w.groups = columns / config["group_size"].as_integer("group_size", 1, columns);
+        if (columns % w.groups) fail(name + ": its groups do not divide its columns");
+        const int64_t blocks = (rows + 15) / 16, tiles = (columns + tile_columns(w) - 1) / tile_columns(w);
+        w.codes = reinterpret_cast<const uint8_t*>(data(name + ".packed.codes", "U8", 1, {blocks, tiles * tile_bytes(w)}));
+
+        const string units = name + ".packed.unit";
+        w.unit_is_half = find(units).entry["dtype"].equals("F16");
+        w.unit_per_row = !config["granularity"].equals("tensor") && rows > 1;
+        const auto unit = [&](auto shape) { return data(units, w.unit_is_half ? "F16" : "F32", w.unit_is_half ? 2 : 4, shape); };
+        typedef std::initializer_list<int64_t> Shape;
+        w.unit = w.unit_per_row ? unit(Shape{blocks, w.groups, 16}) : unit(Shape{1, w.groups});
+        for (int64_t row = 0; row < (w.unit_per_row ? 16 * blocks : 1); row++)
+            for (int64_t g = 0; g < w.groups; g++) {
+                const float f = unit_at(w, row, g);
+                if (!(f > 0 && f < (w.unit_is_half ? 65520 : INFINITY))) fail(units + " holds a value that is no positive number");
+            }
+        w.activations = config["act_bits"].is_null() ? 2 : 1;  // as sample.py
         if (w.activations == 1) {
-            row_sums_.emplace_back(size_t(rows));
+            row_sums_.emplace_back(rows);
             pot_row_sums(&w, row_sums_.back().data());
             w.row_sums = row_sums_.back().data();
         }
         return w;
     }
 
-    void read_units(const string& name, bool per_row, int64_t blocks, PotWeight* w) {
-        const Json alias = packed_["aliases"][name];
-        const string source = alias.is_null() ? name : alias.as_string("an alias");
-        for (const Tensor& t : tensors_)
-            if (t.name.equals(source)) w->unit_is_half = t.entry["dtype"].equals("F16");
-        const char* dtype = w->unit_is_half ? "F16" : "F32";
-        const int64_t item = w->unit_is_half ? 2 : 4, n = per_row ? blocks * w->groups * 16 : w->groups;
-        w->unit_per_row = per_row;
-        w->unit = per_row ? tensor(name, dtype, item, {blocks, w->groups, 16}) : tensor(name, dtype, item, {1, w->groups});
-        for (int64_t i = 0; i < n; i++) {
-            const uint16_t* halves = static_cast<const uint16_t*>(w->unit);
-            const float* singles = static_cast<const float*>(w->unit);
-            const bool good = w->unit_is_half ? halves[i] > 0 && halves[i] < 0x7c00 : singles[i] > 0 && singles[i] < INFINITY;
-            if (!good) fail(name + " holds a value that is no positive number");
-        }
-    }
-
     const MappedFile file_;
-    string_view data_;             // of all tensors
-    string metadata_;              // JSON of the model, without the escapes of the header
-    Json packed_;                  // a part of it: metadata of pot.py's packed_state
-    std::vector<Tensor> tensors_;  // (tensors): where they are
-    std::vector<GptLayer> layers_;
-    std::vector<float> frequencies_;           // (head_size / 2), if rotary
+    string_view data_;                          // of all tensors
+    string metadata_;                           // JSON, without the escapes that it has in the header
+    Json packed_;                               // the part of it that packed_state wrote
+    std::vector<Tensor> tensors_;               // (tensors)
+    std::vector<GptLayer> layers_;              // (n_layer)
+    std::vector<float> frequencies_;            // (head_size / 2), if rotary
     std::vector<std::vector<float>> row_sums_;  // (weights with activations of 8 bits per row; rows)
-    std::unique_ptr<uint16_t[]> cache_;        // (n_layer, 2, n_kv_head, capacity, head_size) float16
+    std::unique_ptr<uint16_t[]> cache_;         // (n_layer, 2, n_kv_head, capacity, head_size) float16
 };
 
 // -----------------------------------------------------------------------------
 // Generation
 
-// Draws a token from the top_k most likely ones of logits (vocabulary); temperature 0: the most likely one.
-int64_t draw(const std::vector<float>& logits, double temperature, int64_t top_k, std::mt19937_64& random) {
-    if (temperature == 0) return std::max_element(logits.begin(), logits.end()) - logits.begin();
-    std::vector<int32_t> order(logits.size());
-    std::vector<double> sums;  // (top_k): of the probabilities up to a token
-    std::iota(order.begin(), order.end(), 0);
-    order.resize(size_t(std::min(top_k, int64_t(order.size()))));
-    const auto more = [&](int32_t a, int32_t b) { return logits[size_t(a)] > logits[size_t(b)]; };
-    std::vector<int32_t> all(logits.size());
-    std::iota(all.begin(), all.end(), 0);
-    std::partial_sort_copy(all.begin(), all.end(), order.begin(), order.end(), more);
-    for (const int32_t id : order) {
-        const double share = std::exp((logits[size_t(id)] - logits[size_t(order[0])]) / temperature);
-        sums.push_back(share + (sums.empty() ? 0 : sums.back()));
-    }
-    const double place = double(random() >> 11) * 0x1p-53 * sums.back();  // 53 random bits: the same on every machine
-    const size_t i = size_t(std::upper_bound(sums.begin(), sums.end(), place) - sums.begin());
-    return order[std::min(i, order.size() - 1)];
-}
-
 struct Settings {  // as sample.py has them
-    string ckpt = "out", prompt = "\n", prompt_file;
+    string ckpt = "out", prompt = "\n";
     int64_t max_new_tokens = 500, top_k = 200, seed = 1337, threads = 0;
     double temperature = 0.8;
 };
 
-// Calls visit(token) for each token that follows ids, until it returns false. Beyond the context, the window slides and
-// is computed anew for each token.
+// Draws a token from the top_k most likely ones of logits (vocabulary); temperature 0: the most likely one.
+int64_t draw(const std::vector<float>& logits, double temperature, int64_t top_k, std::mt19937_64& random) {
+    if (temperature == 0) return std::max_element(logits.begin(), logits.end()) - logits.begin();
+    std::vector<int32_t> order(logits.size());
+    std::iota(order.begin(), order.end(), 0);
+    const size_t n = size_t(std::min(top_k, int64_t(order.size())));
+    const auto more = [&](int32_t a, int32_t b) { return logits[size_t(a)] > logits[size_t(b)]; };
+    std::partial_sort(order.begin(), order.begin() + int64_t(n), order.end(), more);
+    std::vector<double> sums(n);  // of the probabilities up to a token
+    for (size_t i = 0; i < n; i++)
+        sums[i] = (i ? sums[i - 1] : 0) + std::exp((logits[size_t(order[i])] - logits[size_t(order[0])]) / temperature);
+    const double place = double(random() >> 11) * 0x1p-53 * sums.back();  // 53 random bits
+    const auto at = std::upper_bound(sums.begin(), sums.end() - 1, place);
+    return order[size_t(at - sums.begin())];
+}
+
+// Calls visit(token) for each token that follows ids, until it returns false. Beyond the context the window slides, and
+// each token computes the whole window.
 template <class Visit>
 void generate(Model& model, std::vector<int64_t> ids, const Settings& s, const Visit& visit) {
     std::vector<float> logits(size_t(model.vocabulary));
     std::mt19937_64 random{uint64_t(s.seed)};
     model.allocate(std::min(model.context, int64_t(ids.size()) + s.max_new_tokens));
     for (int64_t i = 0, done = 0; i < s.max_new_tokens; i++) {
-        const int64_t n = int64_t(ids.size()), from = n > model.context ? n - model.context : done;
-        const int64_t position = n > model.context ? 0 : from;
+        const int64_t n = int64_t(ids.size()), before = n - model.context;
+        const int64_t from = before > 0 ? before : done, position = before > 0 ? 0 : done;
         gpt_decode(&model.gpt, ids.data() + from, n - from, position, logits.data(), int(s.threads));
         done = n;
-        for (const float logit : logits)
-            if (!std::isfinite(logit)) fail("the model's logits are not finite: its file is damaged, or its training diverged");
+        if (!std::all_of(logits.begin(), logits.end(), [](float f) { return std::isfinite(f); }))
+            fail("the model's logits are not finite: its file is damaged, or its training diverged");
         ids.push_back(draw(logits, s.temperature, s.top_k, random));
         if (!visit(ids.back())) return;
     }
@@ -878,52 +768,35 @@ void generate(Model& model, std::vector<int64_t> ids, const Settings& s, const V
 // -----------------------------------------------------------------------------
 // Command line
 
-const char* const USAGE =
-    "usage: run [--key=value ...]\n\n"
-    "  --ckpt=out              folder of a packed model\n"
-    "  --prompt=TEXT           the text to continue\n"
-    "  --prompt_file=FILE      a file with the prompt, instead\n"
-    "  --max_new_tokens=500    most tokens of the text, which ends earlier at an end-of-text token\n"
-    "  --temperature=0.8       0: always the most likely token; higher: more surprising\n"
-    "  --top_k=200             draw from this many most likely tokens\n"
-    "  --seed=1337             same seed, same text\n"
-    "  --threads=0             threads; 0: one for each core\n";
-
 Settings read_settings(int count, char** words) {
     Settings s;
     for (int i = 1; i < count; i++) {
-        const string word = words[i];
-        const size_t equals = word.find('=');
-        const string key = word.substr(0, equals);
-        if (equals == string::npos && i + 1 == count) fail(word + " needs a value: " + word + "=...");
-        const string value = equals == string::npos ? words[++i] : word.substr(equals + 1);
-        const auto integer = [&](int64_t least) { return Json{value}.as_integer(key.c_str(), least, INT64_MAX); };
+        const string word = words[i], key = word.substr(0, word.find('='));
+        if (key == word && i + 1 == count) fail(word + " needs a value: " + word + "=...");
+        const string value = key == word ? words[++i] : word.substr(key.size() + 1);
         if (key == "--ckpt") s.ckpt = value;
         else if (key == "--prompt") s.prompt = value;
-        else if (key == "--prompt_file") s.prompt_file = value;
-        else if (key == "--max_new_tokens") s.max_new_tokens = integer(1);
-        else if (key == "--temperature") s.temperature = Json{value}.as_number(key.c_str());
-        else if (key == "--top_k") s.top_k = integer(1);
-        else if (key == "--seed") s.seed = integer(0);
-        else if (key == "--threads") s.threads = integer(0);
+        else if (key == "--max_new_tokens") s.max_new_tokens = Json{value}.as_integer(key, 1, INT32_MAX);
+        else if (key == "--temperature") s.temperature = value == "0" ? 0 : Json{value}.as_positive(key);
+        else if (key == "--top_k") s.top_k = Json{value}.as_integer(key, 1, INT32_MAX);
+        else if (key == "--seed") s.seed = Json{value}.as_integer(key, 0, INT32_MAX);
+        else if (key == "--threads") s.threads = Json{value}.as_integer(key, 0, 1024);
         else fail("unknown setting " + key + ": --help lists them");
     }
-    if (!(s.temperature >= 0)) fail("--temperature must be at least 0");
-    if (!s.prompt_file.empty()) s.prompt = MappedFile(s.prompt_file).text();
     if (s.prompt.empty()) fail("the prompt is empty: pass at least one character");
     if (s.threads == 0) s.threads = std::max(1u, std::thread::hardware_concurrency());
     return s;
 }
 
 void write_text(const Settings& s) {
-    const char* name = std::getenv("NANOPOT_KERNEL");
-    if (name && *name && pot_choose(name)) fail(string("NANOPOT_KERNEL: this machine has ") + pot_instruction_sets());
+    const char* set = std::getenv("NANOPOT_KERNEL");
+    if (set && *set && pot_choose(set)) fail(string("NANOPOT_KERNEL: this machine has ") + pot_instruction_sets());
     Model model(s.ckpt);
     const Tokenizer tokenizer(s.ckpt, model.tokenizer, model.vocabulary);
-    string pending = s.prompt;  // bytes that are not written yet
+    string bytes = s.prompt;  // that are not written yet
     int64_t count = 0;
-    const auto write = [&](bool last) {
-        const string text = take_utf8(pending, last);
+    const auto write = [&](bool is_end) {
+        const string text = take_utf8(bytes, is_end);
         std::fwrite(text.data(), 1, text.size(), stdout);
         std::fflush(stdout);
     };
@@ -932,21 +805,30 @@ void write_text(const Settings& s) {
     generate(model, tokenizer.encode(s.prompt), s, [&](int64_t id) {
         count++;
         if (std::count(tokenizer.stops.begin(), tokenizer.stops.end(), id)) return false;
-        pending += tokenizer.bytes(id);
+        bytes += tokenizer.bytes(id);
         write(false);
         return true;
     });
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    pending += '\n';
+    bytes += '\n';
     write(true);
-    std::fprintf(stderr, "--- %lld tokens, %.0f tokens/s, %s\n", static_cast<long long>(count),
-                 double(count) / seconds.count(), s.ckpt.c_str());
+    std::fprintf(stderr, "--- %d tokens, %.0f tokens/s, %s\n", int(count), double(count) / seconds.count(), s.ckpt.c_str());
 }
 
 }  // namespace
 
 int main(int count, char** words) {
-    if (count > 1 && (string(words[1]) == "--help" || string(words[1]) == "-h")) return std::printf("%s", USAGE) < 0;
+    if (count > 1 && (string(words[1]) == "--help" || string(words[1]) == "-h")) {
+        std::printf("usage: run [--key=value ...]\n\n"
+                    "  --ckpt=out              folder of a packed model\n"
+                    "  --prompt=TEXT           the text to continue\n"
+                    "  --max_new_tokens=500    most tokens of the text, which ends earlier at an end-of-text token\n"
+                    "  --temperature=0.8       0: always the most likely token; higher: more surprising\n"
+                    "  --top_k=200             draw from this many most likely tokens\n"
+                    "  --seed=1337             same seed, same text\n"
+                    "  --threads=0             0: one for each core\n");
+        return 0;
+    }
     try {
         write_text(read_settings(count, words));
         return 0;
