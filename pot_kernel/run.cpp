@@ -13,7 +13,7 @@
 // -DPOT_SHIFT_ONLY multiplies by weights with shifts and additions alone (shift.h), as hardware without a multiplier
 // would. On a processor that is slower.
 //
-// Sections: files, JSON, UTF-8, tokenizer, model, products by shifts, generation, command line.
+// Sections: files, JSON, UTF-8, tokenizer, products by shifts, model, generation, command line.
 
 #include "decode.cpp"
 #include "unicode.h"
@@ -521,6 +521,39 @@ class Tokenizer {
 };
 
 // -----------------------------------------------------------------------------
+// Products by shifts: integers within a segment, as every other instruction set has them. A scale for each segment
+// follows in float32.
+
+#if defined(POT_SHIFT_ONLY)
+void shift_product(const Job& job, int64_t from, int64_t to) {
+    const PotWeight& w = *job.w;
+    const Rows8& x = *job.x8;
+    PotShift levels[16];
+    for (int code = 0; code < 16; code++) pot_shift_of(w.table[code], &levels[code]);
+    for (int64_t block = from; block < to; block++)
+        for (int64_t i = 0; i < job.n; i++) {
+            float total[16] = {};
+            for (size_t s = 0; s < x.segments.size(); s++) {
+                const Segment& segment = x.segments[s];
+                int32_t sums[16] = {};
+                pot_shift_products(codes_at(w, block, 0), w.bits, int32_t(segment.column), int32_t(4 * segment.quads),
+                                   &x.q[size_t(i * x.stride + segment.column)], levels, sums);
+                for (int r = 0; r < 16; r++) {
+                    const float scale = unit_at(w, 16 * block + r, segment.group) * x.scale[size_t(i) * x.segments.size() + s];
+                    total[r] = float(sums[r]) * scale + total[r];
+                }
+            }
+            for (int64_t r = 16 * block; r < std::min(w.rows, 16 * block + 16); r++) {
+                const float zero = w.activations == 1 ? x.offset[size_t(i)] * w.row_sums[r] : 0;
+                job.y[i * job.y_stride + r] = x.row_scale[size_t(i)] * (total[r % 16] + zero) + (job.bias ? job.bias[r] : 0);
+            }
+        }
+}
+
+const InstructionSet shifts{"shifts", true, shift_product, false};
+#endif
+
+// -----------------------------------------------------------------------------
 // Model: the content of model.safetensors as decode.cpp takes it.
 
 class Model {
@@ -553,6 +586,9 @@ class Model {
 
     // The file is 8 bytes with the length of its header, the header in JSON, then the tensors.
     void read(string_view text) {
+#if defined(POT_SHIFT_ONLY)
+        chosen = &shifts;
+#endif
         uint64_t length = 0;
         if (text.size() >= 8) std::memcpy(&length, text.data(), 8);
         if (length < 2 || length > text.size() - 8) fail("it is no safetensors file, or it is truncated");
@@ -702,6 +738,11 @@ class Model {
                 if (!(f > 0 && f < (w.unit_is_half ? 65520 : INFINITY))) fail(units + " holds a value that is no positive number");
             }
         w.activations = config["act_bits"].is_null() ? 2 : 1;  // as sample.py
+#if defined(POT_SHIFT_ONLY)
+        PotShift level;
+        for (const int8_t value : w.table)
+            if (uniform || pot_shift_of(value, &level) || !takes_bytes(w)) fail(name + " takes more than two shifts a weight");
+#endif
         if (w.activations == 1) {
             row_sums_.emplace_back(rows);
             pot_row_sums(&w, row_sums_.back().data());

@@ -1,6 +1,7 @@
-// The parts of run.cpp for test_run.py and fuzz_run.py. The first word of the command line says which.
+// Parts of run.cpp for test_run.py and fuzz_run.py: run PART FOLDER [...]. Texts on standard input have their number of
+// bytes and a line end before them.
 
-#define main program
+#define main run
 #include "../pot_kernel/run.cpp"
 #undef main
 
@@ -27,44 +28,45 @@ void operator delete(void* p) noexcept {
 
 void operator delete(void* p, size_t) noexcept { operator delete(p); }
 
+// Runs the program for each folder of standard input. Writes its status and its memory to standard error.
+int fuzz() {
+    for (string folder; std::getline(std::cin, folder);) {
+        string words[] = {"run", "--ckpt=" + folder, "--max_new_tokens=3", "--threads=1"};
+        char* pointers[] = {&words[0][0], &words[1][0], &words[2][0], &words[3][0]};
+        const size_t before = peak = bytes;
+        const int status = run(4, pointers);
+        std::fprintf(stderr, "done %d %zu\n", status, peak - before);
+    }
+    return 0;
+}
+
 int main(int count, char** words) {
     const string part = words[1];
-    if (part == "fuzz") {  // runs the program for each folder of standard input; writes status and memory to stderr
-        for (string folder; std::getline(std::cin, folder);) {
-            string values[] = {"run", "--ckpt=" + folder, "--max_new_tokens=3", "--threads=1"};
-            char* arguments[] = {&values[0][0], &values[1][0], &values[2][0], &values[3][0]};
-            const size_t before = peak = bytes;
-            const int status = program(4, arguments);
-            std::fprintf(stderr, "done %d %zu\n", status, peak - before);
-        }
+    if (part == "fuzz") return fuzz();
+    if (part == "draw") {  // TEMPERATURE TOP_K DRAWS: how often each of 20 tokens is drawn
+        std::vector<float> logits(20);
+        std::vector<int> counts(20);
+        for (size_t i = 0; i < 20; i++) logits[i] = float(i * 7 % 20) / 4;
+        std::mt19937_64 random{1};
+        for (int i = 0; i < std::atoi(words[4]); i++)
+            counts[size_t(draw(logits, std::atof(words[2]), std::atoll(words[3]), random))]++;
+        for (const int n : counts) std::cout << n << ' ';
         return 0;
     }
-    const Model model(words[2]);
+    Model model(words[2]);
     const Tokenizer tokenizer(words[2], model.tokenizer, model.vocabulary);
-    const string text((std::istreambuf_iterator<char>(std::cin)), std::istreambuf_iterator<char>());
-    if (part == "encode") {  // texts end with a zero byte
-        for (size_t start = 0, end; (end = text.find('\0', start)) != string::npos; start = end + 1) {
-            for (const int64_t id : tokenizer.encode(text.substr(start, end - start))) std::cout << id << ' ';
-            std::cout << '\n';
+    for (string length; std::getline(std::cin, length); std::cout << '\n') {
+        string text(size_t(std::stoll(length)), '\0');
+        std::cin.read(&text[0], int64_t(text.size()));
+        const std::vector<int64_t> ids = tokenizer.encode(text);
+        if (part == "encode") {  // tokens, then their text in hexadecimal digits
+            string back;
+            for (const int64_t id : ids) std::cout << id << ' ', back += tokenizer.bytes(id);
+            for (const char c : back) std::cout << "0123456789abcdef"[uint8_t(c) / 16] << "0123456789abcdef"[uint8_t(c) % 16];
+        } else {  // TOKENS THREADS: greedy tokens
+            Settings s;
+            s.temperature = 0, s.max_new_tokens = std::atoll(words[3]), s.threads = std::atoll(words[count - 1]);
+            generate(model, ids, s, [](int64_t id) { return bool(std::cout << id << ' '); });
         }
-    } else if (part == "decode") {  // ids, to bytes
-        const char* p = text.c_str();
-        for (char* end; *p; p = end) std::cout << tokenizer.bytes(std::strtoll(p, &end, 10));
-    } else if (part == "draw") {  // temperature top_k draws: how often each token is drawn, with logits 0, 1, 2, ... / 4
-        std::vector<float> logits(20);
-        for (size_t i = 0; i < 20; i++) logits[i] = float(i * 7 % 20) / 4;
-        std::vector<int> counts(20);
-        std::mt19937_64 random{1};
-        for (int i = 0; i < std::atoi(words[5]); i++)
-            counts[size_t(draw(logits, std::atof(words[3]), std::atoll(words[4]), random))]++;
-        for (const int n : counts) std::cout << n << ' ';
-    } else if (part == "generate") {  // folder tokens threads: greedy tokens, and the last logits to the bit
-        Model again(words[2]);
-        Settings s;
-        s.temperature = 0, s.max_new_tokens = std::atoll(words[3]), s.threads = std::atoll(words[4]);
-        generate(again, tokenizer.encode(text), s, [&](int64_t id) {
-            std::cout << id << ' ';
-            return true;
-        });
     }
 }
