@@ -89,15 +89,13 @@ void append_utf8(string& out, uint32_t code) {
     for (int i = more - 1; i >= 0; i--) out += char(0x80 | (code >> 6 * i & 0x3f));
 }
 
-// A value within a JSON text. The brackets and quotes of a value that `parse` returned are complete, also inside.
+// A value within a JSON text. Syntax is checked where a value is used.
 struct Json {
     string_view text;  // from the first to the last byte of the value; empty: there is no such value
 
     static Json parse(string_view document) {
-        const char *end = document.data() + document.size(), *p = blank(document.data(), end);
-        const Json value = next(&p, end);
-        if (blank(p, end) != end) fail("damaged JSON: something follows its end");
-        return value;
+        const char* p = document.data();
+        return next(&p, p + document.size());
     }
 
     bool is_null() const { return text.empty() || text == "null"; }
@@ -110,22 +108,29 @@ struct Json {
     // Calls visit(key, value) for each part of an object or array; an array has no keys. False if it is neither.
     template <class Visit>
     bool each(const Visit& visit) const {
+        return until([&](Json key, Json value) { return visit(key, value), false; });
+    }
+
+    // The same, until visit returns true.
+    template <class Visit>
+    bool until(const Visit& visit) const {
         if (text.empty() || (text[0] != '{' && text[0] != '[')) return false;
-        const char *p = text.data() + 1, *end = text.data() + text.size() - 1;
-        for (p = blank(p, end); p < end; p = blank(p, end)) {
+        const char *p = text.data(), *end = p + text.size() - 1;
+        do {
+            if ((p = blank(p + 1, end)) == end) break;  // behind a bracket or a comma
             const Json key = text[0] == '{' ? next(&p, end) : Json();
-            if (text[0] == '{') p = blank(blank(p, end) + 1, end);  // behind the colon
+            if (text[0] == '{' && (p == end || *p++ != ':')) fail("damaged JSON");
             const Json value = next(&p, end);
-            visit(key, value);
-            p = blank(p, end) + 1;  // behind the comma
-        }
+            if (p < end && *p != ',') fail("damaged JSON");
+            if (visit(key, value)) break;
+        } while (p < end);
         return true;
     }
 
     // The value of a key of an object; empty if there is none.
     Json operator[](string_view name) const {
         Json out;
-        each([&](Json key, Json value) { key.equals(name) ? void(out = value) : void(); });
+        until([&](Json key, Json value) { return key.equals(name) && (out = value, true); });
         return out;
     }
 
@@ -169,44 +174,26 @@ struct Json {
         return p;
     }
 
-    static Json next(const char** p, const char* end) {  // the value at p; moves p behind it
-        const char* start = *p;
-        return {{start, size_t((*p = skip(start, end, 0)) - start)}};
+    static Json next(const char** p, const char* end) {  // the value at p; moves p behind it and white space
+        const char *start = blank(*p, end), *at = start;
+        bool inside = true;  // of a string, of brackets, or of a number or a word
+        for (int64_t depth = 0; inside; at++) {
+            if (at >= end) fail("damaged JSON");
+            if (*at == '"')
+                for (at++; at < end && *at != '"'; at++)
+                    if (*at == '\\' && at + 1 < end) at++;
+            if (at == end) fail("damaged JSON");
+            depth += (*at == '{' || *at == '[') - (*at == '}' || *at == ']');
+            const bool is_word = *start != '"' && *start != '{' && *start != '[';
+            inside = depth > 0 || (is_word && at + 1 < end && !std::strchr(",:]} \t\n\r", at[1]));
+        }
+        *p = blank(at, end);
+        return {{start, size_t(at - start)}};
     }
 
     uint32_t hex(size_t at) const {
         if (at + 4 >= text.size()) fail("damaged JSON");
         return uint32_t(std::strtoul(string(text.substr(at, 4)).c_str(), nullptr, 16)) & 0xffff;
-    }
-
-    static const char* skip(const char* p, const char* end, int depth) {  // behind the value at p
-        const auto need = [](bool good) { good ? void() : fail("damaged JSON"); };
-        need(p < end && depth < 100);
-        const char *start = p, close = *p == '{' ? '}' : ']';
-        if (*p == '"') {
-            for (p++; p < end && *p != '"'; p++)
-                if (*p == '\\' && p + 1 < end) p++;
-            need(p < end);
-            return p + 1;
-        }
-        if (*p != '{' && *p != '[') {  // a number, or a word such as true
-            while (p < end && (std::isalnum(uint8_t(*p)) || *p == '-' || *p == '+' || *p == '.')) p++;
-            need(p > start);
-            return p;
-        }
-        p = blank(p + 1, end);
-        if (p < end && *p == close) return p + 1;
-        for (;; p = blank(p + 1, end)) {
-            if (*start == '{') {
-                need(p < end && *p == '"');
-                p = blank(skip(p, end, depth + 1), end);
-                need(p < end && *p == ':');
-                p = blank(p + 1, end);
-            }
-            p = blank(skip(p, end, depth + 1), end);
-            need(p < end && (*p == close || *p == ','));
-            if (*p == close) return p + 1;
-        }
     }
 };
 
@@ -281,21 +268,6 @@ size_t word_length(string_view text) {
     return size_t((kind == SPACE && p < end && last > start ? last : p) - start);
 }
 
-// A byte is a letter in the files of byte-level tokens: itself if it is printable, else one from 256 on.
-struct ByteLetters {
-    uint32_t letter_of[256];
-    int byte_of[324];  // -1: not the letter of a byte
-
-    ByteLetters() {
-        std::fill_n(byte_of, 324, -1);
-        for (uint32_t b = 0, other = 256; b < 256; b++) {
-            const bool printable = (b > 32 && b < 127) || (b > 160 && b != 173);
-            letter_of[b] = printable ? b : other++;
-            byte_of[letter_of[b]] = int(b);
-        }
-    }
-};
-
 class Tokenizer {
   public:
     std::vector<int64_t> stops;  // tokens that end a text
@@ -351,8 +323,8 @@ class Tokenizer {
         const char *p = text.data(), *end = p + text.size();
         while (!is_char_ && p < end) {
             const uint32_t code = decode_utf8(&p, end);
-            if (code >= 324 || bytes_.byte_of[code] < 0) return string(text);  // a token that was added as text
-            out += char(bytes_.byte_of[code]);
+            if (code >= 324 || (code < 256 && !is_printable(code))) return string(text);  // it was added as text
+            out += char(byte_of_[code]);
         }
         return is_char_ ? string(text) : out;
     }
@@ -373,6 +345,8 @@ class Tokenizer {
         int64_t id;
         bool normalized;  // cut out after the others
     };
+
+    static bool is_printable(uint32_t byte) { return (byte > 32 && byte < 127) || (byte > 160 && byte != 173); }
 
     string_view letters(uint32_t id) const { return {letters_.data() + tokens_[id].start, tokens_[id].length}; }
 
@@ -422,9 +396,11 @@ class Tokenizer {
         letters_.reserve(model["vocab"].text.size());
         model["vocab"].each([&](Json text, Json id) { add_token(text.as_string("a token"), id.as_integer("an id", 0, most)); });
         sort_tokens();
-        for (uint32_t b = 0; b < 256; b++) {
+        for (uint32_t b = 0, other = 256; b < 256; b++) {  // a byte that is not printable has a letter from 256 on
+            const uint32_t code = is_printable(b) ? b : other++;
             string letter;
-            append_utf8(letter, bytes_.letter_of[b]);
+            byte_of_[code] = uint8_t(b);
+            append_utf8(letter, code);
             if (find(letter) < 0) fail("its vocabulary has no token for the byte " + to_string(b));
             byte_ids_[b] = uint32_t(find(letter));
         }
@@ -509,7 +485,6 @@ class Tokenizer {
         }
     }
 
-    const ByteLetters bytes_;
     const bool is_char_;            // tokens are characters
     bool digits_ = false;           // single digits are cut off first
     string letters_;                // of all tokens
@@ -517,6 +492,7 @@ class Tokenizer {
     std::vector<uint32_t> sorted_;  // (vocabulary): tokens in the order of their letters
     std::vector<Merge> merges_;     // (merges): in the order of their pairs
     uint32_t byte_ids_[256] = {};   // (256): token of each byte
+    uint8_t byte_of_[324] = {};     // (324): byte of each letter in the tokens of a file
     std::vector<Added> added_;      // (added tokens)
 };
 
@@ -603,6 +579,7 @@ class Model {
         tensors_.reserve(count);
         header.each([&](Json name, Json entry) { tensors_.push_back({name, entry, name.equals("__metadata__")}); });
         read_model(info["model_args"]);
+        if (end_ != int64_t(data_.size())) fail("it is longer than its tensors");
         for (const Tensor& t : tensors_)
             if (!t.used) fail("its tensor " + string(t.name.text) + " is no part of such a model");
     }
@@ -685,7 +662,7 @@ class Model {
         const char* start = data_.data() + place[0];
         if (n != 2 || place[1] - place[0] != size || reinterpret_cast<uintptr_t>(start) % size_t(item))
             fail(name + " does not lie where a tensor of its shape may lie");
-        t.used = true;
+        t.used = true, end_ = std::max(end_, place[1]);
         return start;
     }
 
@@ -705,12 +682,12 @@ class Model {
         int64_t number = layer["config"].as_integer("a layer's config", 0, 1 << 28);
         packed_["configs"].each([&](Json, Json c) { number-- == 0 ? void(config = c) : void(); });
         const int64_t bits = config["bits"].as_integer("bits", 3, 8), terms = config["terms"].as_integer("terms", 1, 2);
-        const bool uniform = config["grid"].equals("uniform"), paper = config["grid"].equals("paper");
+        const bool uniform = config["grid"].equals("uniform");
         const Json range = config["range"];
         const int64_t half = 1 << (bits - 1), full = half - 1;  // codes of one sign; levels above 0
-        int64_t top = range.is_null() ? full : range.as_integer("range", 1, full - paper) + paper;
+        const int64_t top = range.is_null() ? full : range.as_integer("range", 1, full);
         if (!config["layout"].equals("tiles-16") || !layer["dtype"].equals("float32") || (bits > 4 && bits < 8) ||
-            (bits == 8 && !uniform) || (!uniform && !paper && !config["grid"].equals("pot")))
+            (bits == 8 && !uniform) || (!uniform && !config["grid"].equals("pot")))
             fail(name + " is packed in a way that this program does not know: it takes 3, 4 and uniform 8 bits");
 
         PotWeight w{};
@@ -753,6 +730,7 @@ class Model {
 
     const MappedFile file_;
     string_view data_;                          // of all tensors
+    int64_t end_ = 0;                           // of the last tensor that was read
     string metadata_;                           // JSON, without the escapes that it has in the header
     Json packed_;                               // the part of it that packed_state wrote
     std::vector<Tensor> tensors_;               // (tensors)

