@@ -377,7 +377,7 @@ class Tokenizer {
 
     void read(Json file) {
         const auto off = [](Json value) { return value.is_null() || value.text == "false" || value.text == "\"\""; };
-        const Json model = file["model"], added = file["added_tokens"], around = file["post_processor"];
+        const Json model = file["model"], unknown = model["unk_token"], added = file["added_tokens"], around = file["post_processor"];
         bool known = model["type"].equals("BPE") && off(file["normalizer"]) && off(file["truncation"]);
         for (const char* key : {"dropout", "byte_fallback", "ignore_merges", "end_of_word_suffix"})
             known = known && off(model[key]);
@@ -401,8 +401,7 @@ class Tokenizer {
             string letter;
             byte_of_[code] = uint8_t(b);
             append_utf8(letter, code);
-            if (find(letter) < 0) fail("its vocabulary has no token for the byte " + to_string(b));
-            byte_ids_[b] = uint32_t(find(letter));
+            byte_ids_[b] = find(letter) < 0 && !unknown.is_null() ? find(unknown.as_string("unk_token")) : find(letter);
         }
         size_t count = 0;
         model["merges"].each([&](Json, Json) { count++; });
@@ -466,7 +465,8 @@ class Tokenizer {
         for (size_t length; !text.empty(); text.remove_prefix(length)) {
             length = word_length(text);
             std::vector<uint32_t> parts;  // tokens
-            for (const char c : text.substr(0, length)) parts.push_back(byte_ids_[uint8_t(c)]);
+            for (const char c : text.substr(0, length))
+                if (byte_ids_[uint8_t(c)] >= 0) parts.push_back(uint32_t(byte_ids_[uint8_t(c)]));
             for (;;) {
                 size_t at = 0;
                 const Merge* best = nullptr;
@@ -491,7 +491,7 @@ class Tokenizer {
     std::vector<Token> tokens_;     // (vocabulary)
     std::vector<uint32_t> sorted_;  // (vocabulary): tokens in the order of their letters
     std::vector<Merge> merges_;     // (merges): in the order of their pairs
-    uint32_t byte_ids_[256] = {};   // (256): token of each byte
+    int64_t byte_ids_[256] = {};    // (256): token of each byte; -1: there is none, and the byte is left out
     uint8_t byte_of_[324] = {};     // (324): byte of each letter in the tokens of a file
     std::vector<Added> added_;      // (added tokens)
 };

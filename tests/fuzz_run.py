@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+ENV = os.environ | {"NANOPOT_KERNEL": ""}  # conftest.py turns the kernel off
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 from conftest import write_tokenizer  # noqa: E402
@@ -32,7 +33,7 @@ from tokenizer import FileTokenizer  # noqa: E402
 
 BATCH = 200  # mutations per process
 MEMORY = 1 << 20  # bytes allowed beyond twice the files, for a prompt of one token
-SANITIZE = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZE = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 @dataclass
@@ -121,7 +122,9 @@ def run_batch(program, originals, seeds, folder):
         path.write_bytes(mutation(rng, path.read_bytes()))
         folders.append(f"{mutant}\n")
         sizes.append(sum(f.stat().st_size for f in mutant.iterdir()))
-    done = subprocess.run([program, "fuzz"], input="".join(folders).encode(), capture_output=True, timeout=1200)
+    done = subprocess.run(
+        [program, "fuzz"], input="".join(folders).encode(), capture_output=True, timeout=1200, env=ENV
+    )
     lines = done.stderr.decode(errors="replace").split("\n")[:-1]
     counts = {0: 0, 2: 0}
     for seed, size in zip(seeds, sizes):

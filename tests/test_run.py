@@ -65,7 +65,9 @@ def kernel(monkeypatch):
 def call(program, *words, texts=(), ok=True):
     texts = [t if isinstance(t, bytes) else t.encode() for t in texts]
     given = b"".join(b"%d\n%s" % (len(t), t) for t in texts)
-    done = subprocess.run([*program.split(), *map(str, words)], input=given, capture_output=True, timeout=300)
+    done = subprocess.run(
+        [*program.split(), *map(str, words)], input=given, capture_output=True, timeout=900, env=fuzz_run.ENV
+    )
     assert (done.returncode == 0) == ok, done.stderr.decode()
     return done.stdout.decode().splitlines() if ok else done.stderr.decode()
 
@@ -269,7 +271,7 @@ def run(program):
     path = fuzz_run.build("-O1", NATIVE, source="pot_kernel/run.cpp")
 
     def call(*words, status=0):
-        done = subprocess.run([path, *words], capture_output=True, timeout=60)
+        done = subprocess.run([path, *words], capture_output=True, timeout=900, env=fuzz_run.ENV)
         assert done.returncode == status, done.stderr
         return done.stdout.decode(), done.stderr.decode()
 
@@ -324,4 +326,4 @@ def test_bad_settings_and_foreign_files(run, models, tmp_path):
 
 def test_damaged_files_are_refused_or_run(capsys):
     fuzz_run.main(fuzz_run.Settings(mutations=100, seed=10**6))
-    assert "100 of 100" in capsys.readouterr().out
+    assert re.search(r"100 of 100: [2-6]\d wrote text", capsys.readouterr().out)
