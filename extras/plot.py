@@ -54,7 +54,9 @@ def main(s: Settings):
     }
     pictures = {key: picture for key, picture in pictures.items() if picture[0]}
     if not pictures:
-        raise ValueError("nothing to draw: pass --speed, --sweep, --curves, --grids or --hardware; --help explains them")
+        raise ValueError(
+            "nothing to draw: pass --speed, --sweep, --curves, --grids or --hardware; --help explains them"
+        )
     for key, (source, name, draw) in pictures.items():
         first = source.split(",")[0]
         folder = s.out_dir or (first if os.path.isdir(first) else os.path.dirname(first))
