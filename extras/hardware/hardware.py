@@ -60,7 +60,6 @@ MAPPINGS = {
 
 # Cited: M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014: 45 nm, 0.9 V
 MULTIPLY_INT8, ADD_INT32 = 0.2, 0.1  # pJ
-MULTIPLY_FLOAT16, ADD_FLOAT32 = 1.1, 0.9  # pJ
 DRAM = 1300 / 8, 2600 / 8  # pJ per byte: 1.3 to 2.6 nJ per 64 bits
 SRAM = 100 / 8  # pJ per byte: 100 pJ per 64 bits of a 1 MB cache
 
