@@ -5,6 +5,7 @@ Draws training runs and results. Each key draws one picture, next to its source 
     python extras/plot.py --sweep results/sweep_shakespeare_char.json      # loss above float of each kind of weights
     python extras/plot.py --curves "our QAT=out-a,control=out-b"           # training and validation loss of runs
     python extras/plot.py --grids out-pydoc-char                           # the levels below the weights of a layer
+    python extras/plot.py --hardware results/hardware.json                 # transistors and energy of products
 
 train.py draws loss.png and sweep.py its picture with the functions of this file.
 """
@@ -42,6 +43,7 @@ class Settings:
     curves: str | None = None  # folders of training runs, separated by commas; NAME=FOLDER names a run
     grids: str | None = None  # folder of a float model
     layer: str = "transformer.h.0.mlp.c_fc"  # for --grids: the layer to show
+    hardware: str | None = None  # JSON file of extras/hardware/hardware.py
     out_dir: str | None = None  # folder of the pictures; None: next to the source
 
 
@@ -51,10 +53,13 @@ def main(s: Settings):
         "sweep": (s.sweep, _stem(s.sweep), lambda path: draw_sweep(_read_json(s.sweep)["table"], path)),
         "curves": (s.curves, "curves", lambda path: draw_curves(s.curves.split(","), path)),
         "grids": (s.grids, "grids", lambda path: draw_grids(s.grids, s.layer, path)),
+        "hardware": (s.hardware, _stem(s.hardware), lambda path: draw_hardware(_read_json(s.hardware), path)),
     }
     pictures = {key: picture for key, picture in pictures.items() if picture[0]}
     if not pictures:
-        raise ValueError("nothing to draw: pass --speed, --sweep, --curves or --grids; --help explains them")
+        raise ValueError(
+            "nothing to draw: pass --speed, --sweep, --curves, --grids or --hardware; --help explains them"
+        )
     for key, (source, name, draw) in pictures.items():
         first = source.split(",")[0].rpartition("=")[2]
         folder = s.out_dir or (first if os.path.isdir(first) else os.path.dirname(first))
@@ -229,6 +234,42 @@ def draw_grids(folder: str, layer: str, path: str) -> None:
     ax.set(yticks=[-i for i in range(len(configs))], ylim=(-len(configs) + 0.4, 0.7))
     ax.set(xlabel="weight / top level of single powers")
     ax.set_yticklabels([str(c).split(",")[0] for c in configs], fontsize=8)
+    _save(figure, path)
+
+
+# -----------------------------------------------------------------------------
+# Results of extras/hardware/hardware.py
+
+
+def draw_hardware(results: dict, path: str) -> None:
+    """Transistors of each unit, and the energy of a token against the tokens that share one read of the weights."""
+    figure, (bars, ax) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=[1.2, 1], layout="constrained")
+    units = results["units"]
+    total = [row["mac"]["area"]["transistors"] for row in units]
+    product = [row["product"]["area"]["transistors"] for row in units]
+    y = range(len(units), 0, -1)
+    bars.barh(y, product, color=COLOURS[0], label="the product")
+    rest = [t - p for t, p in zip(total, product)]
+    bars.barh(y, rest, left=product, color=COLOURS[5], label="its sum: adder and register")
+    for a, b in zip(total, y):
+        bars.text(a + 100, b, f"{a:,}", va="center", fontsize=8)
+    bars.set(yticks=list(y), xlabel="transistors, mapped for area", xlim=(0, max(total) * 1.12))
+    bars.set_yticklabels([row["title"] for row in units], fontsize=8)
+    bars.legend(fontsize=8)
+    tokens = [2**i for i in range(15)]  # that share a read of the weights
+    model = results["energy"][0]["model"]
+    rows = {row["unit"]: row for row in results["energy"] if row["model"] == model}
+    titles = {row["unit"]: row["title"].split(" (")[0] for row in units}
+    for i, name in enumerate(("float16", "int8", "int4", "pot", "two")):
+        row = rows[name]
+        joules = [row["dram_mj"][0] / n + row["products_mj"] for n in tokens]
+        ax.plot(tokens, joules, color=COLOURS[i], marker=MARKERS[i], ms=4, markevery=2, label=titles[name])
+    ax.plot(tokens, [rows["pot"]["dram_mj"][0] / n for n in tokens], "k:", lw=1, label="DRAM alone, 4 bits")
+    lowest = min(row["products_mj"] for row in rows.values()) / 2
+    ax.set(xscale="log", yscale="log", xlabel="tokens that share one read of the weights", ylim=(lowest, None))
+    ax.set(ylabel="mJ a token, DRAM and products", title=f"{model}, 45 nm, estimated")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
     _save(figure, path)
 
 
