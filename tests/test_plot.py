@@ -40,9 +40,8 @@ def test_pictures(draw, tmp_path, workdir, float_run, qat_run):
         sweep=str(tmp_path / "sweep.json"),
         curves=f"{workdir / float_run},{workdir / qat_run}",
         grids=str(workdir / float_run),
-        hardware=str(ROOT / "results" / "hardware.json"),
     )
-    assert drawn == dict.fromkeys(["speed.png", "sweep.png", "curves.png", "grids.png", "hardware.png"], PNG)
+    assert drawn == dict.fromkeys(["speed.png", "sweep.png", "curves.png", "grids.png"], PNG)
 
 
 def test_functions_that_other_scripts_call(tmp_path):
