@@ -1,11 +1,10 @@
 """extras/hardware: the gates that Yosys makes of each unit compute what integers and float32 numbers in Python compute."""
 
+import functools
 import importlib.util
-import json
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from extras.hardware import hardware
 from pot import PoTConfig
@@ -65,17 +64,8 @@ class Gates:
 
 @pytest.fixture(scope="module")
 def synthesized():
-    """synthesized(name, mapping): the smaller netlist of a unit. The results file says whether it uses Booth's."""
-    rows = {row["unit"]: row for row in json.loads((ROOT / "results" / "hardware.json").read_text())["units"]}
-    made = {}
-
-    def synthesized(name, mapping="area"):
-        booth = rows[name]["mac"][mapping]["booth"]
-        if (name, mapping) not in made:
-            made[name, mapping] = hardware.synthesize(f"mac_{name}", booth, [mapping])[mapping]
-        return made[name, mapping]
-
-    return synthesized
+    """synthesized(name): the netlist of a unit, mapped for area, with Booth's multiplier."""
+    return functools.cache(lambda name: hardware.synthesize(f"mac_{name}", True, ["area"])["area"])
 
 
 @needs_yosys
