@@ -34,7 +34,7 @@ from pot import PoTConfig, PoTEmbedding, PoTQuantizer, check_weight, compute_uni
 # uses, and the moment needs an inverse.
 DAMPING = 0.01
 # The same for a tied table. Its rows are also looked up as they are, where no other feature makes up for an error.
-TABLE_DAMPING = 0.1
+TABLE_DAMPING = 0.3
 RECORDED = 4  # batches that show which layers a model calls
 SWEEPS = 2  # of coordinate descent after GPTQ; more lower the error by less than 1 %
 
@@ -524,8 +524,8 @@ def gptq(w: torch.Tensor, unit: torch.Tensor, config: PoTConfig, moment: torch.T
         torch.mul(config.round_(value[i] / own), own, out=rounded[i])
 
     scales = u.diagonal().tolist()
-    for start in range(0, n, 128):  # one large product for features beyond the block is faster than many small ones
-        end = min(start + 128, n)
+    for start in range(0, n, 64):  # one large product for features beyond the block is faster than many small ones
+        end = min(start + 64, n)
         errors = value.new_empty(end - start, len(w))
         for i in range(start, end):
             choose(i)
@@ -534,8 +534,8 @@ def gptq(w: torch.Tensor, unit: torch.Tensor, config: PoTConfig, moment: torch.T
         value[end:].addmm_(u[start:end, end:].t(), errors, alpha=-1)
     curvatures = hessian.diagonal().tolist()
     for _ in range(SWEEPS):
-        for start in range(0, n, 128):
-            end = min(start + 128, n)
+        for start in range(0, n, 64):
+            end = min(start + 64, n)
             slope = hessian[start:end] @ (target - rounded)  # of the squared error, halved
             for i in range(start, end):
                 before = rounded[i].clone()

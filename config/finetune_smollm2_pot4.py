@@ -1,6 +1,6 @@
 # QAT of SmolLM2-135M-Instruct with 4-bit power-of-two weights in groups of 64; the tied token table, which costs most,
-# has two terms at the same 4 bits. It starts from GPTQ's codes and learns the float model's predictions instead of the
-# text, because the float model has seen far more text than we can show it.
+# has two terms at the same 4 bits, in groups of 32. It starts from GPTQ's codes and learns the float model's predictions
+# instead of the text, because the float model has seen far more text than we can show it.
 # Run:   python train.py config/finetune_smollm2_pot4.py
 # Also:  --pot_terms=2 --out_dir=out-smollm2-pot4-two-terms; on a GPU, sequences of 512 fit: --block_size=512
 #        The float control, trained on the same batches: --pot=None --table=None --out_dir=out-control
@@ -16,6 +16,7 @@ pot_bits = 4
 pot_granularity = "group"
 pot_group_size = 64
 table_terms = 2
+table_group_size = 32
 calibrate_tokens = 16384
 distill = 1.0
 

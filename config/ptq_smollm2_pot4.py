@@ -1,5 +1,6 @@
 # PTQ of SmolLM2-135M-Instruct, with train.py: 4-bit power-of-two weights in groups of 64, whose codes GPTQ chooses on 16
-# windows of 1,024 tokens. The tied token table, which costs most, has two terms at the same 4 bits. No training.
+# windows of 1,024 tokens. The tied token table, which costs most, has two terms at the same 4 bits, in groups of 32. No
+# training.
 # Run:   python train.py config/ptq_smollm2_pot4.py
 # Then:  python sample.py --ckpt=out-smollm2-ptq4 --chat=True --prompt="Why is the sky blue?"
 # Also:  --pot_terms=2 --out_dir=out-smollm2-ptq4-two-terms is much better; --table=None gives the table single powers,
@@ -17,6 +18,7 @@ pot_bits = 4
 pot_granularity = "group"
 pot_group_size = 64
 table_terms = 2
+table_group_size = 32
 calibrate_tokens = 16384
 
 max_iters = 0

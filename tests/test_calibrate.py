@@ -377,7 +377,7 @@ def test_model_against_reference(monkeypatch):
     hook.remove()
     moment = torch.cat(head_inputs).double().t() @ torch.cat(head_inputs).double()
     reference.emb.quantizer.unit = unit_of(reference.emb.weight, config, moment)
-    moment.diagonal().add_(0.1 * moment.diagonal().mean())
+    moment.diagonal().add_(0.3 * moment.diagonal().mean())
     float_net = copy.deepcopy(reference)
     with torch.no_grad():
         reference.emb.weight.copy_(gptq(reference.emb.weight, reference.emb.quantizer.unit, config, moment))
