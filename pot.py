@@ -723,7 +723,7 @@ class PackedPoTEmbedding(nn.Module):
 
 def allow_int8_activations(model: nn.Module) -> None:
     """Lets a packed model round layer inputs to 8 bits, with a scale for each 64 features of a token, where pot_kernel
-    multiplies. Decoding and prompts are faster. results/README.md says how little the loss changes."""
+    multiplies. Decoding and prompts are faster. results/speed.md says how little the loss changes."""
     for module in model.modules():
         if isinstance(module, PackedWeight):
             module.int8_activations = True

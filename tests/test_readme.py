@@ -1,4 +1,4 @@
-"""Runs the commands and the Python code of README.md, docs/ and results/README.md that are fast and need no network."""
+"""Runs the commands and the Python code of README.md, docs/ and results/ that are fast and need no network."""
 
 import json
 import re
@@ -15,7 +15,8 @@ from conftest import gpt2, transformers_model, write_tokenizer
 
 ROOT = Path(__file__).parent.parent
 # The demo's commands come first, because the commands of README.md start from its models.
-PAGES = [ROOT / "results" / "README.md", ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+RESULTS = [ROOT / "results" / name for name in ("README.md", "small_models.md", "speed.md")]
+PAGES = [*RESULTS, ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 BLOCKS = [
     (page.relative_to(ROOT), kind, block)
     for page in PAGES
