@@ -1,10 +1,12 @@
 """
-Does the kernel change the loss of a packed model? Mean loss of the same positions: fake-quantized, and by each path of
-the kernel, which are: whole windows, layer by layer; one token after the other by the decode step; and half a window in
+Does the kernel change the loss of a packed model? Mean loss of the same positions: by PyTorch with unpacked weights, and by
+each path of the kernel, which are: whole windows, layer by layer; one token after the other by the decode step; and half a window in
 one call of the decode step, then the other half token by token. "8 bits": activations are rounded, as sample.py does.
 
     python results/kernel_loss.py out-pydoc-char data/pydoc_char
-    python results/kernel_loss.py smollm2 data/smollm2-web 2048    # tokens of the test split
+    python results/kernel_loss.py out-smollm2-ptq4 data/smollm2-web 2048    # tokens of the test split
+
+A float model is rounded to several kinds of weights. A packed model is measured as it is.
 """
 
 import copy
@@ -21,7 +23,7 @@ import checkpoint
 import dataset
 from machine import provenance
 from model import KVCache
-from pot import PoTConfig, allow_int8_activations, convert, prepare
+from pot import PackedWeight, PoTConfig, allow_int8_activations, quantize_
 
 TOKENS = 20_000  # of the test split; few, because the decode step takes them one at a time
 CONFIGS = (PoTConfig(), PoTConfig(terms=2), PoTConfig(grid="uniform", bits=8), PoTConfig(act_bits=8))
@@ -46,13 +48,16 @@ def losses_of_decoder(model, ids, share):
 
 @torch.no_grad()
 def main(folder, data, tokens=TOKENS):
-    model, _ = checkpoint.load_model(folder)
+    model, info = checkpoint.load_model(folder)
     ids = dataset.load(data, "test")[0][: int(tokens) + 1]
-    rows = []
-    for config in CONFIGS:
-        fake = copy.deepcopy(model)
-        prepare(fake, config)
-        reference, packed = losses_of_windows(fake, ids), convert(fake)
+    rows, configs = [], [info.weights] if info.pot else CONFIGS
+    for config in configs:
+        packed = model if info.pot else quantize_(copy.deepcopy(model), config)
+        unpacked = copy.deepcopy(packed)
+        for module in unpacked.modules():
+            if isinstance(module, PackedWeight):
+                module.on_kernel = False
+        reference = losses_of_windows(unpacked, ids)
         for activations in ("", ", 8 bits"):
             if activations:
                 allow_int8_activations(packed)
@@ -61,10 +66,11 @@ def main(folder, data, tokens=TOKENS):
                 "single tokens": losses_of_decoder(packed, ids, 0),
                 "half windows": losses_of_decoder(packed, ids, 0.5),
             }.items():
-                difference = (losses - reference).nanmean().item()
-                loss = reference.mean().item() + difference
-                rows.append({"weights": str(config), "way": way + activations, "loss": loss, "minus": difference})
-                print(f"{config!s:<50} {way + activations:<22} {loss:.6f} {difference:+.1e}", flush=True)
+                differences = (losses - reference)[~losses.isnan()]
+                minus, error = differences.mean().item(), differences.std().item() / len(differences) ** 0.5
+                row = {"weights": str(config), "way": way + activations, "loss": reference.mean().item()}
+                rows.append(row | {"minus": minus, "standard_error": error, "tokens": len(differences)})
+                print(f"{config!s:<50} {way + activations:<22} {minus:+.1e} (standard error {error:.0e})", flush=True)
     path = Path(__file__).with_name(f"kernel_loss_{Path(folder).name}.json")
     path.write_text(json.dumps({"rows": rows, "tokens": len(ids) - 1, **provenance()}, indent=1))
     print(f"written to {path}")
