@@ -20,6 +20,7 @@ import contextlib
 import copy
 import graphlib
 import queue
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable
@@ -39,16 +40,23 @@ RECORDED = 4  # batches that show which layers a model calls
 SWEEPS = 2  # of coordinate descent after GPTQ; more lower the error by less than 1 %
 
 
+def show_progress(done: int, total: int) -> None:
+    """Writes how many sets of layers are done to standard error, in one line, if that is a terminal."""
+    if sys.stderr.isatty():
+        line = f"calibrate: {done} of {total} sets of layers"
+        print(line, end="\r" if done < total else "\n", file=sys.stderr, flush=True)
+
+
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, batches: Iterable, progress: Callable[[int, int], None] | None = None
+    model: nn.Module, batches: Iterable, progress: Callable[[int, int], None] | None = show_progress
 ) -> dict[str, tuple[float, float]]:
     """Chooses the codes of a prepared model by the inputs that its layers see, in place.
 
     batches: inputs of the model; 16k tokens of text are usual. It is called as model(batch), as model(*batch) for a
     tuple or list, and as model(**batch) for a mapping. Memory holds a copy of the float model, and for each batch what
     a forward pass of the model and of its copy hold in one place.
-    progress(done, total) is called after each set of layers.
+    progress(done, total) is called after each set of layers; None shows nothing.
 
     First come embeddings and weights that several layers share (a tied head), then linear layers in the order of
     execution. Weighted least squares gives new units, and GPTQ gives codes to what a linear layer uses.
