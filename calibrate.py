@@ -29,7 +29,16 @@ import torch
 import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 
-from pot import PoTConfig, PoTEmbedding, PoTQuantizer, check_weight, compute_unit, is_prepared, weight_matrix
+from pot import (
+    PoTConfig,
+    PoTEmbedding,
+    PoTQuantizer,
+    PreparedLayer,
+    check_weight,
+    compute_unit,
+    is_prepared,
+    weight_matrix,
+)
 
 # Share of the mean square added to the diagonal of a second moment. This text may hardly use a feature that other text
 # uses, and the moment needs an inverse.
@@ -76,7 +85,7 @@ def calibrate(
         raise ValueError("the model has no prepared layer to calibrate: call prepare first")
     if not batches:
         raise ValueError("there is no batch to calibrate on: pass some text, 16k tokens are usual")
-    users = {}
+    users: dict[PoTQuantizer, list[PreparedLayer]] = {}
     for layer, name in names.items():
         check_weight(name or type(layer).__name__, weight_matrix(layer), layer.quantizer.config)
         users.setdefault(layer.quantizer, []).append(layer)
@@ -108,7 +117,8 @@ def calibrate(
 
             for done, layers in enumerate(sets, start=1):
                 n = weight_matrix(layers[0]).shape[1]
-                fitted, aside, rows = _moments(*inputs(layers), n)
+                xs, ys = inputs(layers)
+                fitted, aside, rows = _moments(xs, ys, n)
                 if rows:
                     _check_finite(names[layers[0]], fitted, aside)
                     for layer in layers:
@@ -454,7 +464,7 @@ def calibrate_shared(w: torch.Tensor, q: PoTQuantizer, importance: torch.Tensor)
             w.copy_(old)
 
 
-def calibrate_layer(layer: nn.Module, fitted: torch.Tensor, aside: torch.Tensor) -> tuple[float, float]:
+def calibrate_layer(layer: PreparedLayer, fitted: torch.Tensor, aside: torch.Tensor) -> tuple[float, float]:
     """GPTQ of a layer by its _moments, in place. Returns its relative output error on the rows kept aside (before,
     after)."""
     w, q = weight_matrix(layer), layer.quantizer
