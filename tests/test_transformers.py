@@ -200,6 +200,7 @@ def test_models_made_in_memory(folders, tmp_path):
     )
     convert(model)
     attach_quantizer(model).save_pretrained(tmp_path / "mixed")
+    model.tie_weights()
     loaded = load(tmp_path / "mixed")
     assert torch.equal(logits(loaded), logits(model))
     assert loaded.model.layers[1].mlp.up_proj.packed.config.terms == 2
@@ -306,6 +307,11 @@ def test_load_packed_fills_the_buffers_of_a_meta_llama():
         empty = llama(True)
     loaded = pot.load_packed(empty, *pot.packed_state(model))
     assert torch.equal(logits(loaded.eval()), logits(model))
+    with torch.device("meta"):
+        empty = llama(True)
+    empty.register_buffer("table", torch.ones(3, device="meta"), persistent=False)  # transformers cannot compute it
+    with pytest.raises(ValueError, match="table is no part of a state_dict"):
+        pot.load_packed(empty, *pot.packed_state(model))
 
 
 # --- FSDP ---
