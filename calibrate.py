@@ -40,6 +40,8 @@ from pot import (
     weight_matrix,
 )
 
+__all__ = ["calibrate", "show_progress"]
+
 # Share of the mean square added to the diagonal of a second moment. This text may hardly use a feature that other text
 # uses, and the moment needs an inverse.
 DAMPING = 0.01

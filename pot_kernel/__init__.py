@@ -20,6 +20,8 @@ import warnings
 
 import torch
 
+__all__ = ["Weight", "build", "linear", "load", "read_once", "row_sums", "unpack"]
+
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "decode.cpp")  # includes pot.cpp
 
 
