@@ -20,6 +20,7 @@ import contextlib
 import copy
 import graphlib
 import queue
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable
@@ -28,7 +29,18 @@ import torch
 import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 
-from pot import PoTConfig, PoTEmbedding, PoTQuantizer, check_weight, compute_unit, is_prepared, weight_matrix
+from pot import (
+    PoTConfig,
+    PoTEmbedding,
+    PoTQuantizer,
+    PreparedLayer,
+    check_weight,
+    compute_unit,
+    is_prepared,
+    weight_matrix,
+)
+
+__all__ = ["calibrate", "show_progress"]
 
 # Share of the mean square added to the diagonal of a second moment. This text may hardly use a feature that other text
 # uses, and the moment needs an inverse.
@@ -39,16 +51,23 @@ RECORDED = 4  # batches that show which layers a model calls
 SWEEPS = 2  # of coordinate descent after GPTQ; more lower the error by less than 1 %
 
 
+def show_progress(done: int, total: int) -> None:
+    """Writes how many sets of layers are done to standard error, in one line, if that is a terminal."""
+    if sys.stderr.isatty():
+        line = f"calibrate: {done} of {total} sets of layers"
+        print(line, end="\r" if done < total else "\n", file=sys.stderr, flush=True)
+
+
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, batches: Iterable, progress: Callable[[int, int], None] | None = None
+    model: nn.Module, batches: Iterable, progress: Callable[[int, int], None] | None = show_progress
 ) -> dict[str, tuple[float, float]]:
     """Chooses the codes of a prepared model by the inputs that its layers see, in place.
 
     batches: inputs of the model; 16k tokens of text are usual. It is called as model(batch), as model(*batch) for a
     tuple or list, and as model(**batch) for a mapping. Memory holds a copy of the float model, and for each batch what
     a forward pass of the model and of its copy hold in one place.
-    progress(done, total) is called after each set of layers.
+    progress(done, total) is called after each set of layers; None shows nothing.
 
     First come embeddings and weights that several layers share (a tied head), then linear layers in the order of
     execution. Weighted least squares gives new units, and GPTQ gives codes to what a linear layer uses.
@@ -68,7 +87,7 @@ def calibrate(
         raise ValueError("the model has no prepared layer to calibrate: call prepare first")
     if not batches:
         raise ValueError("there is no batch to calibrate on: pass some text, 16k tokens are usual")
-    users = {}
+    users: dict[PoTQuantizer, list[PreparedLayer]] = {}
     for layer, name in names.items():
         check_weight(name or type(layer).__name__, weight_matrix(layer), layer.quantizer.config)
         users.setdefault(layer.quantizer, []).append(layer)
@@ -100,7 +119,8 @@ def calibrate(
 
             for done, layers in enumerate(sets, start=1):
                 n = weight_matrix(layers[0]).shape[1]
-                fitted, aside, rows = _moments(*inputs(layers), n)
+                xs, ys = inputs(layers)
+                fitted, aside, rows = _moments(xs, ys, n)
                 if rows:
                     _check_finite(names[layers[0]], fitted, aside)
                     for layer in layers:
@@ -446,7 +466,7 @@ def calibrate_shared(w: torch.Tensor, q: PoTQuantizer, importance: torch.Tensor)
             w.copy_(old)
 
 
-def calibrate_layer(layer: nn.Module, fitted: torch.Tensor, aside: torch.Tensor) -> tuple[float, float]:
+def calibrate_layer(layer: PreparedLayer, fitted: torch.Tensor, aside: torch.Tensor) -> tuple[float, float]:
     """GPTQ of a layer by its _moments, in place. Returns its relative output error on the rows kept aside (before,
     after)."""
     w, q = weight_matrix(layer), layer.quantizer

@@ -41,7 +41,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn as nn
@@ -206,13 +206,13 @@ def row_blocks(unit: torch.Tensor, *matrices: torch.Tensor) -> Iterable[tuple[to
     """Cuts matrices (out, in) and their unit into blocks of rows that fit the cache: ten passes over a block cost
     little more than one. Yields unit (rows or 1, groups, 1) in float32, and views (rows, groups, size) of each matrix."""
     unit = unit.float().unsqueeze(-1)
-    matrices = [m.unflatten(-1, (unit.shape[1], -1)) for m in matrices]
-    first = matrices[0]
+    grouped = [m.unflatten(-1, (unit.shape[1], -1)) for m in matrices]
+    first = grouped[0]
     if first.device.type != "cpu" or torch.compiler.is_compiling() or first.numel() <= _BLOCK:
-        return [(unit, *matrices)]
+        return [(unit, *grouped)]
     rows = max(1, _BLOCK // first[0].numel())
     units = [unit] * -(-len(first) // rows) if len(unit) == 1 else unit.split(rows)
-    return zip(units, *(m.split(rows) for m in matrices))
+    return zip(units, *(m.split(rows) for m in grouped))
 
 
 _BLOCK = 2**18  # weights in a block: 1 MiB of float32
@@ -373,6 +373,8 @@ class _WithUnit(nn.Module):
     """A module with a unit that keeps its dtype in .half() and .bfloat16(), because a cast of the unit would change
     every weight. It takes the dtype of a state_dict's unit."""
 
+    unit: torch.Tensor
+
     def _apply(self, fn, recurse=True):
         before = {n: b for n, b in self._buffers.items() if b is not None and b.is_floating_point() and n != "_like"}
         super()._apply(fn, recurse)
@@ -393,6 +395,8 @@ class PoTQuantizer(_WithUnit):
 
     enabled=False makes the layer compute with its float weight and inputs. convert packs it all the same.
     """
+
+    minmax: torch.Tensor
 
     def __init__(self, weight: torch.Tensor, config: PoTConfig):
         super().__init__()
@@ -451,6 +455,10 @@ class PoTLinear(nn.Linear):
 
 class PoTConv1D(nn.Module):
     """`prepare` turns transformers' Conv1D into this class: a linear layer that keeps its weight as (in, out)."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    quantizer: PoTQuantizer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(self.quantizer.inputs(x), self.quantizer(self.weight.t()), self.bias)
@@ -550,6 +558,11 @@ class PackedWeight(_WithUnit):
     on_kernel: pot_kernel multiplies by this weight where its inputs are on the CPU.
     """
 
+    codes: torch.Tensor
+    _like: torch.Tensor
+    _table: torch.Tensor
+    _row_sums: torch.Tensor | None
+
     def __init__(
         self, codes: torch.Tensor, unit: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, config: PoTConfig
     ):
@@ -608,7 +621,8 @@ class PackedWeight(_WithUnit):
         cls, codes: torch.Tensor, unit: torch.Tensor, dtype: torch.dtype, config: PoTConfig
     ) -> "PackedWeight":
         """codes (out, in) uint8; unit (1, 1), (out, 1) or (out, groups)."""
-        return cls(pack_codes(codes, config.bits), _pack_unit(unit, config.bits), tuple(codes.shape), dtype, config)
+        rows, columns = codes.shape
+        return cls(pack_codes(codes, config.bits), _pack_unit(unit, config.bits), (rows, columns), dtype, config)
 
     @classmethod
     @torch.no_grad()
@@ -733,11 +747,12 @@ def allow_int8_activations(model: nn.Module) -> None:
 # prepare, convert
 
 Filter = Callable[[nn.Module, str], bool | PoTConfig]
+PreparedLayer = PoTLinear | PoTConv1D | PoTEmbedding
 
 
-def is_prepared(module: nn.Module) -> bool:
+def is_prepared(module: nn.Module) -> TypeGuard[PreparedLayer]:
     """Is it a layer that prepare made?"""
-    return isinstance(module, (PoTLinear, PoTConv1D, PoTEmbedding))
+    return isinstance(module, PreparedLayer)
 
 
 def _is_conv1d(module):
@@ -755,7 +770,8 @@ def _prepared_class(module):
 
 def weight_matrix(module: nn.Module) -> torch.Tensor:
     """The weight of a layer as (out, in)."""
-    return module.weight.t() if _is_conv1d(module) else module.weight
+    w: Any = module.weight
+    return w.t() if _is_conv1d(module) else w
 
 
 def check_weight(name: str, w: torch.Tensor, config: PoTConfig) -> None:
@@ -849,8 +865,8 @@ def convert(model: nn.Module) -> nn.Module:
             if not shared:
                 check_weight(name or type(module).__name__, w, q.config)
                 packed[key] = PackedWeight.pack(w, q.unit, q.config)
-            is_embedding = isinstance(module, PoTEmbedding)
-            layer = PackedPoTEmbedding(packed[key]) if is_embedding else PackedPoTLinear(packed[key], module.bias)
+            p = packed[key]
+            layer = PackedPoTEmbedding(p) if isinstance(module, PoTEmbedding) else PackedPoTLinear(p, module.bias)
             if shared:
                 _unregister(layer, "packed")
             layers[module] = layer.train(module.training)
@@ -879,14 +895,16 @@ def quantize_(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn: Filt
 
 def packed_state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
     """Converted model -> (tensors by name, metadata for json). A shared tensor is in `tensors` once, then in aliases."""
-    tensors, aliases, names = {}, {}, {}
+    tensors, aliases = {}, {}
+    names: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         first = names.setdefault(id(tensor), name)
         if first == name:
             tensors[name] = tensor.detach()
         else:
             aliases[name] = first
-    configs, layers, owners = [], {}, {}
+    configs, layers = [], {}
+    owners: dict[PackedWeight, str] = {}
     for name, module in model.named_modules():
         if is_prepared(module):
             raise ValueError(f"{name or 'the model'} is prepared, not packed: call convert first")
@@ -902,8 +920,8 @@ def packed_state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
                 "dtype": str(p.dtype).removeprefix("torch."),
                 "config": configs.index(p.config),
             }
-    configs = [asdict(c) | {"layout": _layout(c.bits)} for c in configs]
-    return tensors, {"configs": configs, "layers": layers, "aliases": aliases}
+    written = [asdict(c) | {"layout": _layout(c.bits)} for c in configs]
+    return tensors, {"configs": written, "layers": layers, "aliases": aliases}
 
 
 def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: dict) -> nn.Module:
@@ -917,8 +935,8 @@ def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: di
     shared = set()
     for name, (rows, columns), dtype, config in layers:
         module = modules.get(name)
-        cls = _prepared_class(module)
-        if cls is None or tuple(weight_matrix(module).shape) != (rows, columns):
+        cls = None if module is None else _prepared_class(module)
+        if module is None or cls is None or weight_matrix(module).shape != (rows, columns):
             raise ValueError(
                 f"{name}: the file holds a packed layer of shape ({rows}, {columns}), the model does not: build the model "
                 "with the file's settings"
@@ -952,11 +970,12 @@ def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: di
     for alias, target in aliases.items():  # assigning cuts ties
         (a, leaf), (t, target_leaf) = (n.rpartition(".")[::2] for n in (alias, target))
         setattr(model.get_submodule(a), leaf, getattr(model.get_submodule(t), target_leaf))
-    for module in model.modules() if hasattr(model, "_init_weights") else ():
+    compute_buffers = getattr(model, "_init_weights", None)
+    for module in model.modules():
         meta = {n: b for n, b in module.named_buffers(recurse=False) if b.is_meta and b.is_floating_point()}
-        if meta and not list(module.parameters(recurse=False)):  # transformers computes these anew, as Llama's inv_freq
+        if compute_buffers and meta and not list(module.parameters(recurse=False)):  # anew, as Llama's inv_freq
             module._buffers.update({n: torch.full_like(b, torch.nan, device="cpu") for n, b in meta.items()})
-            model._init_weights(module)
+            compute_buffers(module)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta or name not in tensors and tensor.is_floating_point() and tensor.isnan().any():
             raise ValueError(

@@ -528,6 +528,8 @@ def validate_and_save(job: Job):
 
 
 def validate(job: Job) -> float:
+    if not job.step:  # this may take minutes, and no line of progress precedes it
+        print(f"validation on {len(job.val):,} tokens", flush=True)
     return evaluate(job.model, job.val, job.device, block_size=job.block_size)["loss"]
 
 

@@ -96,11 +96,7 @@ def draw_training(entries: list[dict], title: str, path: str) -> None:
     """Training and validation loss of one run, both of the text, and the line of the float model that QAT starts from.
     entries: the result of checkpoint.read_log."""
     figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    logged = [e for e in entries if "loss" in e]
-    starts = [0, *(e["step"] for e in logged)]  # a loss is the mean of the steps since then, so it belongs between
-    training = [((start + e["step"]) / 2, e.get("text_loss", e["loss"])) for start, e in zip(starts, logged)]
-    validation = [(e["step"], e["val_loss"]) for e in entries if "val_loss" in e]
-    for points, label, style in ((training, "training", "-"), (validation, "validation", "o--")):
+    for points, label, style in zip(_losses(entries), ("training", "validation"), ("-", "o--")):
         if points:
             ax.plot(*zip(*points), style, label=label, markersize=4)
     for e in entries:
@@ -111,17 +107,24 @@ def draw_training(entries: list[dict], title: str, path: str) -> None:
     _save(figure, path)
 
 
+def _losses(entries):
+    """[(step, loss), ...] of training and of validation, both of the text, so that they and other runs compare."""
+    logged = [e for e in entries if "loss" in e]
+    starts = [0, *(e["step"] for e in logged)]  # a loss is the mean of the steps since then, so it belongs between
+    training = [((start + e["step"]) / 2, e.get("text_loss", e["loss"])) for start, e in zip(starts, logged)]
+    return training, [(e["step"], e["val_loss"]) for e in entries if "val_loss" in e]
+
+
 def draw_curves(runs: list[str], path: str) -> None:
-    """Losses of several runs in one picture. runs: FOLDER or NAME=FOLDER. Raises ValueError for a folder without a log."""
+    """Losses of several runs on the text, in one picture. runs: FOLDER or NAME=FOLDER. Raises ValueError for a folder without a log."""
     figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     for i, given in enumerate(runs):
         name, _, folder = given.rpartition("=")
         entries = checkpoint.read_log(folder)
         marked = dict(marker=MARKERS[i % 8], ms=4, label=name or os.path.basename(os.path.normpath(folder)))
-        for key, style in (("loss", dict(alpha=0.4, lw=1)), ("val_loss", marked)):
-            logged = [e for e in entries if key in e]
-            ax.plot([e["step"] for e in logged], [e[key] for e in logged], color=COLOURS[i % 7], **style)
-    ax.set(xlabel="step", ylabel="loss (nats): validation, and training pale")
+        for points, style in zip(_losses(entries), (dict(alpha=0.4, lw=1), marked)):
+            ax.plot(*zip(*points) if points else ([], []), color=COLOURS[i % 7], **style)
+    ax.set(xlabel="step", ylabel="loss on the text (nats): validation, and training pale")
     ax.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize=9)
     _save(figure, path)

@@ -119,6 +119,7 @@ class PoTHfQuantizer(HfQuantizer):
         self.quantization_config = model.config.quantization_config = _describe(model, self.quantization_config)
         if self.quantization_config.prepared:
             return None, {}
+        _untie(model)  # convert may have packed it since
         return packed_state(model)[0], {}
 
     def is_serializable(self):
@@ -142,6 +143,8 @@ def attach_quantizer(model: PreTrainedModel) -> PreTrainedModel:
     model.hf_quantizer = PoTHfQuantizer(config, pre_quantized=False)
     model.config.quantization_config = config
     model.is_quantized, model.quantization_method = True, config.quant_method
+    if not config.prepared:
+        _untie(model)
     _add_methods(model)
     return model
 
@@ -153,8 +156,8 @@ def model_card(model: PreTrainedModel) -> ModelCard:
     data = ModelCardData(library_name="transformers", tags=["nanopot", "power-of-two"], **relation)
     lines = [
         "---", data.to_yaml(), "---", "", f"# {config.base_model or 'A model'} in powers of two", "",
-        f"The weights are {config.pot}. Left in float: {', '.join(config.modules_to_not_convert or ['nothing'])}, norms "
-        "and biases.", "",
+        f"The weights are {config.pot}. Left in float: "
+        f"{', '.join([*(config.modules_to_not_convert or []), 'norms and biases'])}.", "",
     ]  # fmt: skip
     if config.losses:
         lines += [

@@ -20,6 +20,8 @@ import warnings
 
 import torch
 
+__all__ = ["Weight", "build", "linear", "load", "read_once", "row_sums", "unpack"]
+
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "decode.cpp")  # includes pot.cpp
 
 
@@ -151,6 +153,12 @@ def _processor():
 # Calls. `load` must have returned a library.
 
 
+def _loaded() -> ctypes.CDLL:
+    library = load()
+    assert library is not None, "call load first: it says why there is no library"
+    return library
+
+
 def linear(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x (..., columns) float32 times weight, plus bias (rows) float32 -> (..., rows) float32.
 
@@ -160,7 +168,7 @@ def linear(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.
     rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
     y = rows.new_empty(len(rows), weight.rows)
     bias_pointer = None if bias is None else bias.data_ptr()
-    load().pot_linear(
+    _loaded().pot_linear(
         weight, bias_pointer, rows.data_ptr(), len(rows), rows.stride(0), y.data_ptr(), weight.rows,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -172,7 +180,7 @@ def unpack(weight: Weight, index: torch.Tensor | None = None) -> torch.Tensor:
 
     Raises IndexError for an index out of range and TypeError for one that is not integer.
     """
-    library, threads = load(), torch.get_num_threads()
+    library, threads = _loaded(), torch.get_num_threads()
     if index is None:
         out = torch.empty(weight.rows, weight.columns)
         library.pot_unpack(weight, None, 0, weight.rows, out.data_ptr(), threads)
@@ -188,14 +196,14 @@ def unpack(weight: Weight, index: torch.Tensor | None = None) -> torch.Tensor:
 def row_sums(weight: Weight) -> torch.Tensor:
     """(rows) float32: sum of unit * level over each row, which products with 8-bit activations per row need."""
     sums = torch.zeros(weight.rows)
-    load().pot_row_sums(weight, sums.data_ptr())
+    _loaded().pot_row_sums(weight, sums.data_ptr())
     return sums
 
 
 def read_once(buffer: torch.Tensor) -> int:
     """Reads a contiguous buffer once with all threads, to measure the bandwidth of memory. Returns the sum of its 64-bit
     words, modulo 2^64."""
-    return load().pot_read(buffer.data_ptr(), buffer.nbytes // 8, torch.get_num_threads())
+    return _loaded().pot_read(buffer.data_ptr(), buffer.nbytes // 8, torch.get_num_threads())
 
 
 @torch.library.custom_op("nanopot::linear", mutates_args=(), device_types="cpu")

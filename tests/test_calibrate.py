@@ -563,6 +563,20 @@ def test_other_models_and_batches(kind):
     assert torch.equal(y, z(**batch) if kind == "mapping" else run(z, batch))
 
 
+def test_a_terminal_sees_one_line_of_progress(monkeypatch, capsys):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)), torch.randn(99, 16)
+    prepare(net, PoTConfig(group_size=16))
+    calibrate(net, [x])
+    assert capsys.readouterr() == ("", "")  # standard error is no terminal
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    calibrate(net, [x])
+    line = "calibrate: {} of 2 sets of layers"
+    assert capsys.readouterr().err == f"{line.format(1)}\r{line.format(2)}\n"
+    calibrate(net, [x], lambda *_: None)
+    assert capsys.readouterr() == ("", "")
+
+
 def test_llama_shares_passes_among_layers_with_one_input(monkeypatch):
     monkeypatch.setattr(calibrate_module, "_distance", lambda *_: 0.0)
     transformers = pytest.importorskip("transformers")

@@ -93,6 +93,16 @@ def test_names_of_runs(draw, figures, workdir, float_run, qat_run):
     assert [t.get_text() for t in figures[0].legends[0].get_texts()] == ["our QAT", float_run]
 
 
+def test_curves_are_losses_on_the_text(draw, figures, tmp_path):
+    """The loss of a distilled run is that with the float model's predictions, which compares with no other run."""
+    (tmp_path / "run").mkdir()
+    entries = [{"step": 0, "val_loss": 3.0}, {"step": 4, "loss": 9.0, "text_loss": 2.0}, {"step": 4, "val_loss": 2.5}]
+    (tmp_path / "run" / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    draw(curves=str(tmp_path / "run"))
+    training, validation = figures[0].axes[0].lines
+    assert training.get_xydata().tolist() == [[2, 2]] and validation.get_xydata().tolist() == [[0, 3], [4, 2.5]]
+
+
 @pytest.mark.parametrize(
     "sources, message",
     [

@@ -5,6 +5,9 @@ import dataclasses
 import itertools
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -859,3 +862,28 @@ def test_every_grid_granularity_and_activation_setting_runs():
         layer = PoTLinear(64, 3, config=PoTConfig(**fields | dict(granularity=g, act_bits=a)))
         y = layer(x)
         assert torch.equal(convert(layer)(x), y)
+
+
+USER = """
+import torch
+from calibrate import calibrate
+from pot import PoTConfig, PoTLinear, convert, load_packed, packed_state, prepare
+
+layer = PoTLinear(64, 64, config=PoTConfig(terms=2))
+unit: torch.Tensor = layer.quantizer.unit
+model = torch.nn.Sequential(layer)
+names: list[str] = prepare(model, PoTConfig(), lambda module, name: name != "1")
+errors: dict[str, tuple[float, float]] = calibrate(model, [torch.randn(8, 64)])
+loaded: torch.nn.Module = load_packed(model, *packed_state(convert(model)))
+prepare(model, 4)
+"""
+
+
+def test_a_type_checker_accepts_the_public_api_and_finds_a_mistake(tmp_path):
+    pytest.importorskip("mypy")
+    root = Path(pot.__file__).parent
+    (tmp_path / "user.py").write_text(USER)
+    files = [root / "pot.py", root / "calibrate.py", root / "pot_kernel" / "__init__.py", tmp_path / "user.py"]
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), *map(str, files)]
+    lines = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.splitlines()
+    assert len(lines) == 2 and "user.py:12: error: Argument 2 to" in lines[0] and "Found 1 error" in lines[1], lines

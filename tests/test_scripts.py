@@ -71,6 +71,9 @@ def test_validation_before_the_first_step(workdir, sh, float_run):
         f"step 0/3  validation loss {losses[1]:.4f} before QAT",
     ):
         assert f"{line}\n" in done.stdout
+    starts = [line.split("  ")[0] for line in done.stdout.splitlines()]
+    first, second = (i for i, start in enumerate(starts) if start == f"validation on {len(ids)} tokens")
+    assert first < starts.index("float model") < second < starts.index("step 0/3")  # no silence while it validates
     rows = dict(line.rsplit("  ", 1) for line in done.stdout.splitlines()[-10:])
     assert {k.strip(): v for k, v in rows.items()}["before QAT"] == f"{losses[1]:.4f}"
     with pytest.MonkeyPatch.context() as patch:

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 
@@ -50,7 +51,9 @@ def folders(tmp_path_factory):
     words = sorted({word for text in TEXTS for word in text.split()})
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["[UNK]", *words])}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[UNK]")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", pad_token="[UNK]", eos_token="."
+    )
     root = tmp_path_factory.mktemp("float")
     models = {"tied": llama(True), "untied": llama(False), "bfloat16": llama(True, torch.bfloat16), "gpt2": gpt2()}
     for name, model in models.items():
@@ -200,6 +203,7 @@ def test_models_made_in_memory(folders, tmp_path):
     )
     convert(model)
     attach_quantizer(model).save_pretrained(tmp_path / "mixed")
+    model.tie_weights()
     loaded = load(tmp_path / "mixed")
     assert torch.equal(logits(loaded), logits(model))
     assert loaded.model.layers[1].mlp.up_proj.packed.config.terms == 2
@@ -218,6 +222,44 @@ def test_bad_config_is_refused(folders):
         PoTQuantizationConfig(bits=9)
     with pytest.raises(ValueError, match="group_size 48 does not divide"):
         load(folders / "tied", quantization_config=PoTQuantizationConfig(group_size=48))
+
+
+def test_lm_eval_measures_a_packed_folder(folders, tmp_path):
+    """By the command of docs/pot.md. The labels are the answers that the packed model itself prefers."""
+    pytest.importorskip("lm_eval")
+    model = load(folders / "tied", quantization_config=PoTQuantizationConfig(terms=2))
+    model.save_pretrained(tmp_path / "packed")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folders / "tied"))
+    tokenizer.save_pretrained(tmp_path / "packed")
+    words, questions = sorted(set(TEXTS[0].split())), []
+    for i in range(12):
+        rows = torch.randint(len(words), (7,), generator=torch.Generator().manual_seed(i)).tolist()
+        q, choices = (
+            " ".join(words[j] for j in rows[:5]),
+            [words[rows[5]], words[(rows[5] + 1 + rows[6] % 4) % len(words)]],
+        )
+        with torch.no_grad():
+            last = model(torch.tensor([tokenizer(q)["input_ids"]])).logits[0, -1]
+        questions.append({"q": q, "choices": choices, "label": last[[tokenizer(c)["input_ids"][0] for c in choices]].argmax().item()})  # fmt: skip
+    assert 2 < sum(q["label"] for q in questions) < 10
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    (tmp_path / "task.yaml").write_text(
+        f"{{task: words, dataset_path: json, dataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}, test_split: test, "
+        "output_type: multiple_choice, doc_to_text: q, doc_to_choice: choices, doc_to_target: label, "
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]}"
+    )
+    root = os.path.dirname(pot.__file__)
+    with open(os.path.join(root, "docs", "pot.md")) as f:
+        (command,) = (line for line in f if "lm_eval.__main__" in line)
+    words = shlex.split(command.replace("smollm2-pot", "packed").replace("TASK", "task.yaml")) + [
+        "--output_path",
+        "out",
+    ]
+    env = os.environ | {"PYTHONPATH": os.path.join(root, "extras"), "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(results.read_text())["results"]["words"]["acc,none"] == 1.0
 
 
 # --- prepared models: Trainer, PEFT ---
@@ -306,6 +348,11 @@ def test_load_packed_fills_the_buffers_of_a_meta_llama():
         empty = llama(True)
     loaded = pot.load_packed(empty, *pot.packed_state(model))
     assert torch.equal(logits(loaded.eval()), logits(model))
+    with torch.device("meta"):
+        empty = llama(True)
+    empty.register_buffer("table", torch.ones(3, device="meta"), persistent=False)  # transformers cannot compute it
+    with pytest.raises(ValueError, match="table is no part of a state_dict"):
+        pot.load_packed(empty, *pot.packed_state(model))
 
 
 # --- FSDP ---
