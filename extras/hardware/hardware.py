@@ -116,17 +116,17 @@ def sum_bits(levels: list[int] | None) -> int:
 # Synthesis
 
 
-def synthesize(module: str, booth: bool, mappings=tuple(MAPPINGS)) -> dict[str, dict]:
+def synthesize(module: str, form: int, mappings=tuple(MAPPINGS)) -> dict[str, dict]:
     """Gates of a module of mac.v, by mapping: {"cells", "transistors", "depth", "booth", "netlist"}.
 
     depth is the number of gates on the longest path between inputs, registers and outputs. netlist is what Yosys'
     write_json says about the module. Product modules of integers keep their name, those of floats get parameters.
     """
     top = {"product_float16": "product_float", "product_bfloat16": "product_float"}.get(module, module)
-    script = ["read_verilog mac.v"]
+    script = [f"read_verilog -DFORM={form} mac.v"]
     if module == "product_bfloat16":
         script.append("chparam -set EXPONENT 8 -set MANTISSA 7 product_float")
-    script.append(f"synth -flatten -top {top}" + " -booth" * booth)
+    script.append(f"synth -flatten -top {top}" + " -booth" * (form > 0))
     script.append("delete t:$scopeinfo")
     script.append("dfflegalize -cell $_DFF_P_ 01")  # gates in front of plain flip-flops clear the sum
     script.append("design -save generic")
@@ -145,7 +145,7 @@ def synthesize(module: str, booth: bool, mappings=tuple(MAPPINGS)) -> dict[str, 
             if not transistors.isdigit():  # Yosys marks a count that leaves out cells
                 raise ValueError(f"Yosys cannot count the transistors of {module}: {stat['num_cells_by_type']}")
             counts = {"cells": stat["num_cells"], "transistors": int(transistors), "depth": int(length)}
-            found[m] = counts | {"booth": booth, "netlist": netlist}
+            found[m] = counts | {"form": form, "netlist": netlist}
     return found
 
 
