@@ -10,7 +10,8 @@
 //     mac_bfloat16    bfloat16      bfloat16                                       float32
 //
 // A 4-bit code of pot.py is `sign << 3 | index`. Index 0 is zero with either sign.
-// A sum is as wide as 1,024 products need, whatever they are. hardware.py derives the width from the weights' levels.
+// A sum is as wide as 1,024 products need, whatever they are. hardware.py derives the width from the weights' levels. It
+// also synthesizes all units with sums of 32 bits, because many accelerators have them.
 // With activations of -128: 1,024 * 128 * 64 = 2^23 for single powers, and +2^23 needs 25 bits.
 //
 // product_* gives product and carry, where activation * weight = product + carry. Negation is ~p + 1: the carry leaves
@@ -178,39 +179,49 @@ endmodule
 // -----------------------------------------------------------------------------
 // Units with an int8 activation
 
-module mac_int8 (input clk, input clear, input signed [7:0] x, input signed [7:0] w, output signed [25:0] sum);
+module mac_int8 #(parameter SUM = 26) (
+  input clk, input clear, input signed [7:0] x, input signed [7:0] w, output signed [SUM-1:0] sum
+);
   wire signed [15:0] product;
   wire carry;
   product_int8 multiply (x, w, product, carry);
-  accumulator #(16, 26) add (clk, clear, product, carry, sum);
+  accumulator #(16, SUM) add (clk, clear, product, carry, sum);
 endmodule
 
-module mac_int4 (input clk, input clear, input signed [7:0] x, input signed [3:0] w, output signed [21:0] sum);
+module mac_int4 #(parameter SUM = 22) (
+  input clk, input clear, input signed [7:0] x, input signed [3:0] w, output signed [SUM-1:0] sum
+);
   wire signed [11:0] product;
   wire carry;
   product_int4 multiply (x, w, product, carry);
-  accumulator #(12, 22) add (clk, clear, product, carry, sum);
+  accumulator #(12, SUM) add (clk, clear, product, carry, sum);
 endmodule
 
-module mac_uniform (input clk, input clear, input signed [7:0] x, input [3:0] w, output signed [20:0] sum);
+module mac_uniform #(parameter SUM = 21) (
+  input clk, input clear, input signed [7:0] x, input [3:0] w, output signed [SUM-1:0] sum
+);
   wire signed [10:0] product;
   wire carry;
   product_uniform multiply (x, w, product, carry);
-  accumulator #(11, 21) add (clk, clear, product, carry, sum);
+  accumulator #(11, SUM) add (clk, clear, product, carry, sum);
 endmodule
 
-module mac_pot (input clk, input clear, input signed [7:0] x, input [3:0] w, output signed [24:0] sum);
+module mac_pot #(parameter SUM = 25) (
+  input clk, input clear, input signed [7:0] x, input [3:0] w, output signed [SUM-1:0] sum
+);
   wire signed [13:0] product;
   wire carry;
   product_pot multiply (x, w, product, carry);
-  accumulator #(14, 25) add (clk, clear, product, carry, sum);
+  accumulator #(14, SUM) add (clk, clear, product, carry, sum);
 endmodule
 
-module mac_two (input clk, input clear, input signed [7:0] x, input [3:0] w, output signed [21:0] sum);
+module mac_two #(parameter SUM = 22) (
+  input clk, input clear, input signed [7:0] x, input [3:0] w, output signed [SUM-1:0] sum
+);
   wire signed [11:0] product;
   wire carry;
   product_two multiply (x, w, product, carry);
-  accumulator #(12, 22) add (clk, clear, product, carry, sum);
+  accumulator #(12, SUM) add (clk, clear, product, carry, sum);
 endmodule
 
 // -----------------------------------------------------------------------------
