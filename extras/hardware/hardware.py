@@ -19,8 +19,6 @@ import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 
-import torch
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 import checkpoint  # noqa: E402
 import machine  # noqa: E402
@@ -96,10 +94,11 @@ def main(s: Settings):
         row = {"unit": name, "title": unit.title, "sum_bits": sum_bits(unit.levels)}
         row["mac"] = {m: smallest([n[m] for n in mac]) for m in MAPPINGS}
         row["forms"] = {m: [n[m]["transistors"] for n in mac] for m in MAPPINGS}
-        row["product"] = smallest([synthesize(f"product_{name}", form)["area"] for form in unit.forms])
+        product = [synthesize(f"product_{name}", form, mappings=["area"]) for form in unit.forms]
+        row["product"] = smallest([n["area"] for n in product])
         if unit.levels:
-            common = [synthesize(f"mac_{name}", form, COMMON_SUM)["area"] for form in unit.forms]
-            row["common_sum"] = smallest(common)
+            common = [synthesize(f"mac_{name}", form, COMMON_SUM, ["area"]) for form in unit.forms]
+            row["common_sum"] = smallest([n["area"] for n in common])
         rows.append(row | {"ice40": place(name, s.seeds)})
         print(f"{name}: {row['mac']['area']['transistors']:,} transistors", flush=True)
     report = {"units": rows, "energy": energy({r["unit"]: r["mac"]["area"]["transistors"] for r in rows})}
@@ -126,7 +125,7 @@ def sum_bits(levels: list[int] | None) -> int:
 # Synthesis
 
 
-def synthesize(module: str, form: int, sum_bits: int | None = None) -> dict[str, dict]:
+def synthesize(module: str, form: int, sum_bits: int | None = None, mappings=tuple(MAPPINGS)) -> dict[str, dict]:
     """Gates of a module of mac.v, by mapping: {"cells", "transistors", "depth", "form", "netlist"}.
 
     depth is the number of gates on the longest path between inputs, registers and outputs. netlist is what Yosys'
@@ -143,13 +142,13 @@ def synthesize(module: str, form: int, sum_bits: int | None = None) -> dict[str,
     script.append("delete t:$scopeinfo")
     script.append("dfflegalize -cell $_DFF_P_ 01")  # gates in front of plain flip-flops clear the sum
     script.append("design -save generic")
-    for m in MAPPINGS:
+    for m in mappings:
         script += ["design -load generic", MAPPINGS[m], "opt_clean", f"tee -o {m}.txt ltp -noff"]
         script += [f"tee -o {m}.stat stat -tech cmos -json", f"write_json {m}.json"]
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         call("yosys", folder, "-q", "-p", "; ".join(script))
-        for m in MAPPINGS:
+        for m in mappings:
             netlist = json.loads(read(folder, f"{m}.json"))["modules"]
             (netlist,) = netlist.values()
             stat = json.loads(read(folder, f"{m}.stat"))["design"]
@@ -233,8 +232,7 @@ def energy(transistors: dict[str, int]) -> list[dict]:
     """
     rows = []
     for model, shape in MODELS.items():
-        with torch.device("meta"):
-            gpt = GPT(GPTConfig(**shape))
+        gpt = GPT.meta(GPTConfig(**shape))
         tables = [p for p in gpt.parameters() if p.ndim == 2]
         weights = sum(p.numel() for p in tables)  # the token table is the head's weight as well
         if gpt.config.position == "learned":  # a token reads one row of the table of positions
