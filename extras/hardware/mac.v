@@ -17,12 +17,19 @@
 // product_* gives product and carry, where activation * weight = product + carry. Negation is ~p + 1: the carry leaves
 // the 1 to the adder of the sum, which has room for it.
 
-module accumulator #(parameter PRODUCT = 16, SUM = 26) (
-  input clk, input clear, input signed [PRODUCT-1:0] product, input carry, output reg signed [SUM-1:0] sum
+module accumulator #(parameter N = 1, PRODUCT = 16, SUM = 26) (
+  input clk, input clear, input [N*PRODUCT-1:0] products, input [N-1:0] carries, output reg signed [SUM-1:0] sum
 );
+  reg signed [SUM-1:0] next;
+  integer i;
+  always @* begin
+    next = sum;
+    for (i = 0; i < N; i = i + 1)
+      next = next + $signed(products[i*PRODUCT +: PRODUCT]) + $signed({1'b0, carries[i]});
+  end
   always @(posedge clk)
     if (clear) sum <= 0;
-    else sum <= sum + product + $signed({1'b0, carry});
+    else sum <= next;
 endmodule
 
 // -----------------------------------------------------------------------------
@@ -177,51 +184,51 @@ module product_two (input signed [7:0] x, input [3:0] w, output signed [11:0] pr
 endmodule
 
 // -----------------------------------------------------------------------------
-// Units with an int8 activation
+// Units with int8 activations. N: products a clock
 
-module mac_int8 #(parameter SUM = 26) (
-  input clk, input clear, input signed [7:0] x, input signed [7:0] w, output signed [SUM-1:0] sum
+module mac_int8 #(parameter N = 1, SUM = 26) (
+  input clk, input clear, input [8*N-1:0] x, input [8*N-1:0] w, output signed [SUM-1:0] sum
 );
-  wire signed [15:0] product;
-  wire carry;
-  product_int8 multiply (x, w, product, carry);
-  accumulator #(16, SUM) add (clk, clear, product, carry, sum);
+  wire [16*N-1:0] products;
+  wire [N-1:0] carries;
+  product_int8 multiply [N-1:0] (x, w, products, carries);
+  accumulator #(N, 16, SUM) add (clk, clear, products, carries, sum);
 endmodule
 
-module mac_int4 #(parameter SUM = 22) (
-  input clk, input clear, input signed [7:0] x, input signed [3:0] w, output signed [SUM-1:0] sum
+module mac_int4 #(parameter N = 1, SUM = 22) (
+  input clk, input clear, input [8*N-1:0] x, input [4*N-1:0] w, output signed [SUM-1:0] sum
 );
-  wire signed [11:0] product;
-  wire carry;
-  product_int4 multiply (x, w, product, carry);
-  accumulator #(12, SUM) add (clk, clear, product, carry, sum);
+  wire [12*N-1:0] products;
+  wire [N-1:0] carries;
+  product_int4 multiply [N-1:0] (x, w, products, carries);
+  accumulator #(N, 12, SUM) add (clk, clear, products, carries, sum);
 endmodule
 
-module mac_uniform #(parameter SUM = 21) (
-  input clk, input clear, input signed [7:0] x, input [3:0] w, output signed [SUM-1:0] sum
+module mac_uniform #(parameter N = 1, SUM = 21) (
+  input clk, input clear, input [8*N-1:0] x, input [4*N-1:0] w, output signed [SUM-1:0] sum
 );
-  wire signed [10:0] product;
-  wire carry;
-  product_uniform multiply (x, w, product, carry);
-  accumulator #(11, SUM) add (clk, clear, product, carry, sum);
+  wire [11*N-1:0] products;
+  wire [N-1:0] carries;
+  product_uniform multiply [N-1:0] (x, w, products, carries);
+  accumulator #(N, 11, SUM) add (clk, clear, products, carries, sum);
 endmodule
 
-module mac_pot #(parameter SUM = 25) (
-  input clk, input clear, input signed [7:0] x, input [3:0] w, output signed [SUM-1:0] sum
+module mac_pot #(parameter N = 1, SUM = 25) (
+  input clk, input clear, input [8*N-1:0] x, input [4*N-1:0] w, output signed [SUM-1:0] sum
 );
-  wire signed [13:0] product;
-  wire carry;
-  product_pot multiply (x, w, product, carry);
-  accumulator #(14, SUM) add (clk, clear, product, carry, sum);
+  wire [14*N-1:0] products;
+  wire [N-1:0] carries;
+  product_pot multiply [N-1:0] (x, w, products, carries);
+  accumulator #(N, 14, SUM) add (clk, clear, products, carries, sum);
 endmodule
 
-module mac_two #(parameter SUM = 22) (
-  input clk, input clear, input signed [7:0] x, input [3:0] w, output signed [SUM-1:0] sum
+module mac_two #(parameter N = 1, SUM = 22) (
+  input clk, input clear, input [8*N-1:0] x, input [4*N-1:0] w, output signed [SUM-1:0] sum
 );
-  wire signed [11:0] product;
-  wire carry;
-  product_two multiply (x, w, product, carry);
-  accumulator #(12, SUM) add (clk, clear, product, carry, sum);
+  wire [12*N-1:0] products;
+  wire [N-1:0] carries;
+  product_two multiply [N-1:0] (x, w, products, carries);
+  accumulator #(N, 12, SUM) add (clk, clear, products, carries, sum);
 endmodule
 
 // -----------------------------------------------------------------------------
