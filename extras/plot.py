@@ -252,15 +252,17 @@ def draw_hardware(results: dict, path: str) -> None:
     y = range(len(units), 0, -1)
     bars.barh(y, product, color=COLOURS[0], height=0.6, label="the product alone")
     rest = [t - p for t, p in zip(total, product)]
-    bars.barh(y, rest, left=product, color=COLOURS[5], height=0.6, label="the rest: adder and register of the sum")
-    bars.plot(common, y, "|", color="black", ms=14, mew=1.5, label="the unit with a 32-bit sum")
+    bars.barh(y, rest, left=product, color=COLOURS[5], height=0.6, label="its sum: adder and register")
+    bars.plot(common, y, "|", color="black", ms=14, mew=1.5, label="with a 32-bit sum")
     for row, t, p, position in zip(units, total, product, y):
         bars.text(p / 2, position, f"{p:,}", va="center", ha="center", fontsize=8, color="white")
         text = f"{t:,} ({row['sum_bits']} bits)"
         bars.text(t - 30, position, text, va="center", ha="right", fontsize=8)
-    bars.set(yticks=list(y), xlabel="transistors, mapped for area", xlim=(0, max(common) * 1.05), ylim=(-0.7, 5.5))
-    bars.set_yticklabels([row["title"].replace(" (", "\n(").replace(", ", ",\n") for row in units], fontsize=8)
-    bars.legend(fontsize=8, ncols=1, loc="lower right")
+    bars.set(yticks=list(y), xlabel="transistors, mapped for area", xlim=(0, max(common) * 1.05))
+    bars.set_yticklabels(
+        [row["title"].replace(" (", "\n(").replace("4 bits, ", "4 bits,\n") for row in units], fontsize=8
+    )
+    bars.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.4, 1))
     tokens = [2**i for i in range(15)]  # that share a read of the weights
     model = results["energy"][0]["model"]
     rows = {row["unit"]: row for row in results["energy"] if row["model"] == model}
@@ -272,10 +274,10 @@ def draw_hardware(results: dict, path: str) -> None:
         ax.plot(tokens, joules, label=titles[name].split(",")[0], **style)
         ax.axhline(row["products_mj"], color=COLOURS[i], lw=0.7, ls=":")
     ax.set(xscale="log", yscale="log", xlabel="tokens that share one read of the weights")
-    ax.set(ylabel="mJ a token", title=f"{model}: DRAM and products (dotted: products alone)")
-    ax.title.set_fontsize(10)
+    ax.set(ylabel="mJ a token")
+    ax.set_title(f"{model}: products, and weights from DRAM", fontsize=10)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, title="dotted: products alone", title_fontsize=8)
     _save(figure, path)
 
 

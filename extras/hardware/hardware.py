@@ -289,20 +289,26 @@ def print_tables(report: dict) -> None:
     for title, count in counts.items():
         ratios = [count(units[name]) / count(units["int4"]) for name in ("pot", "two", "uniform")]
         print("| " + " | ".join([title, *(f"{ratio:.2f}" for ratio in ratios)]) + " |")
-    for model in dict.fromkeys(row["model"] for row in report["energy"]):
-        print()
-        head = f"{model}, pJ a product, products mJ, weights MB, from DRAM mJ, products' share %"
-        head += ", from 1 MB SRAM mJ, products' share %, tokens per read"
-        _print_head(head.split(", "))
-        for row in report["energy"]:
-            if row["model"] == model:
-                low, high = row["dram_mj"]
-                share, share_sram = (100 * row["products_mj"] / (row["products_mj"] + m) for m in (low, row["sram_mj"]))
-                cells = [units[row["unit"]]["title"], f"{row['pj_per_product']:.2f}", f"{row['products_mj']:.3f}"]
-                cells += [f"{row['bytes'] / 1e6:.1f}", f"{low:.1f} to {high:.1f}", f"{share:.2f}"]
-                cells += [f"{row['sram_mj']:.2f}", f"{share_sram:.1f}"]
-                cells += ["{:,.0f} to {:,.0f}".format(*row["tokens_per_read"])]
-                print("| " + " | ".join(cells) + " |")
+    print()
+    models = list(dict.fromkeys(row["model"] for row in report["energy"]))
+    columns = [f"{m}: weights MB, products mJ, DRAM mJ, SRAM mJ" for m in models]
+    head = f"unit, pJ a product, {', '.join(columns)}, products' share with DRAM %, with SRAM %, tokens a read"
+    _print_head(head.split(", "))
+    for name, unit in units.items():
+        rows = [row for row in report["energy"] if row["unit"] == name]
+        cells = [unit["title"], f"{rows[0]['pj_per_product']:.2f}"]
+        for row in rows:
+            cells += [f"{row['bytes'] / 1e6:.0f}", f"{row['products_mj']:.3f}"]
+            cells += ["{:.0f} to {:.0f}".format(*row["dram_mj"]), f"{row['sram_mj']:.1f}"]
+        # The last columns depend on the bits of a weight alone, but for small tensors
+        row = rows[0]
+        shares = [row["products_mj"] / (row["products_mj"] + memory) for memory in (row["dram_mj"][0], row["sram_mj"])]
+        cells += [
+            f"{100 * shares[0]:.2f}",
+            f"{100 * shares[1]:.1f}",
+            "{:,.0f} to {:,.0f}".format(*row["tokens_per_read"]),
+        ]
+        print("| " + " | ".join(cells) + " |")
 
 
 def _print_head(columns):
