@@ -5,7 +5,7 @@ Draws training runs and results. Each key draws one picture, next to its source 
     python extras/plot.py --sweep results/sweep_shakespeare_char.json      # loss above float of each kind of weights
     python extras/plot.py --curves "our QAT=out-a,control=out-b"           # training and validation loss of runs
     python extras/plot.py --grids out-pydoc-char                           # the levels below the weights of a layer
-    python extras/plot.py --hardware results/hardware.json                 # transistors and energy of products
+    python extras/plot.py --hardware results/hardware.json                 # transistors of units, and the energy of a token
 
 train.py draws loss.png and sweep.py its picture with the functions of this file.
 """
@@ -245,34 +245,42 @@ def draw_grids(folder: str, layer: str, path: str) -> None:
 
 
 def draw_hardware(results: dict, path: str) -> None:
-    """Transistors of each unit, and the energy of a token against the tokens that share one read of the weights."""
-    figure, (bars, ax) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=[1.2, 1], layout="constrained")
-    units = results["units"]
+    """Transistors of each unit of whole numbers, and the energy of a token against the tokens that share one read of the
+    weights."""
+    figure, (bars, ax) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=[1.1, 1], layout="constrained")
+    units = [row for row in results["units"] if "common_sum" in row]
     total = [row["mac"]["area"]["transistors"] for row in units]
-    product = [row["product"]["area"]["transistors"] for row in units]
+    product = [row["product"]["transistors"] for row in units]
+    common = [row["common_sum"]["transistors"] for row in units]
     y = range(len(units), 0, -1)
-    bars.barh(y, product, color=COLOURS[0], label="the product")
+    bars.barh(y, product, color=COLOURS[0], height=0.6, label="the product alone")
     rest = [t - p for t, p in zip(total, product)]
-    bars.barh(y, rest, left=product, color=COLOURS[5], label="its sum: adder and register")
-    for a, b in zip(total, y):
-        bars.text(a + 100, b, f"{a:,}", va="center", fontsize=8)
-    bars.set(yticks=list(y), xlabel="transistors, mapped for area", xlim=(0, max(total) * 1.12))
-    bars.set_yticklabels([row["title"] for row in units], fontsize=8)
-    bars.legend(fontsize=8)
+    bars.barh(y, rest, left=product, color=COLOURS[5], height=0.6, label="its sum: adder and register")
+    bars.plot(common, y, "|", color="black", ms=14, mew=1.5, label="with a 32-bit sum")
+    for row, t, p, position in zip(units, total, product, y):
+        bars.text(p / 2, position, f"{p:,}", va="center", ha="center", fontsize=8, color="white")
+        text = f"{t:,} ({row['sum_bits']} bits)"
+        bars.text(t - 30, position, text, va="center", ha="right", fontsize=8)
+    bars.set(yticks=list(y), xlabel="transistors, mapped for area", xlim=(0, max(common) * 1.05))
+    bars.set_yticklabels(
+        [row["title"].replace(" (", "\n(").replace("4 bits, ", "4 bits,\n") for row in units], fontsize=8
+    )
+    bars.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.4, 1))
     tokens = [2**i for i in range(15)]  # that share a read of the weights
     model = results["energy"][0]["model"]
     rows = {row["unit"]: row for row in results["energy"] if row["model"] == model}
-    titles = {row["unit"]: row["title"].split(" (")[0] for row in units}
-    for i, name in enumerate(("float16", "int8", "int4", "pot", "two")):
+    titles = {row["unit"]: row["title"].split(" (")[0] for row in results["units"]}
+    for i, name in enumerate(("float16", "int8", "int4", "pot")):
         row = rows[name]
         joules = [row["dram_mj"][0] / n + row["products_mj"] for n in tokens]
-        ax.plot(tokens, joules, color=COLOURS[i], marker=MARKERS[i], ms=4, markevery=2, label=titles[name])
-    ax.plot(tokens, [rows["pot"]["dram_mj"][0] / n for n in tokens], "k:", lw=1, label="DRAM alone, 4 bits")
-    lowest = min(row["products_mj"] for row in rows.values()) / 2
-    ax.set(xscale="log", yscale="log", xlabel="tokens that share one read of the weights", ylim=(lowest, None))
-    ax.set(ylabel="mJ a token, DRAM and products", title=f"{model}, 45 nm, estimated")
+        style = dict(color=COLOURS[i], marker=MARKERS[i], ms=4, markevery=2, ls="--" if name == "pot" else "-")
+        ax.plot(tokens, joules, label=titles[name].split(",")[0], **style)
+        ax.axhline(row["products_mj"], color=COLOURS[i], lw=0.7, ls=":")
+    ax.set(xscale="log", yscale="log", xlabel="tokens that share one read of the weights")
+    ax.set(ylabel="mJ a token")
+    ax.set_title(f"{model}: products, and weights from DRAM", fontsize=10)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, title="dotted: products alone", title_fontsize=8)
     _save(figure, path)
 
 

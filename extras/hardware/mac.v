@@ -10,107 +10,225 @@
 //     mac_bfloat16    bfloat16      bfloat16                                       float32
 //
 // A 4-bit code of pot.py is `sign << 3 | index`. Index 0 is zero with either sign.
-// A sum is as wide as 1,024 products need, whatever they are. hardware.py derives the width from the weights' levels.
+// A sum is as wide as 1,024 products need, whatever they are. hardware.py derives the width from the weights' levels. It
+// also synthesizes all units with sums of 32 bits, because many accelerators have them.
 // With activations of -128: 1,024 * 128 * 64 = 2^23 for single powers, and +2^23 needs 25 bits.
 //
 // product_* gives product and carry, where activation * weight = product + carry. Negation is ~p + 1: the carry leaves
 // the 1 to the adder of the sum, which has room for it.
 
-module accumulator #(parameter PRODUCT = 16, SUM = 26) (
-  input clk, input clear, input signed [PRODUCT-1:0] product, input carry, output reg signed [SUM-1:0] sum
+module accumulator #(parameter N = 1, PRODUCT = 16, SUM = 26) (
+  input clk, input clear, input [N*PRODUCT-1:0] products, input [N-1:0] carries, output reg signed [SUM-1:0] sum
 );
+  reg signed [SUM-1:0] next;
+  integer i;
+  always @* begin
+    next = sum;
+    for (i = 0; i < N; i = i + 1)
+      next = next + $signed(products[i*PRODUCT +: PRODUCT]) + $signed({1'b0, carries[i]});
+  end
   always @(posedge clk)
     if (clear) sum <= 0;
-    else sum <= sum + product + $signed({1'b0, carry});
+    else sum <= next;
 endmodule
 
 // -----------------------------------------------------------------------------
-// Products of an int8 activation
+// Products of an int8 activation. Each is written in four forms, 0 to 3, so that none is large only for the way in which
+// it is written. hardware.py synthesizes all four and reports the smallest. Forms 0 and 1 of the multipliers are the
+// same text: Yosys builds a plain array for form 0 and recodes form 1 by Booth.
+
+`ifndef FORM
+`define FORM 0
+`endif
+
+// A digit of Booth's recoding: -2 * b[2] + b[1] + b[0] = -2 to 2, so a 4-bit weight needs two digits.
+// digit * x = product + b[2].
+module booth_digit (input signed [7:0] x, input [2:0] b, output signed [8:0] product);
+  wire one = b[1] ^ b[0];
+  wire two = b[2] ? ~(b[1] | b[0]) : b[1] & b[0];
+  assign product = ({9{one}} & {x[7], x} | {9{two}} & {x, 1'b0}) ^ {9{b[2]}};
+endmodule
 
 module product_int8 (input signed [7:0] x, input signed [7:0] w, output signed [15:0] product, output carry);
-  assign product = x * w;
-  assign carry = 0;
+  generate
+    if (`FORM <= 1) begin
+      assign product = x * w;
+      assign carry = 0;
+    end else if (`FORM == 2) begin  // four digits, each added to the bits that the ones before leave
+      wire signed [8:0] p0, p1, p2, p3;
+      booth_digit d0 (x, {w[1:0], 1'b0}, p0), d1 (x, w[3:1], p1), d2 (x, w[5:3], p2), d3 (x, w[7:5], p3);
+      wire signed [9:0] s1 = (p0 >>> 2) + p1 + $signed({1'b0, w[3]});
+      wire signed [9:0] s2 = (s1 >>> 2) + p2 + $signed({1'b0, w[5]});
+      wire signed [9:0] s3 = (s2 >>> 2) + p3 + $signed({1'b0, w[7]});
+      assign product = {s3, s2[1:0], s1[1:0], p0[1:0]};
+      assign carry = w[1];
+    end else begin  // eight shifted copies of x, the last one negative
+      wire signed [8:0] s1 = (($signed(x & {8{w[0]}})) >>> 1) + $signed(x & {8{w[1]}});
+      wire signed [8:0] s2 = (s1 >>> 1) + $signed(x & {8{w[2]}});
+      wire signed [8:0] s3 = (s2 >>> 1) + $signed(x & {8{w[3]}});
+      wire signed [8:0] s4 = (s3 >>> 1) + $signed(x & {8{w[4]}});
+      wire signed [8:0] s5 = (s4 >>> 1) + $signed(x & {8{w[5]}});
+      wire signed [8:0] s6 = (s5 >>> 1) + $signed(x & {8{w[6]}});
+      wire signed [8:0] s7 = (s6 >>> 1) + $signed(~x & {8{w[7]}}) + $signed({1'b0, w[7]});
+      assign product = {s7, s6[0], s5[0], s4[0], s3[0], s2[0], s1[0], x[0] & w[0]};
+      assign carry = 0;
+    end
+  endgenerate
 endmodule
 
 module product_int4 (input signed [7:0] x, input signed [3:0] w, output signed [11:0] product, output carry);
-  assign product = x * w;
-  assign carry = 0;
+  generate
+    if (`FORM <= 1) begin
+      assign product = x * w;
+      assign carry = 0;
+    end else if (`FORM == 2) begin  // two digits
+      wire signed [8:0] p0, p1;
+      booth_digit d0 (x, {w[1:0], 1'b0}, p0), d1 (x, w[3:1], p1);
+      wire signed [9:0] s1 = (p0 >>> 2) + p1 + $signed({1'b0, w[3]});
+      assign product = {s1, p0[1:0]};
+      assign carry = w[1];
+    end else begin  // four shifted copies of x, the last one negative
+      wire signed [8:0] s1 = (($signed(x & {8{w[0]}})) >>> 1) + $signed(x & {8{w[1]}});
+      wire signed [8:0] s2 = (s1 >>> 1) + $signed(x & {8{w[2]}});
+      wire signed [8:0] s3 = (s2 >>> 1) + $signed(~x & {8{w[3]}}) + $signed({1'b0, w[3]});
+      assign product = {s3, s2[0], s1[0], x[0] & w[0]};
+      assign carry = 0;
+    end
+  endgenerate
 endmodule
 
-// Written as three shifted copies of x, which takes fewer gates than Yosys' own multiplier does here.
 module product_uniform (input signed [7:0] x, input [3:0] w, output signed [10:0] product, output carry);
-  wire signed [7:0] one = x & {8{w[0]}};
-  wire signed [8:0] two = {x & {8{w[1]}}, 1'b0};
-  wire signed [9:0] four = {x & {8{w[2]}}, 2'b0};
-  wire signed [10:0] high = four + two;
-  wire signed [10:0] magnitude = high + one;
-  assign product = magnitude ^ {11{w[3]}};
-  assign carry = w[3];
+  wire sign = w[3];
+  generate
+    if (`FORM <= 1) begin
+      wire signed [10:0] magnitude = x * $signed({1'b0, w[2:0]});
+      assign product = magnitude ^ {11{sign}};
+      assign carry = sign;
+    end else if (`FORM == 2) begin  // two digits, negative for a negative sign
+      wire signed [8:0] p0, p1;
+      booth_digit d0 (x, {w[1:0], 1'b0} ^ {3{sign}}, p0), d1 (x, {1'b0, w[2:1]} ^ {3{sign}}, p1);
+      wire signed [8:0] s1 = (p0 >>> 2) + p1 + $signed({1'b0, sign});
+      assign product = {s1, p0[1:0]};
+      assign carry = w[1] ^ sign;
+    end else begin  // three shifted copies of x
+      wire signed [8:0] s1 = (($signed(x & {8{w[0]}})) >>> 1) + $signed(x & {8{w[1]}});
+      wire signed [8:0] s2 = (s1 >>> 1) + $signed(x & {8{w[2]}});
+      assign product = {s2, s1[0], x[0] & w[0]} ^ {11{sign}};
+      assign carry = sign;
+    end
+  endgenerate
 endmodule
 
-// x << (index - 1). Three steps shift x right by one and left by `index`: the first one by 0 or -1, then 2 and 4.
-// The sign flips the 8 bits of x, not the 14 of the product, so the bits that a shift brings in are the sign.
+// x << (index - 1)
 module product_pot (input signed [7:0] x, input [3:0] w, output signed [13:0] product, output carry);
   wire nonzero = |w[2:0];
   wire sign = w[3] & nonzero;
-  wire [7:0] a = (x ^ {8{sign}}) & {8{nonzero}};
-  wire top = a[7];
-  wire [8:0] b = w[0] ? {a, sign} : {top, a};
-  wire [10:0] c = w[1] ? {b, {2{sign}}} : {{2{top}}, b};
-  wire [14:0] d = w[2] ? {c, {4{sign}}} : {{4{top}}, c};
-  assign product = d[14:1];
+  wire [7:0] a = (x ^ {8{sign}}) & {8{nonzero}};  // the sign flips 8 bits, not 14: bits that a shift brings in are the sign
   assign carry = sign;
+  generate
+    if (`FORM == 0) begin  // Yosys' own shifter
+      wire signed [13:0] magnitude = nonzero ? x <<< (w[2:0] - 3'd1) : 14'sd0;
+      assign product = magnitude ^ {14{sign}};
+    end else if (`FORM == 1) begin  // steps of -1 or 0, 2 and 4
+      wire [8:0] b = w[0] ? {a, sign} : {a[7], a};
+      wire [10:0] c = w[1] ? {b, {2{sign}}} : {{2{a[7]}}, b};
+      wire [14:0] d = w[2] ? {c, {4{sign}}} : {{4{a[7]}}, c};
+      assign product = d[14:1];
+    end else if (`FORM == 2) begin  // the same steps, the largest first
+      wire [11:0] b = w[2] ? {a, {4{sign}}} : {{4{a[7]}}, a};
+      wire [13:0] c = w[1] ? {b, {2{sign}}} : {{2{a[7]}}, b};
+      wire [14:0] d = w[0] ? {c, sign} : {a[7], c};
+      assign product = d[14:1];
+    end else begin  // one of seven
+      wire signed [7:0] y = x ^ {8{w[3]}};
+      wire [7:0] is = 8'd1 << w[2:0];
+      assign product = {14{is[1]}} & {{6{y[7]}}, y} | {14{is[2]}} & {{5{y[7]}}, y, w[3]}
+        | {14{is[3]}} & {{4{y[7]}}, y, {2{w[3]}}} | {14{is[4]}} & {{3{y[7]}}, y, {3{w[3]}}}
+        | {14{is[5]}} & {{2{y[7]}}, y, {4{w[3]}}} | {14{is[6]}} & {y[7], y, {5{w[3]}}}
+        | {14{is[7]}} & {y, {6{w[3]}}};
+    end
+  endgenerate
 endmodule
 
 // The code is FP4 E2M1: exponent w[2:1], mantissa w[0]. Its level is 0 or 1 at exponent 0, else (2 + mantissa) shifted
-// left by exponent - 1. So two terms, 2x and x, are added and then shifted.
+// left by exponent - 1.
 module product_two (input signed [7:0] x, input [3:0] w, output signed [11:0] product, output carry);
-  wire nonzero = |w[2:0];
-  wire sign = w[3] & nonzero;
-  wire signed [8:0] first = {x, 1'b0} & {9{|w[2:1]}};
-  wire signed [7:0] second = x & {8{w[0]}};
-  wire signed [9:0] terms = first + second;
-  wire signed [11:0] shifted = w[2:1] == 3 ? terms <<< 2 : w[2:1] == 2 ? terms <<< 1 : terms;
-  assign product = shifted ^ {12{sign}};
+  wire high = |w[2:1];
+  wire sign = w[3] & (high | w[0]);
+  wire [7:0] a = x ^ {8{sign}};
   assign carry = sign;
+  generate
+    if (`FORM == 0) begin  // two terms, 2x and x, added and then shifted
+      wire signed [9:0] terms = $signed({x & {8{high}}, 1'b0}) + $signed(x & {8{w[0]}});
+      wire signed [11:0] shifted = w[2:1] == 3 ? terms <<< 2 : w[2:1] == 2 ? terms <<< 1 : terms;
+      assign product = shifted ^ {12{sign}};
+    end else if (`FORM == 1) begin  // two terms, each shifted by itself, and then added
+      wire signed [10:0] first = w[2:1] == 3 ? x <<< 3 : w[2:1] == 2 ? x <<< 2 : w[2:1] == 1 ? x <<< 1 : 0;
+      wire signed [9:0] second = !w[0] ? 0 : w[2:1] == 3 ? x <<< 2 : w[2:1] == 2 ? x <<< 1 : x;
+      wire signed [11:0] magnitude = first + second;
+      assign product = magnitude ^ {12{sign}};
+    end else if (`FORM == 2) begin  // 1 or 3 times x, and then a shift by 0 to 3
+      wire three = high & w[0];
+      wire signed [9:0] odd = $signed(a & {8{high | w[0]}}) + $signed({a, sign} & {9{three}})
+        + $signed({1'b0, sign & three});
+      wire [10:0] b = (w[0] ? w[2] & ~w[1] : w[1]) ? {odd, sign} : {odd[9], odd};
+      wire [12:0] c = w[2] & (w[1] | ~w[0]) ? {b, {2{sign}}} : {{2{b[10]}}, b};
+      assign product = c[11:0];
+    end else begin  // form 0 with the sign at the 8 bits of x
+      wire signed [9:0] terms = $signed({a, sign} & {9{high}}) + $signed(a & {8{w[0]}})
+        + $signed({1'b0, sign & high & w[0]});
+      wire [10:0] once = &w[2:1] ? {terms, sign} : {terms[9], terms};
+      assign product = w[2] ? {once, sign} : {once[10], once};
+    end
+  endgenerate
 endmodule
 
 // -----------------------------------------------------------------------------
-// Units with an int8 activation
+// Units with int8 activations. N: products a clock
 
-module mac_int8 (input clk, input clear, input signed [7:0] x, input signed [7:0] w, output signed [25:0] sum);
-  wire signed [15:0] product;
-  wire carry;
-  product_int8 multiply (x, w, product, carry);
-  accumulator #(16, 26) add (clk, clear, product, carry, sum);
+module mac_int8 #(parameter N = 1, SUM = 26) (
+  input clk, input clear, input [8*N-1:0] x, input [8*N-1:0] w, output signed [SUM-1:0] sum
+);
+  wire [16*N-1:0] products;
+  wire [N-1:0] carries;
+  product_int8 multiply [N-1:0] (x, w, products, carries);
+  accumulator #(N, 16, SUM) add (clk, clear, products, carries, sum);
 endmodule
 
-module mac_int4 (input clk, input clear, input signed [7:0] x, input signed [3:0] w, output signed [21:0] sum);
-  wire signed [11:0] product;
-  wire carry;
-  product_int4 multiply (x, w, product, carry);
-  accumulator #(12, 22) add (clk, clear, product, carry, sum);
+module mac_int4 #(parameter N = 1, SUM = 22) (
+  input clk, input clear, input [8*N-1:0] x, input [4*N-1:0] w, output signed [SUM-1:0] sum
+);
+  wire [12*N-1:0] products;
+  wire [N-1:0] carries;
+  product_int4 multiply [N-1:0] (x, w, products, carries);
+  accumulator #(N, 12, SUM) add (clk, clear, products, carries, sum);
 endmodule
 
-module mac_uniform (input clk, input clear, input signed [7:0] x, input [3:0] w, output signed [20:0] sum);
-  wire signed [10:0] product;
-  wire carry;
-  product_uniform multiply (x, w, product, carry);
-  accumulator #(11, 21) add (clk, clear, product, carry, sum);
+module mac_uniform #(parameter N = 1, SUM = 21) (
+  input clk, input clear, input [8*N-1:0] x, input [4*N-1:0] w, output signed [SUM-1:0] sum
+);
+  wire [11*N-1:0] products;
+  wire [N-1:0] carries;
+  product_uniform multiply [N-1:0] (x, w, products, carries);
+  accumulator #(N, 11, SUM) add (clk, clear, products, carries, sum);
 endmodule
 
-module mac_pot (input clk, input clear, input signed [7:0] x, input [3:0] w, output signed [24:0] sum);
-  wire signed [13:0] product;
-  wire carry;
-  product_pot multiply (x, w, product, carry);
-  accumulator #(14, 25) add (clk, clear, product, carry, sum);
+module mac_pot #(parameter N = 1, SUM = 25) (
+  input clk, input clear, input [8*N-1:0] x, input [4*N-1:0] w, output signed [SUM-1:0] sum
+);
+  wire [14*N-1:0] products;
+  wire [N-1:0] carries;
+  product_pot multiply [N-1:0] (x, w, products, carries);
+  accumulator #(N, 14, SUM) add (clk, clear, products, carries, sum);
 endmodule
 
-module mac_two (input clk, input clear, input signed [7:0] x, input [3:0] w, output signed [21:0] sum);
-  wire signed [11:0] product;
-  wire carry;
-  product_two multiply (x, w, product, carry);
-  accumulator #(12, 22) add (clk, clear, product, carry, sum);
+module mac_two #(parameter N = 1, SUM = 22) (
+  input clk, input clear, input [8*N-1:0] x, input [4*N-1:0] w, output signed [SUM-1:0] sum
+);
+  wire [12*N-1:0] products;
+  wire [N-1:0] carries;
+  product_two multiply [N-1:0] (x, w, products, carries);
+  accumulator #(N, 12, SUM) add (clk, clear, products, carries, sum);
 endmodule
 
 // -----------------------------------------------------------------------------
