@@ -53,7 +53,8 @@ if python -c "import xllamacpp" 2> /dev/null && [ ! -e out-smollm2-mxfp4/model.g
 fi
 
 # 20 steps of fine-tuning in float, and of QAT with distillation
-few="python train.py config/finetune_smollm2_pot4.py --calibrate_tokens=0 --max_iters=20 --eval_tokens=1025"
+few="python train.py config/finetune_smollm2_pot4.py --block_size=128 --batch_size=6 --calibrate_tokens=0 --max_iters=20 \
+    --eval_tokens=1025"
 [ -e out-smollm2-float-20/model.safetensors ] || $few --pot=None --table=None --out_dir=out-smollm2-float-20
 [ -e out-smollm2-qat-20/model.safetensors ] || $few --out_dir=out-smollm2-qat-20
 
