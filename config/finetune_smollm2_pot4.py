@@ -1,14 +1,14 @@
 # QAT of SmolLM2-135M-Instruct with 4-bit power-of-two weights in groups of 64; the tied token table, which costs most,
-# has two terms at the same 4 bits, in groups of 32. It starts from GPTQ's codes and learns the float model's predictions
-# instead of the text, because the float model has seen far more text than we can show it.
+# has two terms at the same 4 bits, in groups of 32. It starts from GPTQ's codes and learns the float model's
+# predictions instead of the text, because the float model has seen far more text than we can show it.
 # Run:   python train.py config/finetune_smollm2_pot4.py
 # Also:  --pot_terms=2 --out_dir=out-smollm2-pot4-two-terms; --block_size=128 --batch_size=6 needs 5.8 GiB
 #        The float control, trained on the same batches: --pot=None --table=None --out_dir=out-control
 # Needs: the model in smollm2/ (extras/import_gguf.py says how to get it, --init_from=HuggingFaceTB/SmolLM2-135M-Instruct
 #        takes it from the hub), and `python data/openwebtext/prepare.py --tokenizer=smollm2 --out=openwebtext-smollm2`
 # Gives: out-smollm2-pot4 with model.safetensors (packed, 72 MB instead of 538 MB) and ckpt.pt (to resume).
-# Takes: GPTQ, then 500 steps of 1,024 tokens, each 26 s on one core with AVX2, and 6.7 GiB. The losses in results/README.md
-#        come from 165 steps (--max_iters=165).
+# Takes: GPTQ, then 500 steps of 1,024 tokens, each 26 s on one core with AVX2, and 6.7 GiB. The losses in
+#        results/README.md come from 165 steps (--max_iters=165).
 init_from = "smollm2"
 out_dir = "out-smollm2-pot4"
 dataset = "openwebtext-smollm2"
