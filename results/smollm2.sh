@@ -46,17 +46,11 @@ done
 [ -e results/memory_smollm2.json ] || \
     python results/memory.py out-smollm2-two-16384 128 results/memory_smollm2.json > /dev/null
 if python -c "import xllamacpp" 2> /dev/null && [ ! -e out-smollm2-mxfp4/model.gguf ]; then
-    python train.py config/ptq_smollm2_pot4.py --pot_terms=2 --pot_group_size=32 --pot_scale_format=e8m0 \
+    python train.py config/ptq_smollm2_pot4.py --table=None --pot_terms=2 --pot_group_size=32 --pot_scale_format=e8m0 \
         --calibrate_tokens=0 --eval_tokens=1025 --out_dir=out-smollm2-mxfp4
     python extras/export.py --ckpt=out-smollm2-mxfp4 --out=out-smollm2-mxfp4/model.gguf
     python results/llama_cpp.py out-smollm2-mxfp4 out-smollm2-mxfp4/model.gguf results/llama_cpp_smollm2.json 40
 fi
-
-# 20 steps of fine-tuning in float, and of QAT with distillation
-few="python train.py config/finetune_smollm2_pot4.py --block_size=128 --batch_size=6 --calibrate_tokens=0 --max_iters=20 \
-    --eval_tokens=1025"
-[ -e out-smollm2-float-20/model.safetensors ] || $few --pot=None --table=None --out_dir=out-smollm2-float-20
-[ -e out-smollm2-qat-20/model.safetensors ] || $few --out_dir=out-smollm2-qat-20
 
 python - <<'PYTHON'
 import json
@@ -70,11 +64,6 @@ for text in ("wikitext2", "openwebtext"):
         row["dataset"] = text
 models = {"float": "smollm2", "two terms": "out-smollm2-two-16384", "single powers": "out-smollm2-single-16384"}
 report["answers"] = {n: open(f"out-smollm2-eval/answer-{m}.txt", encoding="utf-8").read() for n, m in models.items()}
-report["training"] = {}
-for name in ("float", "qat"):
-    with open(f"out-smollm2-{name}-20/log.jsonl") as f:
-        last = [json.loads(line) for line in f][-1]
-    report["training"][name] = {"seconds_a_step": last["seconds"] / last["steps"], "peak_bytes": last["peak_bytes"]}
 report |= provenance() | {"command": "sh results/smollm2.sh openwebtext.jsonl wikitext2_valid.txt"}
 with open("results/smollm2.json", "w") as f:
     json.dump(report, f, indent=1)
@@ -85,7 +74,27 @@ for text in ("wikitext2", "openwebtext"):
         print(f"  {r['ckpt']:<26} loss {r['loss']:.4f}  perplexity {r['perplexity']:8.2f}{distance}  {r['bytes']:,} bytes")
 for name, answer in report["answers"].items():
     print(f"\n{name}:\n{answer}")
-for name, cost in report["training"].items():
-    print(f"{name}: {cost['seconds_a_step']:.1f} s a step, peak memory {cost['peak_bytes'] / 2**30:.2f} GiB")
 print("written to results/smollm2.json")
+PYTHON
+
+# 20 steps of fine-tuning in float, and of QAT with distillation
+few="python train.py config/finetune_smollm2_pot4.py --block_size=128 --batch_size=6 --calibrate_tokens=0 --max_iters=20 \
+    --eval_tokens=1025"
+[ -e out-smollm2-float-20/model.safetensors ] || $few --pot=None --table=None --out_dir=out-smollm2-float-20
+[ -e out-smollm2-qat-20/model.safetensors ] || $few --out_dir=out-smollm2-qat-20
+
+python - <<'PYTHON'
+import json
+from machine import provenance
+
+report = {}
+for name in ("float", "qat"):
+    with open(f"out-smollm2-{name}-20/log.jsonl") as f:
+        last = [json.loads(line) for line in f][-1]
+    report[name] = {"seconds_a_step": last["seconds"] / last["steps"], "peak_bytes": last["peak_bytes"]}
+    print(f"{name}: {report[name]['seconds_a_step']:.1f} s a step, {report[name]['peak_bytes'] / 2**30:.2f} GiB")
+report |= provenance() | {"command": "sh results/smollm2.sh openwebtext.jsonl wikitext2_valid.txt"}
+with open("results/smollm2_training.json", "w") as f:
+    json.dump(report, f, indent=1)
+print("written to results/smollm2_training.json")
 PYTHON
