@@ -13,7 +13,6 @@
 #include "decode.cpp"
 #include "shift.h"
 #include "unicode.h"
-
 #include <cerrno>
 #include <chrono>
 #include <cstdio>
@@ -285,7 +284,8 @@ class Tokenizer {
             if (!known || tokens[added_.back()].empty()) fail("it has an added token of a kind that is not known here");
         });
         for (uint32_t id = 0; id < tokens.size(); id++) sorted_.push_back(id);
-        std::stable_sort(sorted_.begin(), sorted_.end(), [&](uint32_t a, uint32_t b) { return tokens[a] < tokens[b]; });
+        const auto key = [&](uint32_t id) { return std::make_pair(tokens[id], id); };
+        std::sort(sorted_.begin(), sorted_.end(), [&](uint32_t a, uint32_t b) { return key(a) < key(b); });
         for (int byte = 0; byte < 256; byte++) byte_ids_[byte] = find(string(1, char(byte)));
         merges.each([&](Json, Json merge) { read_merge(merge); });
         std::sort(merges_.begin(), merges_.end(), [](const Merge& a, const Merge& b) { return a.pair < b.pair; });
@@ -473,8 +473,8 @@ class Model {
         if (!layer["dtype"].equals("float32") || !config["layout"].equals("tiles-16") || !takes_bytes(w) ||
             !config["grid"].equals("pot") || !config["act_bits"].is_null() || columns % w.groups)
             fail(name + " is not of powers of two with 3 or 4 bits in groups of a multiple of 4, without act_bits");
-        const int half = 1 << (w.bits - 1);  // codes of one sign
-        for (int i = 1; i < half; i++) {     // as PoTConfig.levels
+        const int half = w.bits == 3 ? 4 : 8;  // codes of one sign
+        for (int i = 1; i < half; i++) {       // as PoTConfig.levels
             const int level = i == 1 ? 1 : terms.text == "1" ? 1 << (i - 1) : (2 + i % 2) << (i / 2 - 1);
             w.table[i] = int8_t(level), w.table[half + i] = int8_t(-level);
         }

@@ -94,7 +94,7 @@ def main(s: Settings):
         originals = [Path(temporary) / name for name in "abc"]
         write_model(originals[0], GPT2, PoTConfig())
         write_model(originals[1], LLAMA, PoTConfig(terms=2, granularity="channel"))
-        write_model(originals[2], LLAMA, PoTConfig(bits=3, granularity="tensor"))
+        write_model(originals[2], LLAMA, PoTConfig(bits=3, group_size=32))
         for start in range(s.seed, s.seed + s.mutations, BATCH):
             seeds = range(start, min(start + BATCH, s.seed + s.mutations))
             for status, count in run_batch(program, originals, seeds, Path(temporary) / "mutants").items():
