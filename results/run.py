@@ -1,5 +1,5 @@
 """
-Size, memory and speed of the program without Python (pot_kernel/run.cpp), beside llama.cpp's and llama2.c's. Writes
+Size and memory of the program without Python (pot_kernel/run.cpp), beside llama.cpp's and llama2.c's. Writes
 results/run.json. Programs for other processors are built by Debian's cross compilers and run in emulation.
 
     python results/run.py --ckpt=out-smollm2-pot4 --gguf=SmolLM2.Q4_1.gguf --llama_bench=PATH --llama2c=FOLDER
@@ -28,7 +28,7 @@ PROMPT = "The sky is blue because"
 class Settings:
     ckpt: str = "out"  # a packed model
     tokens: int = 64  # that the program writes
-    emulated_tokens: int = 12  # that it writes in emulation, which is slow
+    emulated_tokens: int = 12  # that it writes in emulation, which is slow; 0: leave other processors out
     gguf: str | None = None  # the same model for llama.cpp
     llama_bench: str | None = None  # llama.cpp's program
     llama2c: str | None = None  # a checkout of llama2.c; it gets a file of the model's shape with zeros
@@ -46,22 +46,23 @@ def build(folder: Path, name: str, compiler: str, source: Path, *flags: str) -> 
     return {"path": str(program), "bytes": program.stat().st_size}
 
 
-def measure(command: list[str]) -> dict:
-    """Runs a command. Returns its output, the last line of its errors, its seconds and its peak memory in bytes."""
-    start = time.time()
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        seconds = time.time() - start
-        texts = []
-        for f in (out, err):
-            f.seek(0)
-            texts.append(f.read().decode(errors="replace"))
+def measure(command: list) -> dict:
+    """Runs a command. Returns its output and its peak memory in bytes, mapped files included."""
+    with tempfile.TemporaryFile() as out:
+        process, peak = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL), 0
+        program = os.path.realpath(shutil.which(command[0]))
+        while process.poll() is None:  # getrusage would tell the peak of this process, if that is larger
+            try:
+                if os.readlink(f"/proc/{process.pid}/exe") == program:  # not before it is started
+                    peak = max(peak, machine.process_memory("VmHWM", process.pid) or 0)
+            except OSError:  # it has just ended
+                pass
+            time.sleep(0.02)
+        out.seek(0)
+        text = out.read().decode(errors="replace")
     if process.returncode:
-        raise ValueError(f"{' '.join(map(str, command))} ended with status {process.returncode}: {texts[1][-500:]}")
-    peak = usage.ru_maxrss * 1024
-    return {"text": texts[0], "log": texts[1].strip().splitlines()[-1:], "seconds": seconds, "peak_bytes": peak}
+        raise ValueError(f"{' '.join(map(str, command))} ended with status {process.returncode}")
+    return {"text": text, "peak_bytes": peak}
 
 
 def write_llama2c(path: Path, ckpt: str) -> None:
@@ -85,30 +86,25 @@ def main(s: Settings):
         folder = Path(temporary)
         own = build(folder, "run", "g++", source, "-march=native", *flags, "-ldl")
         path = own.pop("path")
-        for threads in (1, os.cpu_count()):
-            own[f"{threads} threads"] = measure([path, *words, f"--max_new_tokens={s.tokens}", f"--threads={threads}"])
+        own |= measure([path, *words, f"--max_new_tokens={s.tokens}", "--threads=1"])
         short = [*words, f"--max_new_tokens={s.emulated_tokens}", "--threads=1"]
-        expected = measure([path, *short])["text"]
+        expected = measure([path, *short])["text"] if s.emulated_tokens else None
         result["programs"] = {"run, x86-64, native": own}
-        for name in ("aarch64", "riscv64"):
+        for name in ("aarch64", "riscv64") if s.emulated_tokens else ():
             compiler, emulator = f"{name}-linux-gnu-g++", f"qemu-{name}"
             if shutil.which(compiler) and shutil.which(emulator):
                 program = build(folder, name, compiler, source, "-static", *flags)
                 emulated = measure([emulator, program.pop("path"), *short])
                 program["same_text"] = emulated["text"] == expected
-                program["emulated_seconds"] = emulated["seconds"]
                 result["programs"][f"run, {name}, static"] = program
                 print(name, program, flush=True)
         if s.llama_bench and s.gguf:
             program = folder / "llama-bench"
             shutil.copy(s.llama_bench, program)
             subprocess.run(["strip", program], check=True)
-            figures = measure(
-                [program, "-m", s.gguf, "-p", "0", "-n", str(s.tokens), "-r", "1", "-t", "1", "-o", "json"]
-            )
-            speed = json.loads(figures.pop("text"))[0]["avg_ts"]
-            size = {"bytes": program.stat().st_size, "model_bytes": os.path.getsize(s.gguf), "tokens_per_second": speed}
-            result["programs"]["llama.cpp, llama-bench"] = size | {"1 threads": figures}
+            figures = measure([program, "-m", s.gguf, "-p", "0", "-n", str(s.tokens), "-r", "1", "-t", "1"])
+            size = {"bytes": program.stat().st_size, "model_bytes": os.path.getsize(s.gguf)}
+            result["programs"]["llama.cpp, llama-bench"] = size | {"peak_bytes": figures["peak_bytes"]}
         if s.llama2c:
             program = build(folder, "llama2c", "gcc", Path(s.llama2c) / "run.c", "-march=native", "-Ofast")
             write_llama2c(folder / "model.bin", s.ckpt)
@@ -125,7 +121,10 @@ def main(s: Settings):
                 "-t",
                 "0",
             ]
-            program |= {"model_bytes": (folder / "model.bin").stat().st_size, "1 threads": measure(command)}
+            program |= {
+                "model_bytes": (folder / "model.bin").stat().st_size,
+                "peak_bytes": measure(command)["peak_bytes"],
+            }
             result["programs"]["llama2.c, run.c, float32"] = program
     result |= {"prompt": PROMPT, "provenance": machine.provenance()}
     with open(s.out, "w") as f:
