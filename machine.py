@@ -27,12 +27,12 @@ def pick_device(device: str) -> str:
     raise ValueError(f"device={device} cannot be used: {reason}; try --device=cpu")
 
 
-def process_memory(key: str) -> int | None:
-    """Bytes of this process by a key of /proc/self/status: VmRSS (now), VmHWM (peak), RssAnon (now, mapped files left
+def process_memory(key: str, process: int | str = "self") -> int | None:
+    """Bytes of a process by a key of /proc/PROCESS/status: VmRSS (now), VmHWM (peak), RssAnon (now, mapped files left
     out). None where the system does not tell."""
     if not os.path.exists("/proc/self/status"):
         return None
-    with open("/proc/self/status") as f:
+    with open(f"/proc/{process}/status") as f:
         return next((int(line.split()[1]) * 1024 for line in f if line.startswith(key + ":")), None)
 
 

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-struct PotShift {        // how to multiply by the level of a code
+struct PotShift {        // how to multiply by a level
     uint8_t first;       // places to shift for the first power
     uint8_t second;      // and for the second
     int8_t has_first;    // -1 (all bits): the level has a first power; 0: it is zero
@@ -39,22 +39,9 @@ static inline int32_t pot_shift(int32_t x, const struct PotShift* level) {
     return (int32_t)((sum ^ (uint32_t)level->negative) - (uint32_t)level->negative);
 }
 
-// Adds to sums (16) the products of x (columns) and `columns` codes of 16 rows, from `column` on. column and columns are
-// multiples of 4. codes: the tiles of these rows as pot.cpp describes them, of 3 or 4 bits. levels: (codes).
-static inline void pot_shift_products(const uint8_t* codes, int bits, int32_t column, int32_t columns, const int8_t* x,
-                                      const struct PotShift* levels, int32_t* sums) {
-    for (int32_t c = column; c < column + columns; c += 4, x += 4) {
-        // A tile of 4 bits has 8 columns and 64 bytes, one of 3 bits 32 columns and 3 times 64 bytes.
-        const uint8_t* tile = bits == 4 ? codes + (c >> 3 << 6) : codes + (c >> 5 << 7) + (c >> 5 << 6);
-        for (int lane = 0; lane < 64; lane += 4)
-            for (int b = 0; b < 4; b++) {
-                int code;
-                if (bits == 4)
-                    code = tile[lane + b] >> (c & 4) & 15;
-                else
-                    code = (tile[(c & 16 ? 64 : 0) + lane + b] >> (c >> 1 & 6) & 3) |
-                           (tile[128 + lane + b] >> (c >> 2 & 7) & 1) << 2;
-                sums[lane >> 2] += pot_shift(x[b], &levels[code]);
-            }
-    }
+// sum plus the products of levels (n) and x (n). shifts: (256), of each level as an unsigned byte.
+static inline int32_t pot_shift_dot(int32_t sum, const int8_t* levels, const int8_t* x, int n,
+                                    const struct PotShift* shifts) {
+    for (int i = 0; i < n; i++) sum += pot_shift(x[i], &shifts[(uint8_t)levels[i]]);
+    return sum;
 }

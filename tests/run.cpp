@@ -1,6 +1,7 @@
-// Parts of run.cpp for test_run.py and fuzz_run.py: run PART FOLDER [...]. Texts on standard input have their number of
-// bytes and a line end before them.
+// run.cpp and its parts for test_run.py and fuzz_run.py: run PART [...]. Texts on standard input have their number of
+// bytes and a line end before them. One program serves all tests, because a build takes longer than they do.
 
+#define POT_SHIFT_ONLY
 #define main run
 #include "../pot_kernel/run.cpp"
 #undef main
@@ -43,6 +44,7 @@ int fuzz() {
 int main(int count, char** words) {
     const string part = words[1];
     if (part == "fuzz") return fuzz();
+    if (part == "text") return run(count - 1, words + 1);  // by shifts
     if (part == "draw") {  // TEMPERATURE TOP_K DRAWS: how often each of 20 tokens is drawn
         std::vector<float> logits(20);
         std::vector<int> counts(20);
@@ -54,17 +56,18 @@ int main(int count, char** words) {
         return 0;
     }
     Model model(words[2]);
-    const Tokenizer tokenizer(words[2], model.tokenizer, model.vocabulary);
+    const Tokenizer tokenizer(words[2]);
     for (string length; std::getline(std::cin, length); std::cout << '\n') {
         string text(size_t(std::stoll(length)), '\0');
         std::cin.read(&text[0], int64_t(text.size()));
         const std::vector<int64_t> ids = tokenizer.encode(text);
         if (part == "encode") {  // tokens, then their text in hexadecimal digits
             string back;
-            for (const int64_t id : ids) std::cout << id << ' ', back += tokenizer.bytes(id);
+            for (const int64_t id : ids) std::cout << id << ' ', back += tokenizer.tokens[id];
             for (const char c : back) std::cout << "0123456789abcdef"[uint8_t(c) / 16] << "0123456789abcdef"[uint8_t(c) % 16];
-        } else {  // TOKENS THREADS: greedy tokens
+        } else {  // TOKENS THREADS: greedy tokens by the best instruction set, or by shifts
             Settings s;
+            if (part == "shifts") chosen = &shifts;
             s.temperature = 0, s.max_new_tokens = std::atoll(words[3]), s.threads = std::atoll(words[count - 1]);
             generate(model, ids, s, [](int64_t id) { return bool(std::cout << id << ' '); });
         }
