@@ -918,6 +918,8 @@ def test_errors(workdir, float_run, qat_run, monkeypatch, capsys, command, messa
         for name in ("foreign", "cut", "short", "void"):
             (workdir / "data" / name).mkdir()
             dataset.write_chars(workdir / "data" / name, dict.fromkeys(dataset.SPLITS, "ab" * 100))
+            meta = dataset.load(str(workdir / "data" / name), "train")[1]
+            (workdir / "data" / name / "meta.json").write_text(json.dumps(meta))  # without digests
         np.full(100, 500, dtype=np.uint16).tofile(workdir / "data" / "foreign" / "train.bin")
         (workdir / "data" / "cut" / "train.bin").write_bytes(b"odd")
         (workdir / "data" / "short" / "val.bin").write_bytes(bytes(40))
