@@ -903,7 +903,7 @@ def test_models_that_do_not_fit_are_refused_before_the_first_step(workdir, sh, m
         ("sample.py --ckpt={float} --prompt=the\udcff", "is not UTF-8 text"),
         ("sample.py --ckpt={float} --temperature=1e-320", "temperature must be at least 0 (and 1e-6 if not 0)"),
         ("train.py --dataset=tiny --n_layer=100000000 --out_dir=x", "n_layer=100000000 must be at most 1000"),
-        ("train.py --dataset=tiny --n_embd=120000000 --out_dir=x", "the weights alone take"),
+        ("train.py --dataset=tiny --n_embd=12000000 --out_dir=x", "the weights alone take"),
         ("train.py --dataset=tiny --block_size=200000000 --n_embd=1000008 --out_dir=x", "the weights alone take"),
         ("train.py --dataset=tiny --init_from={float} --batch_size=1000000000000 --out_dir=x", "the steps need at least"),
         ("train.py --dataset=tiny --init_from={float} --gradient_accumulation_steps=1000000000000 --out_dir=x",
