@@ -10,11 +10,14 @@ all. GPT-2 is also read from a folder in Hugging Face's format, or from the hub 
 
 import json
 import os
+import stat
 import struct
 import tempfile
 import zipfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,12 +25,13 @@ from safetensors.torch import save_file
 
 import machine
 import tokenizer
-from model import GPT, GPTConfig, rotary_frequencies
+from model import GPT, GPTConfig, huggingface_config, rotary_frequencies
 from pot import PackedPoTEmbedding, PackedPoTLinear, PoTConfig, load_packed, packed_state, prepare
 from pot_kernel.decode import Decoder, DecoderShape
 from tokenizer import GPT2, is_hub_name, vocab_size
 
 TRAINING, MODEL, LOG = "ckpt.pt", "model.safetensors", "log.jsonl"
+MOST_LAYERS = 1000  # the deepest models that people train have fewer; each takes memory before a weight is there
 
 
 @dataclass
@@ -58,7 +62,8 @@ class CheckpointInfo:
         kinds |= {"settings": dict, "model_args": dict}
         for values, expected in ((d, kinds), (d["settings"], {"dataset": str | None, "seed": int | None})):
             for key, kind in expected.items():
-                if not isinstance(values[key], kind):
+                # A stranger's text is shown on terminals, which obey escape sequences.
+                if not isinstance(values[key], kind) or not str(values[key]).isprintable():
                     raise TypeError(f"{key} is {values[key]!r}")
         info = cls(
             d["tokenizer"], d["method"], GPTConfig(**d["model_args"]),
@@ -88,16 +93,19 @@ class TrainingState:
 
 
 def write(path: str, save: Callable[[str], object], stale: str | None = None) -> None:
-    """Writes `path` atomically through a temporary file, and deletes `stale` first. save(path) writes a file.
+    """Writes `path` atomically through a temporary file, and deletes `stale` first. save(path) writes a file. Both the
+    file and its name outlive a loss of power after that.
 
     Raises OSError; then the old file is untouched.
     """
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    tmp = path + ".tmp"
+    folder, tmp = os.path.dirname(path) or ".", path + ".tmp"
+    os.makedirs(folder, exist_ok=True)
     try:
+        with open(tmp, "wb") as f:
+            mode = stat.S_IMODE(os.fstat(f.fileno()).st_mode)
         save(tmp)
-        with open(tmp, "rb") as f:
-            os.fsync(f.fileno())
+        os.chmod(tmp, mode)  # safetensors lets nobody but the owner read a file
+        sync(tmp)
         if stale and os.path.exists(stale):
             os.remove(stale)
         os.replace(tmp, path)
@@ -106,17 +114,45 @@ def write(path: str, save: Callable[[str], object], stale: str | None = None) ->
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)
+    with suppress(OSError):  # Windows and some network drives cannot do this
+        sync(folder)
+
+
+def write_json(path: str, value: object) -> None:
+    """Writes value as json, atomically. NaN and infinity, which json has not, become null. Raises OSError."""
+    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    write(path, lambda tmp: Path(tmp).write_text(json.dumps(finite, indent=1)))
+
+
+def sync(path: str) -> None:
+    """Waits until the file or folder is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def check_writable(folder: str) -> None:
+    """Raises ValueError if no file can be written to the folder, or if the folder cannot be made. Makes nothing."""
+    place = os.path.abspath(folder)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        raise ValueError(f"{folder} cannot be written to, because {place} is no folder: choose another")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} cannot be written to: choose another folder, or change the permissions of {place}")
 
 
 class Lock:
-    """Reserves a folder for one run: `with Lock(folder) as lock: ... lock.acquire()`. The end of the process releases
+    """Reserves a folder for one process: `with Lock(folder) as lock: ... lock.acquire()`. The end of the process releases
     it."""
 
     def __init__(self, folder: str):
         self.folder, self.fd = folder, None
 
     def acquire(self) -> None:
-        """Makes the folder and reserves it, if that is not done yet. Raises ValueError if another run has it."""
+        """Makes the folder and reserves it, if that is not done yet. Raises ValueError if another process has it."""
         os.makedirs(self.folder, exist_ok=True)
         try:
             import fcntl
@@ -128,9 +164,7 @@ class Lock:
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"{self.folder} is in use by another run: wait for it, or choose another --out_dir"
-            ) from None
+            raise ValueError(f"{self.folder} is in use by another run: wait for it, or choose another folder") from None
         except OSError:  # some network drives have no locks
             pass
 
@@ -176,10 +210,9 @@ def load_training(folder: str) -> TrainingState:
         content = f"{MODEL} only, without the {TRAINING} of a training run" if has_model else "no checkpoint"
         raise ValueError(f"{folder} holds {content}: pass the out_dir of a training run")
     try:
-        _check_zip(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _unpickle(path)
         info = CheckpointInfo.from_dict(state["info"])
-        _check_layers(info, state["model"])
+        _check_count(info.model_args, len(state["model"]))
         return TrainingState(info, state["model"], state["optimizer"], state["scaler"])
     except OSError:
         raise
@@ -204,17 +237,20 @@ def load_model(folder: str) -> tuple[GPT, CheckpointInfo]:
     try:
         with safe_open(path, "pt") as f:
             header = json.loads(f.metadata()["nanopot"])
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
             info, packed = CheckpointInfo.from_dict(header), header["packed"]
-            _check_layers(info, tensors)
+            _check_count(info.model_args, len(f.keys()))
+            info = _with_kind(info, packed)
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
             dtypes = {layer["dtype"] for layer in packed["layers"].values()}
             dtypes |= {str(t.dtype).removeprefix("torch.") for name, t in tensors.items() if "packed." not in name}
-            if len(dtypes) > 1:
-                raise ValueError(f"it mixes weights of {' and '.join(sorted(dtypes))}")
+            if len(dtypes) > 1 or not dtypes <= {"float32", "float16", "bfloat16"}:
+                raise ValueError(f"it holds or mixes weights of {' and '.join(sorted(dtypes))}")
             if packed["layers"]:
                 tensors = _read_aligned(path, tensors)
             return load_packed(GPT.meta(info.model_args), tensors, packed).eval(), info
-    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
+    except OSError:
+        raise
+    except Exception as e:  # safetensors, json and torch raise many kinds for damaged files
         raise ValueError(f"{path} is truncated, damaged or not of nanoPoT: {e}") from None
 
 
@@ -332,21 +368,31 @@ def file_size(folder: str, model: GPT, info: CheckpointInfo) -> int:
 
 
 def read_log(folder: str) -> list[dict]:
-    """Entries of log.jsonl, each with a step and losses. A killed run may leave half a line, which is skipped.
+    """Entries of log.jsonl, each with a step and losses, which are numbers. Other lines are skipped.
 
     Raises ValueError if there is no log.
     """
     path = os.path.join(folder, LOG)
     if not os.path.exists(path):
         raise ValueError(f"there is no {path}: pass the out_dir of a training run")
-    entries = []
-    with open(path) as f:
+    return [
+        entry
+        for entry in read_lines(path)
+        if type(entry.get("step")) is int and all(isinstance(value, int | float) for value in entry.values())
+    ]
+
+
+def read_lines(path: str) -> Iterator[dict]:
+    """The objects in the lines of a .jsonl file. A line that is none, such as the half that a killed process leaves, is
+    skipped."""
+    with open(path, errors="replace") as f:
         for line in f:
             try:
-                entries.append(json.loads(line))
-            except ValueError:
-                pass
-    return entries
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(entry, dict):
+                yield entry
 
 
 # --- models in Hugging Face's format ---
@@ -368,7 +414,7 @@ def _load_huggingface(folder, name):
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
             config = json.load(f)
-        model = GPT.from_huggingface(config, _tensors(folder))
+        model = GPT.from_huggingface(config, _tensors(folder, huggingface_config(config)))
     except Exception as e:  # json, safetensors and torch raise many kinds for damaged files
         reason = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
         raise ValueError(f"{name} is no model that can be read: {reason}") from None
@@ -390,8 +436,8 @@ def _load_huggingface(folder, name):
     return model.eval(), CheckpointInfo(meta, "float", model.config)
 
 
-def _tensors(folder):
-    """Tensors by name: of model.safetensors, of its parts, or of the older pytorch_model.bin."""
+def _tensors(folder, config):
+    """Tensors by name: of model.safetensors, of its parts, or of the older pytorch_model.bin. config: their GPTConfig."""
     index, old = os.path.join(folder, MODEL + ".index.json"), os.path.join(folder, "pytorch_model.bin")
     names = [MODEL]
     if not os.path.exists(os.path.join(folder, MODEL)):
@@ -400,36 +446,70 @@ def _tensors(folder):
                 names = sorted({os.path.basename(name) for name in json.load(f)["weight_map"].values()})
         elif os.path.exists(old):
             try:
-                _check_zip(old)
-                return torch.load(old, map_location="cpu", weights_only=True)
+                tensors = _unpickle(old)
+                _check_count(config, len(tensors))
+                return tensors
             except Exception as e:  # torch.load raises many kinds
                 raise ValueError(
-                    f"pytorch_model.bin is damaged or holds more than tensors ({type(e).__name__})"
+                    f"pytorch_model.bin is damaged or holds more than tensors ({type(e).__name__}: {e})"
                 ) from None
         else:
             raise ValueError("there is a config.json, but neither model.safetensors nor pytorch_model.bin beside it")
-    tensors = {}
-    for name in names:
-        with safe_open(os.path.join(folder, name), "pt") as f:
-            tensors |= {key: f.get_tensor(key) for key in f.keys()}
-    return tensors
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(os.path.join(folder, name), "pt")) for name in names]
+        _check_count(config, sum(len(f.keys()) for f in files))
+        return {key: f.get_tensor(key) for f in files for key in f.keys()}
 
 
 # --- checks ---
 
 
-def _check_layers(info, tensors):
-    """Refuses a number of layers that the tensors cannot hold, before any layer is built."""
-    if info.model_args.n_layer > len(tensors):
-        raise ValueError(f"{info.model_args.n_layer} layers cannot be in {len(tensors)} tensors")
+def _check_count(config, count):
+    """Refuses layers that `count` tensors cannot hold, and tensors that the layers cannot use, before any is read or
+    built. A layer has two norms and four matrices, which may be in parts and have biases."""
+    if config.n_layer > MOST_LAYERS or not 6 * config.n_layer <= count <= 24 * config.n_layer + 24:
+        raise ValueError(f"{count} tensors are no model of {config.n_layer} layers (at most {MOST_LAYERS:,})")
 
 
-def _check_zip(path):
-    """Refuses a compressed file, which takes more memory than its size. torch.save compresses nothing."""
-    if zipfile.is_zipfile(path):
+def _with_kind(info, packed):
+    """info, with the kind of the packed layers if it names none. Refuses an info, which people read, that contradicts
+    them."""
+    configs = [PoTConfig(**{key: value for key, value in c.items() if key != "layout"}) for c in packed["configs"]]
+    if configs and info.pot is None:
+        info = replace(info, pot=configs[0], table=configs[1] if len(configs) > 1 else None)
+    for config in configs:
+        if config not in (info.pot, info.table):
+            raise ValueError(f"it says {info.weights}, and holds layers of {config}")
+    return info
+
+
+def _unpickle(path):
+    """The content of a file of torch.save. Raises ValueError if it takes more memory than the file has bytes."""
+    size = os.path.getsize(path)
+    if zipfile.is_zipfile(path):  # torch.save compresses nothing
         with zipfile.ZipFile(path) as z:
-            if sum(part.file_size for part in z.infolist()) > os.path.getsize(path):
+            if sum(part.file_size for part in z.infolist()) > size:
                 raise ValueError("it is compressed")
+    content, total = torch.load(path, map_location="cpu", weights_only=True), 0
+    for t in _tensors_in(content):
+        if t.layout != torch.strided or t.is_meta:
+            raise ValueError("it holds a tensor without values of its own")
+        total += t.nbytes
+    if total > 2 * size:  # a head and the token table may share their values
+        raise ValueError("its tensors have more elements than their storage")
+    return content
+
+
+def _tensors_in(content) -> Iterator[torch.Tensor]:
+    """The tensors in nested dicts and lists. A container that is there twice counts once."""
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
 
 
 def exists(folder: str) -> bool:

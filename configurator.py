@@ -20,21 +20,58 @@ import sys
 import types
 import typing
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
 def run(main: Callable[[T], object], settings: type[T]) -> None:
-    """Calls main with the settings of the command line. Bad input ends with one line on stderr and exit status 2."""
-    try:
-        main(configure(settings, sys.argv[1:]))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as e:
-        message = f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else str(e)
-        print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
+    """Calls main with the settings of the command line. Bad input, and sizes beyond the memory, end with one line on
+    stderr and exit status 2."""
+    with redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr)):
+        try:
+            main(configure(settings, sys.argv[1:]))
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except (ValueError, OSError, MemoryError, OverflowError, RecursionError, RuntimeError) as e:
+            message = str(e)
+            if isinstance(e, OSError) and e.filename:
+                message = f"{e.strerror}: {e.filename}"
+            elif not isinstance(e, (ValueError, OSError)):
+                # torch reports a failed allocation as a RuntimeError. Any other one is our mistake.
+                if type(e) is RuntimeError and not re.search("alloc|memory|overflow", message, re.IGNORECASE):
+                    raise
+                message = f"{type(e).__name__}: {message or 'not enough memory'}; are all sizes as you mean them?"
+            message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+            print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+            sys.exit(2)
+
+
+class Output:
+    """Standard output or standard error. A script finishes its work even if nobody reads these any more, as after
+    `| head -1`."""
+
+    def __init__(self, stream):
+        self.stream = open(os.devnull, "w") if stream is None else stream  # None: closed before Python started
+        self.broken = False  # has the reader left?
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, call, *arguments):
+        try:
+            call(*arguments)
+        except OSError:  # also a full disk
+            self.broken = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def configure(settings: type[T], argv: list[str]) -> T:
@@ -148,21 +185,32 @@ def _known(key, keys, shown=""):
 
 def _parse(key, text, known):
     kind, optional, _ = known
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"--{key}={text!r} is not UTF-8 text: correct it") from None
     if optional and text in ("None", "none"):
         return None
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
-        if kind in (int, float, str):
-            return kind(text)
+        value = kind(text) if kind in (int, float, str) else None
     except ValueError:
-        pass
-    raise ValueError(f"--{key}={text}: expected {_type_name(known)}")
+        value = None
+    if value is None:
+        raise ValueError(f"--{key}={text}: expected {_type_name(known)}")
+    return _checked(f"--{key}", value, known)
 
 
 def _type_name(known):
     kind, optional, _ = known
-    names = {bool: "True or False", int: "an integer", float: "a number", str: "text", list: "a list, by a config file"}
+    names = {
+        bool: "True or False",
+        int: "an integer",
+        float: "a number",
+        str: "text",
+        list: "a list, by a config file",
+    }
     name = names.get(kind, "None; set its parts")
     return name + (" or None" if optional and kind is not type(None) else "")
 
@@ -185,6 +233,8 @@ def _read_config_file(path, keys):
 
 def _checked(name, value, known):
     kind, optional, _ = known
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}={value} is beyond 64 bits")
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind and not (optional and value is None):

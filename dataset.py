@@ -1,7 +1,7 @@
 """
 Data sets. A data set is a folder with train.bin, val.bin and test.bin (token ids, uint16, or uint32 for a vocabulary
-beyond that) and meta.json (the tokenizer). The scripts under data/ write such folders; training and evaluation read
-them.
+beyond that) and meta.json (the tokenizer, and digests of these files). The scripts under data/ write such folders;
+training and evaluation read them.
 """
 
 import hashlib
@@ -11,11 +11,13 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import tokenizer
 from tokenizer import GPT2, CharTokenizer, tokenizer_of, vocab_size
 
@@ -87,32 +89,56 @@ def token_dtype(meta: dict) -> type:
     return np.uint16 if vocab_size(meta) <= 2**16 else np.uint32
 
 
-def write(folder: str, meta: dict, pieces: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes a data set whole or not at all, and prints its sizes. pieces: (split, token ids), in any order."""
-    names = [f"{split}.bin" for split in SPLITS] + ["meta.json"]
+def write(folder: str, meta: dict, pieces: Iterable[tuple[str, np.ndarray]], source: str | None = None) -> None:
+    """Writes a data set whole or not at all, and prints its sizes. pieces: (split, token ids), in any order. source: the
+    folder or the hub's model whose tokenizer is kept beside them, unless it is GPT-2's or of characters.
+
+    meta.json is removed before the files are replaced, and written last, so that nobody reads the files of two data sets.
+    Raises ValueError if another process writes to the folder, and for too little text.
+    """
     counts, dtype = dict.fromkeys(SPLITS, 0), token_dtype(meta)
-    os.makedirs(folder, exist_ok=True)
-    try:
-        with ExitStack() as stack:
-            files = {n: stack.enter_context(open(os.path.join(folder, f"{n}.bin.tmp"), "wb")) for n in SPLITS}
-            for split, ids in pieces:
-                files[split].write(np.array(ids, dtype=dtype).tobytes())
-                counts[split] += len(ids)
-        if not all(counts.values()):
-            raise ValueError(
-                f"too little text to split into train, val and test; the tokens would be {counts}: pass at least 11 "
-                "documents, or a shorter text to data/text/prepare.py, which cuts it at any place"
-            )
-        with open(os.path.join(folder, "meta.json.tmp"), "w") as f:
-            json.dump(meta, f)
-        for name in names:
-            os.replace(os.path.join(folder, name + ".tmp"), os.path.join(folder, name))
-    finally:
-        for name in names:
-            if os.path.exists(os.path.join(folder, name + ".tmp")):
-                os.remove(os.path.join(folder, name + ".tmp"))
+    digests = {split: _digest() for split in SPLITS}
+    paths = {split: os.path.join(folder, f"{split}.bin") for split in SPLITS}
+    meta_path, tokenizer_is_here = os.path.join(folder, "meta.json"), False
+    with checkpoint.Lock(folder) as lock:
+        lock.acquire()
+        try:
+            with ExitStack() as stack:
+                files = {split: stack.enter_context(open(f"{path}.tmp", "wb")) for split, path in paths.items()}
+                for split, ids in pieces:
+                    content = np.array(ids, dtype=dtype).tobytes()
+                    files[split].write(content)
+                    digests[split].update(content)
+                    counts[split] += len(ids)
+                for f in files.values():
+                    f.flush()
+                    os.fsync(f.fileno())
+            if not all(counts.values()):
+                raise ValueError(
+                    f"too little text to split into train, val and test; the tokens would be {counts}: pass at least 11 "
+                    "documents, or a shorter text to data/text/prepare.py, which cuts it at any place"
+                )
+            if source is not None and os.path.isdir(source):
+                tokenizer_is_here = os.path.samefile(source, folder)
+            for name in ("meta.json", *(() if tokenizer_is_here else tokenizer.FILES)):  # of the data set before
+                if os.path.exists(os.path.join(folder, name)):
+                    os.remove(os.path.join(folder, name))
+            for path in paths.values():
+                os.replace(f"{path}.tmp", path)
+            if source is not None and meta != GPT2:
+                tokenizer.keep(folder, meta, source)
+            content = json.dumps(meta | {"digests": {split: d.hexdigest() for split, d in digests.items()}})
+            checkpoint.write(meta_path, lambda tmp: Path(tmp).write_text(content))
+        finally:
+            for path in paths.values():
+                if os.path.exists(f"{path}.tmp"):
+                    os.remove(f"{path}.tmp")
     shown = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     print(f"{os.path.relpath(folder)}: vocabulary of {vocab_size(meta):,}; tokens: {shown}")
+
+
+def _digest():
+    return hashlib.blake2b(digest_size=16)
 
 
 def write_chars(folder: str, texts: dict[str, str]) -> None:
@@ -149,9 +175,7 @@ def write_documents(folder: str, documents: Iterable[str], name: str = "gpt2") -
                 number += 1
                 yield split, ids
 
-    write(folder, named.meta, pieces())
-    if named.meta != GPT2:
-        tokenizer.keep(folder, named.meta, name)
+    write(folder, named.meta, pieces(), name)
     print(f"{number:,} documents, exact duplicates left out")
 
 
@@ -172,14 +196,17 @@ def load(folder: str, split: str) -> tuple[np.ndarray, dict]:
         own = f"or make it from your text with `python data/text/prepare.py --input=FILE --name={os.path.basename(folder)}`"
         raise ValueError(f"no data set {folder}{hint}, {own}")
     again = f"make the data set again{f' with `python {script}`' if os.path.exists(script) else ''}"
-    with open(meta_path) as f:
-        try:
-            meta = json.load(f)
-        except ValueError:
-            raise ValueError(f"{meta_path} is damaged: {again}") from None
-    dtype = token_dtype(meta)
+    try:
+        meta = json.loads(Path(meta_path).read_text())
+        digest = meta.pop("digests", {}).get(split)  # older data sets have none
+        dtype = token_dtype(meta)
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{meta_path} is damaged ({type(e).__name__}): {again}") from None
     if os.path.getsize(path) % np.dtype(dtype).itemsize:
         raise ValueError(f"{path} is cut short: {again}")
+    with open(path, "rb") as f:
+        if digest is not None and digest != hashlib.file_digest(f, _digest).hexdigest():
+            raise ValueError(f"{path} is not the file that {meta_path} was written for: {again}")
     small = os.path.getsize(path) < 2**20
     ids = np.fromfile(path, dtype=dtype) if small else np.memmap(path, dtype=dtype, mode="r")
     if len(ids) and ids.max() >= vocab_size(meta):

@@ -8,7 +8,7 @@ Measures checkpoints: loss and perplexity over a whole split or text, distance t
     python eval.py --ckpt out/ --reference gpt2                 # distance to another model than the one it comes from
 """
 
-import json
+import math
 import os
 import statistics
 from dataclasses import dataclass
@@ -47,26 +47,27 @@ def main(s: Settings):
         keep_freed_memory()
     folders = [f for f in s.ckpt.split(",") if f]
     check(s, folders)
+    path = s.json or os.path.join("." if checkpoint.is_foreign(folders[-1]) else folders[-1], "eval.json")
+    checkpoint.check_writable(os.path.dirname(path))
     rows = []
     for folder in folders:
         model, info = checkpoint.load_model(folder)
         if s.sqnr:
             print_sqnr(model, info, folder)
         rows.append(measure(s, convert(model), info, folder, device))
-    print_table(s, rows)
     seeds = over_seeds(rows)
+    checkpoint.write_json(path, {"rows": rows, "seeds": seeds, **provenance()})
+    print_table(s, rows)
     for r in seeds:
         kind = f"{r['method']}, {r['weights']}, {r['steps']} steps"
         print(f"mean of seeds {r['seeds']}: {kind}: loss {r['loss_mean']:.4f} +- {r['loss_std']:.4f}")
-    path = s.json or os.path.join("." if checkpoint.is_foreign(folders[-1]) else folders[-1], "eval.json")
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path, "w") as f:
-        json.dump({"rows": rows, "seeds": seeds, **provenance()}, f, indent=1)
     print(f"written to {path}")
 
 
 def check(s, folders):
     check_minimum(s, tokens=2, block_size=1, seed=0)
+    if s.json and not s.json.endswith(".json"):
+        raise ValueError(f"json={s.json} must be the name of a .json file, which is replaced if it exists")
     if not folders:
         raise ValueError("pass at least one folder to --ckpt")
     for folder in [*folders, *([s.reference] if s.reference else [])]:
@@ -81,12 +82,14 @@ def measure(s: Settings, model: GPT, info: CheckpointInfo, folder: str, device: 
     """A row of the table: the model of a folder, converted."""
     name = s.text or s.dataset or info.settings["dataset"]
     ids = tokens_for(folder, info.tokenizer, name, s.split, s.text, s.tokens)
+    size = checkpoint.file_size(folder, model, info)  # first, because it may write a temporary file
     model.to(device)
     if s.protocol == "paper":
         result = evaluate_last_position(model, ids, s.seed, device)
     else:
         result = evaluate(model, ids, device, load_reference(s, info, folder, device), s.block_size)
-    size = checkpoint.file_size(folder, model.to("cpu"), info)
+    if not math.isfinite(result["loss"]):
+        raise ValueError(f"the loss of {folder} is {result['loss']}: its file is damaged, or its training diverged")
     parameters = sum(p.numel() for p in GPT.meta(model.config).parameters())
     return {
         "ckpt": folder,

@@ -73,5 +73,5 @@ def evaluate_last_position(model: GPT, ids: np.ndarray, seed: int, device: str) 
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss in nats)."""
+    """exp(loss in nats); infinity where a float cannot hold it."""
     return math.exp(loss) if loss < 700 else math.inf

@@ -37,8 +37,15 @@ class Settings:
 
 
 def main(s: Settings):
-    if not s.temperature >= 0 or s.num_samples < 1 or s.max_new_tokens < 1 or (s.top_k is not None and s.top_k < 1):
-        raise ValueError("temperature must be at least 0, num_samples, max_new_tokens and top_k at least 1")
+    if (
+        not (s.temperature == 0 or s.temperature >= 1e-6)
+        or s.num_samples < 1
+        or s.max_new_tokens < 1
+        or (s.top_k is not None and s.top_k < 1)
+    ):
+        raise ValueError(
+            "temperature must be at least 0 (and 1e-6 if not 0), num_samples, max_new_tokens and top_k at least 1"
+        )
     if s.chat and s.num_samples != 1:
         raise ValueError("num_samples must be 1 with chat, because a conversation goes on from one answer")
     device = pick_device(s.device)
@@ -60,7 +67,7 @@ def main(s: Settings):
         ids = torch.tensor([ids], device=device)
         for new in model.generate(ids, s.max_new_tokens, s.temperature, s.top_k, generator, decode=decode):
             count += 1
-            if int(new) in tokenizer.stops:
+            if int(new) in tokenizer.stops or getattr(sys.stdout, "broken", False):
                 return
             yield int(new)
 
@@ -73,7 +80,7 @@ def main(s: Settings):
             text += piece
         print(flush=True)
         # To stderr, so that standard output is the text alone.
-        speed = count / (time.time() - start)
+        speed = count / max(time.time() - start, 1e-9)  # a clock may stand still
         print(f"--- {count} tokens, {speed:,.0f} tokens/s, {s.ckpt} on {device}", file=sys.stderr)
         return text
 
@@ -84,6 +91,8 @@ def main(s: Settings):
         return
     ids = tokenizer.encode(prompt)
     for _ in range(s.num_samples):
+        if getattr(sys.stdout, "broken", False):  # nobody reads it
+            return
         print(prompt, end="", flush=True)
         write(ids)
 
@@ -92,10 +101,6 @@ def read_prompt(s: Settings) -> str:
     prompt = read_text(s.prompt_file) if s.prompt_file else s.prompt
     if not prompt or s.chat and not prompt.strip() and not sys.stdin.isatty():
         raise ValueError("the prompt is empty: pass at least one character")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:  # the command line holds bytes that are no UTF-8
-        raise ValueError("the prompt is not UTF-8 text: correct it, or pass a file by --prompt_file") from None
     return prompt
 
 

@@ -16,18 +16,21 @@ import re
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import checkpoint
 import train
 from configurator import check_minimum, configure, run
 from eval import Settings as EvalSettings
-from eval import measure
+from eval import check, measure
 from machine import keep_freed_memory, pick_device, provenance
-from metrics import WINDOW
+from metrics import WINDOW, perplexity
 from pot import PoTConfig, convert
 
 METHODS = ("rtn", "gptq", "qat")
 GPTQ_TOKENS = 16384
+NUMBERS = {"tokens", "block_size", "loss", "bits_per_weight", "bytes", "steps", "seconds", "seed"}  # of a row
+KEYS = NUMBERS | {"name", "kind", "papers", "weights", "dataset", "split", "tokens_seen", "config"}
 # Settings that all rows of an out_dir share: of this script, and of train.py in the config `finetune`. A row's name
 # holds the others.
 SHARED = ("init_from", "calibrate_tokens", "split", "tokens", "protocol")
@@ -67,10 +70,12 @@ def main(s: Settings):
     if unknown := [m for m in methods if m not in METHODS]:
         raise ValueError(f"methods={s.methods}: there is no {unknown[0]}, choose among {', '.join(METHODS)}")
     plan = plan_of(s, methods)
+    folders = sorted({s.init_from.replace("{seed}", str(seed)) for *_, seed in plan})
+    check(EvalSettings(split=s.split, tokens=s.tokens, protocol=s.protocol), folders)
+    for folder in (s.out_dir, os.path.dirname(s.results)):
+        checkpoint.check_writable(folder)
     if pick_device(s.device) == "cpu":
         keep_freed_memory()
-    for *_, seed in plan:
-        checkpoint.require_folder(s.init_from.replace("{seed}", str(seed)))
     os.makedirs(s.out_dir, exist_ok=True)
     path = os.path.join(s.out_dir, "rows.jsonl")
     training = configure(train.Settings, [s.finetune])
@@ -150,9 +155,12 @@ def plan_of(s, methods):
 
 def _seeds(text):
     try:
-        return [int(seed) for seed in str(text).split(",")]
+        seeds = [int(seed) for seed in str(text).split(",")]
     except ValueError:
         raise ValueError(f"seeds={text}: expected integers with commas between them") from None
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={text}: a seed is there twice, and would say nothing new")
+    return seeds
 
 
 def name_of(s, method, config, seed):
@@ -164,18 +172,11 @@ def name_of(s, method, config, seed):
 
 
 def read(path):
-    """Rows by name."""
+    """Rows by name. A row that lacks a key or a number is measured again."""
     if not os.path.exists(path):
         return {}
-    rows = {}
-    with open(path) as f:
-        for line in f:
-            try:
-                row = json.loads(line)
-            except ValueError:  # a sweep was killed while it wrote this line
-                continue
-            rows[row["name"]] = row
-    return rows
+    rows = [row for row in checkpoint.read_lines(path) if row.keys() >= KEYS and isinstance(row["name"], str)]
+    return {row["name"]: row for row in rows if all(isinstance(row[key], int | float) for key in NUMBERS)}
 
 
 def append(path, row):
@@ -239,7 +240,7 @@ def write(s, rows):
     table = summary(rows)
     for t in table:
         seen = "" if t["tokens_seen"] is None else f"{t['tokens_seen']:,}"
-        cells = [t["weights"], t["kind"], seen, f"{t['loss']:.4f}", f"{math.exp(t['loss']):.3f}"]
+        cells = [t["weights"], t["kind"], seen, f"{t['loss']:.4f}", f"{perplexity(t['loss']):.3f}"]
         for key in ("above", "above_control"):
             cells.append("" if t[key] is None else f"{t[key]:+.4f}")
             if t[f"{key}_interval"] is not None:
@@ -251,11 +252,8 @@ def write(s, rows):
         lines += ["", s.left_out]
     text = "\n".join(lines) + "\n"
     print(text)
-    os.makedirs(os.path.dirname(s.results) or ".", exist_ok=True)
-    with open(s.results + ".json", "w") as f:
-        json.dump({"table": table, "rows": rows, **provenance()}, f, indent=1)
-    with open(s.results + ".md", "w") as f:
-        f.write(text)
+    checkpoint.write_json(s.results + ".json", {"table": table, "rows": rows, **provenance()})
+    checkpoint.write(s.results + ".md", lambda path: Path(path).write_text(text))
     draw_sweep(table, s.results + ".png")
     print(f"written to {s.results}.json, .md and .png")
 

@@ -70,7 +70,8 @@ class CharTokenizer(_Bytes):
         return [self.encode(text) for text in texts]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return "".join(self.chars[i] for i in ids).encode()
+        # A model may have more rows than tokens, so that the vocabulary is a multiple of 64 or 128.
+        return "".join(self.chars[i] for i in ids if i < self.vocab_size).encode()
 
 
 class BPETokenizer(_Bytes):
@@ -226,7 +227,7 @@ def _read_json(folder, name):
     try:
         with open(path, encoding="utf-8") as f:
             content = json.load(f)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged")

@@ -28,7 +28,7 @@ import statistics
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -118,6 +118,7 @@ class Settings:
 
 def main(s: Settings):
     check(s)
+    checkpoint.check_writable(s.out_dir)
     with checkpoint.Lock(s.out_dir) as lock:
         job = set_up(s, lock)
         if job is None:
@@ -150,6 +151,8 @@ def check(s: Settings):
         raise ValueError("max_iters=0 only quantizes (PTQ): pass a pot_ setting such as --pot_bits=4, or take a step")
     if s.table and not s.pot:
         raise ValueError("table_ keys need a pot_ key such as --pot_bits=4; to train in float, pass --table=None, too")
+    if (s.n_layer or 0) > checkpoint.MOST_LAYERS:
+        raise ValueError(f"n_layer={s.n_layer} must be at most {checkpoint.MOST_LAYERS}")
 
 
 # --- set-up ---
@@ -254,6 +257,7 @@ def check_memory(s: Settings, model: GPT, block_size: int, device: str, report: 
     weights = sum(p.nbytes for p in model.parameters())
     logits = s.batch_size * (1 if s.last_position else block_size) * model.config.vocab_size * 4
     parts = {"weights, gradients and moments": 4 * weights, "logits": 2 * logits}  # the logits have a gradient, too
+    parts["tokens"] = 24 * s.batch_size * s.gradient_accumulation_steps * block_size  # int64, in rows, x and y
     if s.pot:
         parts["quantized weights"] = weights
     if s.pot and s.distill:
@@ -296,7 +300,9 @@ def build(s: Settings, meta: dict) -> tuple[GPT, CheckpointInfo, checkpoint.Trai
     if s.init_from != "resume":
         refuse_checkpoint(s.out_dir)
     if s.init_from == "scratch":
-        model = GPT(GPTConfig(vocab_size=dataset.vocab_size(meta), **given))
+        config = GPTConfig(vocab_size=dataset.vocab_size(meta), **given)
+        check_size("the weights alone take", sum(p.nbytes for p in GPT.meta(config).parameters()), "n_layer and n_embd")
+        model = GPT(config)
         return model, CheckpointInfo(meta, "float", model.config, settings=asdict(s)), None
 
     state = None
@@ -330,6 +336,12 @@ def build(s: Settings, meta: dict) -> tuple[GPT, CheckpointInfo, checkpoint.Trai
     return model, info, state
 
 
+def check_size(name: str, size: int, settings: str):
+    """Raises ValueError for more bytes than the memory has, before they are taken."""
+    if (free := free_memory()) is not None and size > free:
+        raise ValueError(f"{name} {size / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free: lower {settings}")
+
+
 def refuse_checkpoint(folder):
     if checkpoint.exists(folder):
         can_resume = os.path.exists(os.path.join(folder, checkpoint.TRAINING))
@@ -344,6 +356,7 @@ def quantize(model: GPT, s: Settings, data: np.ndarray, device: str, quiet: bool
     if not s.calibrate_tokens:
         return "PTQ"
     start = time.time()
+    check_size("the tokens of GPTQ take", 16 * s.calibrate_tokens, "calibrate_tokens")
     length = min(model.config.block_size, WINDOW, len(data), s.calibrate_tokens)
     x = dataset.random_windows(data, length, max(1, s.calibrate_tokens // length), s.seed)
     batches = x.to(device).split(max(1, LOGITS // (length * model.config.vocab_size)))
@@ -425,9 +438,11 @@ def take_steps(job: Job, stop: "Stop"):
     while True:
         if stop.asked(job.world) and job.step < s.max_iters:
             stop_early(job, losses, stop)
-        due = job.step == s.max_iters or job.step % s.eval_interval == 0 and (job.step > job.first_step or not job.step)
-        if job.rank == 0 and due:
-            validate_and_save(job)
+        known = job.log is not None and any(e["step"] == job.step and "val_loss" in e for e in job.log.entries)
+        if job.step == s.max_iters or job.step % s.eval_interval == 0 and not known:
+            check_losses(losses, job.step, s.out_dir)
+            if job.rank == 0 and not save_and_validate(job, stop) and (job.world == 1 or job.step == s.max_iters):
+                stop_early(job, losses, stop)
         if job.step >= s.max_iters:
             return
         losses.append(take_step(job))
@@ -508,23 +523,30 @@ def batch(data, block_size, s, step, rank=0, world=1):
     return x, y
 
 
-def validate_and_save(job: Job):
-    """Validates and saves. Before the first step there is nothing to save but the best model so far."""
+def save_and_validate(job: Job, stop: "Stop") -> bool:
+    """Saves, then validates. False if a signal ended the validation, which may take minutes: a resumed run does it again.
+    Before the first step there is nothing to save but the best model so far."""
     s, pause = job.settings, time.time()
     best = os.path.join(s.out_dir, "best")
-    job.val_loss = validate(job)
+    if job.step > job.first_step:
+        save(job)
+    try:
+        with stop.at_once():
+            job.val_loss = validate(job)
+    except Stopped:
+        job.model.train()
+        return False
     check_finite("validation loss", job.val_loss, job.step, s.out_dir)
     before = "" if job.step else f" before {'QAT' if s.pot else 'training'}"
     line = f"step {job.step}/{s.max_iters}  validation loss {job.val_loss:.4f}{before}"
-    job.log(line, step=job.step, val_loss=job.val_loss)
-    if s.keep == "best" and job.val_loss < job.best_loss:  # before ckpt.pt, so that a resumed run misses no best model
+    if s.keep == "best" and job.val_loss < job.best_loss:
         save_finished(job, best, copy.deepcopy(job.model))
         tokenizer.keep(best, job.info.tokenizer, s.out_dir)
         job.best_loss = job.val_loss
-    if job.step:
-        save(job)
+    job.log(line, step=job.step, val_loss=job.val_loss)  # last, because a resumed run validates what the log lacks
     job.shown = time.time()
     job.start += job.shown - pause
+    return True
 
 
 def validate(job: Job) -> float:
@@ -534,6 +556,10 @@ def validate(job: Job) -> float:
 
 
 def save(job: Job):
+    """Writes ckpt.pt. Raises ValueError, and keeps the older one, if a weight is not finite."""
+    for name, p in job.model.named_parameters():
+        if not p.isfinite().all():
+            check_finite(f"weight {name}", math.nan, job.step, job.settings.out_dir)
     job.info.step = job.step
     states = job.optimizer.state_dict(), job.scaler.state_dict()
     checkpoint.save_training(job.settings.out_dir, job.model, job.info, *states)
@@ -561,7 +587,7 @@ def show_progress(job: Job, share: float):
 
 def speed(job: Job, step: float) -> tuple[float, str]:
     """(tokens per second, time left in words) at a step and its fraction."""
-    seconds = (time.time() - job.start) / (step - job.first_step)
+    seconds = max(time.time() - job.start, 1e-9) / (step - job.first_step)  # a clock may stand still
     left = (job.settings.max_iters - step) * seconds
     words = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min" if left < 7200 else f"{left / 3600:.1f} h"
     return tokens_a_step(job) / seconds, words
@@ -584,11 +610,15 @@ def stop_early(job: Job, losses, stop: "Stop"):
     sys.exit(128 + stop.signal)
 
 
+class Stopped(Exception):
+    """A signal came in a part of the run that it may end at once."""
+
+
 class Stop:
     """Notes SIGINT (Ctrl-C) and SIGTERM, so that a run stops at the end of a step. A second signal ends it at once."""
 
     def __enter__(self):
-        self.signal, self.handlers = 0, {}
+        self.signal, self.handlers, self.raises = 0, {}, False
         if threading.current_thread() is threading.main_thread():  # only there may signals be handled
             self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -602,6 +632,19 @@ class Stop:
     def _note(self, number, frame):
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
+        if self.raises:
+            raise Stopped
+
+    @contextmanager
+    def at_once(self):
+        """A signal, also one that is noted already, raises Stopped in here."""
+        self.raises = True
+        try:
+            if self.signal:
+                raise Stopped
+            yield
+        finally:
+            self.raises = False
 
     def asked(self, world):
         if world > 1:  # all processes stop after the same step

@@ -55,11 +55,12 @@ def main(s: Settings):
         raise ValueError(f"{s.out} exists already: remove it, or choose another --out")
     if s.packed and s.out.endswith(".gguf"):
         raise ValueError("--packed=True is for a folder: a .gguf file is packed anyway")
+    parent = os.path.dirname(os.path.abspath(s.out))
+    checkpoint.check_writable(parent)
     model, info = checkpoint.load_model(s.ckpt)
     model = convert(model)
     if any(m.config.act_bits for m in model.modules() if isinstance(m, PackedWeight)):
         print("8-bit activations are left out: the exported model has the same weights and float activations")
-    parent = os.path.dirname(os.path.abspath(s.out))
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent) as folder:  # the export appears whole or not at all
         path = os.path.join(folder, "export")
@@ -163,7 +164,8 @@ def to_huggingface(model: GPT, meta: dict, ckpt: str, folder: str, packed: bool 
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
         json.dump(config, f, indent=1)
     tensors = {name: t.contiguous() for name, t in tensors.items()}
-    save_file(tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+    path = os.path.join(folder, "model.safetensors")
+    checkpoint.write(path, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
 
 
 COMPRESSED = {  # of compressed-tensors

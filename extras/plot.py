@@ -66,7 +66,7 @@ def main(s: Settings):
         path = os.path.join(folder, name + ".png")
         try:
             draw(path)
-        except (KeyError, TypeError, IndexError, AttributeError) as e:
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as e:
             raise ValueError(f"{source} is not what --{key} draws ({e!r}): see --help") from None
         print(f"written to {path}")
 
@@ -79,7 +79,7 @@ def _read_json(path):
     try:
         with open(path) as f:
             return json.load(f)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path} is no JSON: pass a file that bench.py or sweep.py wrote") from None
 
 

@@ -3,6 +3,8 @@
 import copy
 import io
 import json
+import os
+import stat
 import warnings
 from dataclasses import replace
 
@@ -111,7 +113,7 @@ def test_truncated_and_foreign_files(tmp_path):
 def packed(tmp_path_factory):
     """Content of a packed file, and the logits of the model."""
     folder, model = tmp_path_factory.mktemp("packed"), quantize_(gpt())
-    checkpoint.save_model(str(folder), model, INFO)
+    checkpoint.save_model(str(folder), model, replace(INFO, pot=PoTConfig()))
     return (folder / "model.safetensors").read_bytes(), model(X)
 
 
@@ -239,6 +241,120 @@ def test_small_file_cannot_hold_a_large_model(tmp_path):
         checkpoint.load_model(str(tmp_path))
 
 
+GPT2_CONFIG = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 16, "n_embd": 64, "n_layer": 2, "n_head": 2}
+
+
+def test_small_file_of_another_project_cannot_take_much_memory(tmp_path, monkeypatch):
+    """The weights of its model are neither copied nor built."""
+    (tmp_path / "config.json").write_text(json.dumps(GPT2_CONFIG))
+    model = GPT(GPTConfig(block_size=16, vocab_size=50257, n_layer=2, n_head=2, n_embd=64))
+    state = {name: torch.zeros(1).expand(t.shape) for name, t in model.state_dict().items()}
+    empty = {name: t.to("meta") for name, t in model.state_dict().items()}
+    sparse = state | {"transformer.wte.weight": torch.zeros(50257, 64).to_sparse()}
+    monkeypatch.setattr(GPT, "from_huggingface", None)
+    for content, message in (
+        (state, "more elements than their storage"),
+        (empty, "a tensor without values of its own"),
+        (sparse, "a tensor without values of its own"),
+        ([state], "AttributeError|more elements|no model of 2 layers"),
+        ({str(i): torch.zeros(1) for i in range(99)}, "99 tensors are no model of 2 layers"),
+    ):
+        torch.save(content, tmp_path / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=message):
+            checkpoint.load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("n_layer, count", [(1001, 6006), (100, 599), (2, 73)])
+def test_layers_that_the_tensors_cannot_hold(tmp_path, monkeypatch, n_layer, count):
+    """They are refused before a layer is built."""
+    message = f"{count} tensors are no model of {n_layer} layers"
+    tensors = {f"transformer.h.{i}": torch.zeros(0) for i in range(count)}
+    info = replace(INFO, model_args=replace(SHAPE, n_layer=n_layer))
+    header = json.dumps(info.to_dict() | {"packed": {"configs": [], "layers": {}, "aliases": {}}})
+    (tmp_path / "own").mkdir()
+    save_file(tensors, tmp_path / "own" / "model.safetensors", {"nanopot": header})
+    (tmp_path / "config.json").write_text(json.dumps(GPT2_CONFIG | {"n_layer": n_layer}))
+    save_file(tensors, tmp_path / "model.safetensors")
+    monkeypatch.setattr(GPT, "meta", None)
+    for folder in (tmp_path, tmp_path / "own"):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.load_model(str(folder))
+
+
+def test_optimizer_state_cannot_take_much_memory(tmp_path):
+    moments = {0: {"exp_avg": torch.zeros(1).expand(10**9)}}
+    checkpoint.save_training(str(tmp_path), gpt(), INFO, optimizer={"state": moments}, scaler={})
+    with pytest.raises(ValueError, match="ckpt.pt is truncated, damaged"):
+        checkpoint.load_training(str(tmp_path))
+
+
+def test_kind_of_the_layers(tmp_path):
+    """What people read is what the layers are."""
+    for said, table, true in (
+        (PoTConfig(bits=3), None, False),
+        (PoTConfig(), PoTConfig(bits=3), True),
+        (None, None, True),
+    ):
+        checkpoint.save_model(str(tmp_path), quantize_(gpt()), replace(INFO, pot=said, table=table))
+        if true:
+            assert checkpoint.load_model(str(tmp_path))[1].pot == PoTConfig()
+        else:
+            with pytest.raises(ValueError, match="it says PoT 3 bits, .* and holds layers of PoT 4 bits"):
+                checkpoint.load_model(str(tmp_path))
+
+
+def test_strange_text_and_dtypes(tmp_path):
+    for key, value in (("method", "\x1b[31mred"), ("method", "two\nlines"), ("origin", "\x1b]0;a")):
+        checkpoint.save_model(str(tmp_path), gpt(), replace(INFO, **{key: value}))
+        with pytest.raises(ValueError, match=f"{key} is '"):
+            checkpoint.load_model(str(tmp_path))
+    checkpoint.save_model(str(tmp_path), gpt().to(torch.float8_e4m3fn), INFO)
+    with pytest.raises(ValueError, match="weights of float8_e4m3fn"):
+        checkpoint.load_model(str(tmp_path))
+
+
+def test_files_are_on_the_disk_and_for_everyone(tmp_path, monkeypatch):
+    """Each write waits for the file before it is renamed, and for its name after that."""
+    (tmp_path / "plain").touch()
+    events, sync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append(stat.S_ISDIR(os.fstat(fd).st_mode)) or sync(fd))
+    monkeypatch.setattr(os, "replace", lambda *paths: events.append("rename") or rename(*paths))
+    checkpoint.save_model(str(tmp_path), gpt(), INFO)
+    assert events == [False, "rename", True]
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_folders_that_cannot_be_written_to(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path, tmp_path / "new" / "newer"):
+        checkpoint.check_writable(str(folder))
+    for folder in (tmp_path / "file", tmp_path / "file" / "new"):
+        with pytest.raises(ValueError, match=f"{folder} cannot be written to, because .*file is no folder"):
+            checkpoint.check_writable(str(folder))
+    monkeypatch.setattr(os, "access", lambda place, mode: False)  # root writes anywhere
+    with pytest.raises(ValueError, match="new cannot be written to: choose another folder"):
+        checkpoint.check_writable(str(tmp_path / "new"))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_odd_lines_of_a_log(tmp_path):
+    good = [{"step": 0, "val_loss": 2.5}, {"step": 1, "loss": 2}]
+    odd = [
+        "123",
+        "null",
+        "{}",
+        "[" * 100000,
+        '{"step": "1"}',
+        '{"step": 1, "loss": "x"}',
+        '{"step": null}',
+        "\udcff",
+        '{"st',
+    ]
+    lines = [json.dumps(good[0]), *odd, json.dumps(good[1])]
+    (tmp_path / "log.jsonl").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+    assert checkpoint.read_log(str(tmp_path)) == good
+
+
 # --- GPT-2 in Hugging Face's format ---
 
 
@@ -307,7 +423,7 @@ def test_folders_of_other_families(tmp_path, family):
         y = weights(x)
         checkpoint.save_model(str(tmp_path / "run"), weights, info)
         loaded, loaded_info = checkpoint.load_model(str(tmp_path / "run"))
-        assert torch.equal(loaded(x), y) and loaded_info == info
+        assert torch.equal(loaded(x), y) and replace(loaded_info, pot=None) == info
 
 
 def test_org_and_name_of_the_hub(tmp_path, monkeypatch):

@@ -2,11 +2,13 @@
 
 import dataclasses
 import importlib
+import os
 import re
+import sys
 
 import pytest
 
-from configurator import configure
+from configurator import configure, run
 from pot import PoTConfig
 
 
@@ -88,6 +90,9 @@ def test_inherited_settings():
         ("--pot=4", "expected None; set its parts"),
         ("--pot_bits=9", "bits=9 is not possible"),
         ("--out_dir", "--out_dir needs a value"),
+        ("--out_dir=a\udcff", "is not UTF-8 text"),
+        (f"--max_iters={2**63}", "is beyond 64 bits"),
+        (f"--max_iters={'9' * 5000}", "expected an integer"),
         ("config/nowhere.py", "no config file config/nowhere.py"),
     ],
 )
@@ -110,6 +115,54 @@ def test_errors_in_config_files(tmp_path, content, message):
     (tmp_path / "c.py").write_text(content)
     with pytest.raises(ValueError, match=message):
         parse(str(tmp_path / "c.py"))
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (MemoryError(), "MemoryError: not enough memory"),
+        (OverflowError("int too large"), "OverflowError: int too large"),
+        (RecursionError("maximum"), "RecursionError: maximum"),
+        (RuntimeError("[alloc_cpu.cpp:1] can't allocate memory:\nyou tried"), "can't allocate memory: you tried"),
+        (RuntimeError("Storage size calculation overflowed"), "size calculation overflowed"),
+        (ValueError("\x1b[31mred"), r"error: \\x1b\[31mred"),
+        (OSError(28, "No space left on device", "out"), "No space left on device: out"),
+        (RuntimeError("our mistake"), None),
+    ],
+)
+def test_errors_of_a_script(monkeypatch, capsys, error, message):
+    def main(s):
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    with pytest.raises(SystemExit if message else RuntimeError):
+        run(main, Settings)
+    shown = capsys.readouterr().err
+    assert message is None or re.search(message, shown) and shown.count("\n") == 1 and shown.startswith("script.py: ")
+
+
+def test_script_ends_its_work_though_nobody_reads_it(monkeypatch, tmp_path):
+    """After `| head -1`, and with closed standard output and error."""
+    done = []
+
+    def main(s):
+        for _ in range(3):
+            print("text", flush=True)
+            print("text", file=sys.stderr, flush=True)
+            assert not sys.stderr.isatty()
+            done.append(sys.stdout.broken)
+
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as broken:
+        monkeypatch.setattr("sys.stdout", broken)
+        monkeypatch.setattr("sys.stderr", None)
+        run(main, Settings)
+    assert done == [True] * 3
+    monkeypatch.setattr("sys.stdout", None)
+    run(main, Settings)
+    assert done[3:] == [False] * 3
 
 
 def test_help_lists_every_key(capsys):

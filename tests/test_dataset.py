@@ -1,5 +1,6 @@
 """dataset.py and the scripts data/*/prepare.py."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import added_memory, write_tokenizer
 
+import checkpoint
 import dataset
 from tokenizer import BPETokenizer, tokenizer_of
 
@@ -40,9 +42,86 @@ def test_write_load_and_decode(tmp_path):
         chars.encode("q")
     with pytest.raises(ValueError, match="unknown split 'all'"):
         dataset.load(tmp_path, "all")
-    (tmp_path / "meta.json").write_text("{")
+
+
+def test_killed_while_it_replaces_a_data_set(tmp_path, monkeypatch):
+    """After a death at any call that changes the folder, there is the old data set, the new one, or none: no mixture."""
+    old, new = ({"train": a * 9, "val": a[:2], "test": a[1:]} for a in ("abc", "zyx"))
+    folder, seen = str(tmp_path / "set"), []
+
+    class Killed(BaseException):
+        pass
+
+    def dying(call):
+        def run(*arguments, **options):
+            if next(left) <= 0:  # later calls die, too
+                raise Killed
+            return call(*arguments, **options)
+
+        return run
+
+    for calls in range(99):
+        dataset.write_chars(folder, old)
+        left = iter(range(calls, -99, -1))
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            for name in ("replace", "remove", "fsync"):
+                patch.setattr(os, name, dying(getattr(os, name)))
+            dataset.write_chars(folder, new)
+        try:
+            texts = splits_of(folder)
+        except ValueError as e:
+            assert "no data set" in str(e)
+            texts = None
+        assert texts in (old, None, new)
+        seen.append([old, None, new].index(texts))
+        if next(left) > 0:
+            break
+    assert seen == sorted(seen) and set(seen) == {0, 1, 2}
+    assert not list((tmp_path / "set").glob("*.tmp"))
+
+
+def test_files_of_two_data_sets(tmp_path):
+    for name in ("a", "b"):
+        dataset.write_chars(str(tmp_path / name), {"train": "abc", "val": name * 2, "test": "abc"})
+    (tmp_path / "a" / "val.bin").write_bytes((tmp_path / "b" / "val.bin").read_bytes())
+    with pytest.raises(ValueError, match="a/val.bin is not the file that .*a/meta.json was written for: make"):
+        dataset.load(str(tmp_path / "a"), "val")
+    meta = json.loads((tmp_path / "a" / "meta.json").read_text())
+    assert meta.pop("digests").keys() == set(dataset.SPLITS)
+    (tmp_path / "a" / "meta.json").write_text(json.dumps(meta))  # as older data sets have it
+    assert dataset.load(str(tmp_path / "a"), "val")[1] == meta
+
+
+def test_two_processes_write_one_data_set(tmp_path):
+    texts = {"train": "abc", "val": "ab", "test": "bc"}
+    dataset.write_chars(str(tmp_path), texts)
+    with checkpoint.Lock(str(tmp_path)) as lock:
+        lock.acquire()
+        with pytest.raises(ValueError, match="is in use by another run"):
+            dataset.write_chars(str(tmp_path), texts)
+    assert splits_of(tmp_path) == texts
+
+
+def test_tokenizer_of_the_data_set_before_is_removed(tmp_path):
+    """Training from scratch would keep it beside a model of other tokens."""
+    (tmp_path / "model").mkdir()
+    write_tokenizer(tmp_path / "model")
+    texts = [f"document {i}" for i in range(20)]
+    dataset.write_documents(str(tmp_path / "set"), texts, str(tmp_path / "model"))
+    dataset.write_documents(str(tmp_path / "set"), texts, str(tmp_path / "set"))
+    assert (tmp_path / "set" / "tokenizer.json").exists()
+    dataset.write_documents(str(tmp_path / "set"), texts)
+    assert not (tmp_path / "set" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "null", "[" * 100000, '{"tokenizer": "char", "chars": 3}', '{"digests": 3}']
+)
+def test_damaged_meta(tmp_path, content):
+    dataset.write_chars(str(tmp_path), {"train": "abc", "val": "ab", "test": "bc"})
+    (tmp_path / "meta.json").write_text(content)
     with pytest.raises(ValueError, match="meta.json is damaged"):
-        dataset.load(tmp_path, "val")
+        dataset.load(str(tmp_path), "val")
 
 
 def test_missing_data_names_the_command(monkeypatch):
@@ -55,15 +134,11 @@ def test_missing_data_names_the_command(monkeypatch):
 @pytest.fixture
 def scripts(tmp_path):
     """Copies the data scripts to a temporary folder, which protects the user's data."""
-    for path in (
-        "dataset.py",
-        "tokenizer.py",
-        "configurator.py",
-        "data/pydoc_char/prepare.py",
-        "data/shakespeare_char/prepare.py",
-    ):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text((ROOT / path).read_text())
+    scripts = [ROOT / "data" / name / "prepare.py" for name in ("pydoc_char", "shakespeare_char")]
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("pot_kernel/*.py"), *scripts):
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(path.read_text())
 
     def run(name, *args):
         command = [sys.executable, f"data/{name}/prepare.py", *args]

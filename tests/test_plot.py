@@ -118,6 +118,21 @@ def test_bad_input(draw, sources, message):
         draw(**sources)
 
 
+@pytest.mark.parametrize("key", ["speed", "sweep", "hardware"])
+def test_odd_json(draw, tmp_path, key):
+    row = {"name": "x", "decode_tok_s": 1, "decode_tok_s_quartiles": [1, 1], "bytes_per_token": 0}  # divides by zero
+    table = {"table": [{"config": {}, "kind": "rtn", "above": 10**400, "above_interval": None}]}
+    tables = [{"table": t} for t in (None, [], [3], [{}], [{"config": {"bits": 99}}], 7)]
+    for content in (None, 3, [], {}, {"rows": 3, "read_gb_s": 1}, {"rows": [row], "read_gb_s": 1}, table, *tables):
+        (tmp_path / "odd.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError):
+            draw(**{key: str(tmp_path / "odd.json")})
+    for text in ("[" * 100000, "\udcff"):
+        (tmp_path / "odd.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+        with pytest.raises(ValueError, match="odd.json is no JSON"):
+            draw(**{key: str(tmp_path / "odd.json")})
+
+
 def test_missing_layer(draw, workdir, float_run):
     with pytest.raises(ValueError, match="choose among transformer.h.0.mlp.c_fc"):
         draw(grids=str(workdir / float_run), layer="head")

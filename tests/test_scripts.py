@@ -203,6 +203,37 @@ def test_signal_stops_a_run_that_then_resumes(workdir, sh, signum):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_signal_ends_a_validation(workdir, sh, monkeypatch):
+    """The checkpoint is written before. A resumed run validates again, and ends as a run in one piece."""
+    import train
+
+    validate, calls = train.validate, []
+
+    def interrupted(job):
+        calls.append(job.step)
+        if job.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return validate(job)
+
+    command = f"train.py {TINY} --max_iters=20 --dropout=0.1 --keep=best"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "validate", interrupted)
+        done = sh(f"{command} --out_dir=out-validation", ok=False)
+        assert (
+            done.returncode == 128 + signal.SIGTERM and "stopped at step 10, which out-validation/ keeps" in done.stdout
+        )
+        done = sh("train.py --init_from=resume --out_dir=out-validation", ok=False)  # the same validation again
+        assert done.returncode == 128 + signal.SIGTERM and calls == [0, 10, 10]
+    sh("train.py --init_from=resume --out_dir=out-validation")
+    sh(f"{command} --out_dir=out-in-one-piece")
+    for name in (".", "best"):
+        a, b = ((workdir / out / name / "model.safetensors") for out in ("out-validation", "out-in-one-piece"))
+        assert a.read_bytes() == b.read_bytes()
+    steps = [e["step"] for e in checkpoint.read_log(str(workdir / "out-validation")) if "val_loss" in e]
+    assert steps == [0, 10, 20]
+
+
 def test_lock_of_a_run_folder(workdir, sh, float_run):
     lock = checkpoint.Lock(str(workdir / "out-held"))
     lock.acquire()
@@ -245,7 +276,7 @@ def test_read_only_folder(workdir, sh, float_run):
         pytest.skip("root writes anywhere")
     done = sh(f"train.py {TINY} --init_from=resume --max_iters=40 --out_dir={folder.name}", ok=False)
     folder.chmod(0o700)
-    assert f"cannot write {folder.name}/log.jsonl" in done.stderr and {p: p.read_bytes() for p in before} == before
+    assert f"{folder.name} cannot be written to" in done.stderr and {p: p.read_bytes() for p in before} == before
 
 
 def test_one_step_equals_plain_torch(workdir, sh):
@@ -872,7 +903,19 @@ def test_models_that_do_not_fit_are_refused_before_the_first_step(workdir, sh, m
         ("eval.py --ckpt=,", "at least one folder"),
         ("eval.py --ckpt={qat} --reference=typo", "no folder typo"),
         ("sample.py --ckpt={float} --prompt_file=latin.txt", "latin.txt is not UTF-8 text"),
-        ("sample.py --ckpt={float} --prompt=the\udcff", "the prompt is not UTF-8 text"),
+        ("sample.py --ckpt={float} --prompt=the\udcff", "is not UTF-8 text"),
+        ("sample.py --ckpt={float} --temperature=1e-320", "temperature must be at least 0 (and 1e-6 if not 0)"),
+        ("train.py --dataset=tiny --n_layer=100000000 --out_dir=x", "n_layer=100000000 must be at most 1000"),
+        ("train.py --dataset=tiny --n_embd=12000000 --out_dir=x", "the weights alone take"),
+        ("train.py --dataset=tiny --block_size=200000000 --n_embd=1000008 --out_dir=x", "the weights alone take"),
+        ("train.py --dataset=tiny --init_from={float} --batch_size=1000000000000 --out_dir=x", "the steps need at least"),
+        ("train.py --dataset=tiny --init_from={float} --gradient_accumulation_steps=1000000000000 --out_dir=x",
+         "the steps need at least"),
+        ("train.py --dataset=tiny --init_from={float} --pot_bits=4 --calibrate_tokens=1000000000000 --out_dir=x",
+         "the tokens of GPTQ take"),
+        ("train.py --dataset=tiny --out_dir=latin.txt/x", "latin.txt/x cannot be written to"),
+        ("eval.py --ckpt={float} --json={float}/model.safetensors", "must be the name of a .json file"),
+        ("eval.py --ckpt={float} --json=latin.txt/x.json", "cannot be written to"),
         ("sample.py --ckpt={float} --temperature=nan", "temperature must be at least 0"),
         ("train.py --dataset=tiny --batch_size=0 --out_dir=x", "batch_size=0 must be at least 1"),
         ("train.py --dataset=tiny --device=tpu --out_dir=x", "device=tpu cannot be used"),
@@ -921,6 +964,8 @@ def test_errors(workdir, float_run, qat_run, monkeypatch, capsys, command, messa
         for name in ("foreign", "cut", "short", "void"):
             (workdir / "data" / name).mkdir()
             dataset.write_chars(workdir / "data" / name, dict.fromkeys(dataset.SPLITS, "ab" * 100))
+            meta = dataset.load(str(workdir / "data" / name), "train")[1]
+            (workdir / "data" / name / "meta.json").write_text(json.dumps(meta))  # without digests
         np.full(100, 500, dtype=np.uint16).tofile(workdir / "data" / "foreign" / "train.bin")
         (workdir / "data" / "cut" / "train.bin").write_bytes(b"odd")
         (workdir / "data" / "short" / "val.bin").write_bytes(bytes(40))
@@ -1002,6 +1047,8 @@ def test_sampling_from_a_model_with_nan(workdir, sh, float_run, monkeypatch):
     checkpoint.save_model(str(workdir / "out-nan-model"), model, info)
     done = sh("sample.py --ckpt=out-nan-model --prompt=the --max_new_tokens=2", ok=False)
     assert "the model's logits are not finite" in done.stderr
+    done = sh("eval.py --ckpt=out-nan-model", ok=False)
+    assert "the loss of out-nan-model is nan" in done.stderr and not (workdir / "out-nan-model" / "eval.json").exists()
 
 
 def test_resuming_a_finished_run_changes_nothing(workdir, sh, float_run):

@@ -165,6 +165,26 @@ def test_calibrate_tokens(monkeypatch, tmp_path):
     assert made == [16384, 0, 300, 300]
 
 
+def test_odd_rows_and_large_losses(sweep_run, tmp_path):
+    rows = json.loads(json.dumps(sweep_run[1]["rows"]))
+    missing = {key: value for key, value in rows[0].items() if key != "bytes"}
+    odd = [
+        "123",
+        "null",
+        "{}",
+        '{"name": "x"}',
+        json.dumps(rows[0] | {"name": []}),
+        json.dumps(rows[0] | {"loss": "x"}),
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([*odd, json.dumps(missing | {"name": "y"}), json.dumps(rows[1]), '{"na']))
+    assert sweep.read(path) == {rows[1]["name"]: rows[1]}
+    for row in rows:
+        row["loss"] = 1e9
+    sweep.write(sweep.Settings(results=str(tmp_path / "sweep")), rows)
+    assert "| 1000000000.0000 | inf |" in (tmp_path / "sweep.md").read_text()
+
+
 def test_float_model_per_seed():
     s = sweep.Settings(init_from="out-s{seed}", seeds="1,2", weights=[{}])
     kinds = [(method, seed) for method, *_, seed in sweep.plan_of(s, ["rtn", "qat"])]
@@ -180,6 +200,9 @@ def test_float_model_per_seed():
         ("--split=val", "out-sweep holds rows that were measured with"),
         ("--weights=4", "expected a list, by a config file or None"),
         ("--max_iters=0", "QAT takes at least 1 step"),
+        ("--protocol=papers", "unknown protocol 'papers'"),
+        ("--seeds=1,2,1", "a seed is there twice"),
+        ("--results=sweep_tiny.py/sweep", "cannot be written to"),
     ],
 )
 def test_bad_settings(sh, sweep_run, change, message):

@@ -92,6 +92,15 @@ def test_meta_names_the_vocabulary(folder, tmp_path_factory):
             tokenizer.vocab_size(damaged)
 
 
+def test_rows_beyond_the_tokens(folder):
+    """A model may have more rows than its tokenizer has tokens. They have no text."""
+    chars = tokenizer.CharTokenizer("ab")
+    assert chars.decode([0, 7, 1]) == "ab" and "".join(chars.stream([0, 7, 1])) == "ab"
+    own = FileTokenizer(str(folder))
+    ids = own.encode("the", special=False)
+    assert own.decode([*ids, 9999]) == "the" and "".join(own.stream([*ids, 9999])) == "the"
+
+
 def test_tokenizer_is_kept_beside_a_checkpoint(folder, tmp_path_factory):
     own, kept = FileTokenizer(str(folder)), tmp_path_factory.mktemp("kept")
     tokenizer.keep(str(kept), own.meta, str(folder))

@@ -42,9 +42,8 @@ def main(s: Settings):
         raise ValueError(f"data/{s.name} is made by its own prepare.py: choose another --name")
     files = read(s.input)
     named = named_tokenizer(s.tokenizer, files)
-    dataset.write(folder, named.meta, (piece for path in files for piece in split(path, files[path], named)))
-    if named.meta != tokenizer.GPT2:
-        tokenizer.keep(folder, named.meta, s.tokenizer)
+    pieces = (piece for path in files for piece in split(path, files[path], named))
+    dataset.write(folder, named.meta, pieces, s.tokenizer)
 
 
 def read(paths: str) -> dict[str, list[str]]:

@@ -43,9 +43,7 @@ def main(s: Settings):
     texts = [dataset.read_text(path) for path in paths] or download()
     pieces = ((split, named.encode(text)) for split, text in zip(dataset.SPLITS, texts))
     folder = dataset.folder(here, s.out)
-    dataset.write(folder, named.meta, pieces)
-    if named.meta != tokenizer.GPT2:
-        tokenizer.keep(folder, named.meta, s.tokenizer)
+    dataset.write(folder, named.meta, pieces, s.tokenizer)
 
 
 def download():
