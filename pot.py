@@ -445,8 +445,8 @@ class PoTLinear(nn.Linear):
         check_weight("PoTLinear", self.weight, config)
         self.quantizer = PoTQuantizer(self.weight, config)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.quantizer.inputs(x), self.quantizer(self.weight), self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.quantizer.inputs(input), self.quantizer(self.weight), self.bias)
 
 
 class PoTConv1D(nn.Module):
@@ -467,8 +467,8 @@ class PoTEmbedding(nn.Embedding):
         check_weight("PoTEmbedding", self.weight, config)
         self.quantizer = PoTQuantizer(self.weight, config)
 
-    def forward(self, index: torch.Tensor) -> torch.Tensor:
-        return self.quantizer.rows(super().forward(index), index)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.quantizer.rows(super().forward(input), input)
 
 
 # -----------------------------------------------------------------------------
@@ -702,8 +702,8 @@ class PackedPoTLinear(nn.Module):
     def weight(self) -> torch.Tensor:
         return self.packed()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.packed.linear(x, self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.packed.linear(input, self.bias)
 
 
 class PackedPoTEmbedding(nn.Module):
@@ -717,8 +717,8 @@ class PackedPoTEmbedding(nn.Module):
     def weight(self) -> torch.Tensor:
         return self.packed()
 
-    def forward(self, index: torch.Tensor) -> torch.Tensor:
-        return self.packed(index)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.packed(input)
 
 
 def allow_int8_activations(model: nn.Module) -> None:
