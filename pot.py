@@ -38,6 +38,7 @@ Sections: grid, scale, fake quantization, layers, packing, prepare and convert, 
 """
 
 import importlib
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -248,7 +249,10 @@ def compute_unit(w: torch.Tensor, config: PoTConfig, importance: torch.Tensor | 
     # The unit must not underflow, and the top level must not overflow the weight's dtype. Float16 may round the unit up
     # by a factor of 1 + 2**-11.
     single, half = torch.finfo(torch.float32), torch.finfo(torch.float16)
-    unit = unit.clamp(single.tiny, min(torch.finfo(w.dtype).max, single.max) / config.top * (1 - 2**-11))
+    highest = min(torch.finfo(w.dtype).max, single.max) / config.top * (1 - 2**-11)
+    if config.scale_format == "e8m0":
+        highest = 2.0 ** (math.frexp(highest)[1] - 1)  # the power of two below
+    unit = unit.clamp(single.tiny, highest)
     return unit.half() if unit.min() >= half.tiny and unit.max() <= half.max else unit
 
 
