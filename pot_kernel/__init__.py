@@ -10,6 +10,7 @@ NANOPOT_KERNEL=off turns the kernel off. NANOPOT_KERNEL=amx, avx512, avx2, neon 
 
 import ctypes
 import functools
+import glob
 import hashlib
 import os
 import platform
@@ -68,24 +69,26 @@ class Weight(ctypes.Structure):
 # Build and load
 
 
+TIMEOUT = 600  # seconds for the compiler
+
+
+class KernelError(ValueError):
+    """NANOPOT_KERNEL asks for what this machine cannot do."""
+
+
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """The library of decode.cpp and pot.cpp. None, with one warning, if it cannot be built; None if it is turned off.
 
-    Raises ValueError if NANOPOT_KERNEL names an instruction set that this machine does not have.
+    Raises KernelError if NANOPOT_KERNEL names an instruction set that this machine does not have.
     """
     choice = os.environ.get("NANOPOT_KERNEL", "")
     if choice == "off":
         return None
     try:
-        path = build(SOURCE)
-        try:
-            library = ctypes.CDLL(path)
-        except OSError:  # the file is damaged, for example by a full disk
-            os.remove(path)
-            library = ctypes.CDLL(build(SOURCE))
-    except (OSError, subprocess.CalledProcessError) as e:
-        lines = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
+        library = ctypes.CDLL(build(SOURCE))
+    except OSError as e:
+        lines = str(e).strip().splitlines()
         reason = next((line for line in lines if "error" in line), lines[0] if lines else e)
         warnings.warn(
             f"PyTorch unpacks packed weights, which is slow, because {SOURCE} cannot be built ({reason}): install g++ or "
@@ -104,14 +107,14 @@ def load() -> ctypes.CDLL | None:
     library.pot_instruction_sets.restype = ctypes.c_char_p
     if choice and library.pot_choose(choice.encode()):
         available = library.pot_instruction_sets().decode().replace(" ", ", ")
-        raise ValueError(f"NANOPOT_KERNEL={choice}: this machine has {available}; or off")
+        raise KernelError(f"NANOPOT_KERNEL={choice}: this machine has {available}; or off")
     return library
 
 
 def build(source: str) -> str:
     """Path of the shared library of a C++ file. Builds it if source, compiler, flags or processor are new.
 
-    Raises OSError without a compiler or a writable cache, and CalledProcessError if the compiler fails.
+    Raises OSError without a compiler or a cache that is safe to use, and if the compiler fails or takes too long.
     """
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
     if compiler is None:
@@ -122,21 +125,63 @@ def build(source: str) -> str:
     for path in (source, os.path.join(os.path.dirname(source), "pot.cpp")):
         with open(path, "rb") as f:
             key.update(f.read())
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    key.update(repr((compiler, version, flags, _processor())).encode())
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    path = os.path.join(home, "nanopot", f"pot-{key.hexdigest()[:16]}.so")
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        handle, temporary = tempfile.mkstemp(suffix=".so", dir=os.path.dirname(path))
-        os.close(handle)
-        try:  # several processes may build at once: each renames a finished file
-            subprocess.run([compiler, *flags, "-o", temporary, source], capture_output=True, text=True, check=True)
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
+    key.update(repr((compiler, _run(compiler, "--version"), flags, _processor())).encode())
+    folder = _cache()
+    start = os.path.join(folder, f"pot-{key.hexdigest()[:16]}-")
+    # The name ends with a digest of the content, because loading a library that is cut short kills the process.
+    for path in glob.glob(glob.escape(start) + "*.so"):
+        if _is_trusted(path) and path == f"{start}{_digest(path)}.so":
+            return path
+    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
+    os.close(handle)
+    try:  # several processes may build at once: each renames a finished file
+        _run(compiler, *flags, "-o", temporary, source)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        path = f"{start}{_digest(temporary)}.so"
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
     return path
+
+
+def _run(*command):
+    """Runs a command and returns what it prints. Raises OSError if it fails or takes longer than TIMEOUT."""
+    with tempfile.TemporaryFile() as output:  # a pipe would wait for the children of a command that was stopped
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, timeout=TIMEOUT
+            )
+        except subprocess.TimeoutExpired:
+            raise OSError(f"{command[0]} takes longer than {TIMEOUT} s") from None
+        output.seek(0)
+        text = output.read().decode(errors="replace")
+    if done.returncode:
+        raise OSError(text.strip() or f"{command[0]} ends with code {done.returncode}")
+    return text
+
+
+def _cache():
+    """The folder of libraries. Nobody else may write to it, because a library runs with the rights of whoever loads it.
+    Raises OSError if it is another user's."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = os.path.join(home, "nanopot")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    if not _is_trusted(folder):
+        raise OSError(f"{folder} belongs to another user")
+    if os.stat(folder).st_mode & 0o022:  # others may write
+        os.chmod(folder, 0o700)
+    return folder
+
+
+def _is_trusted(path):
+    return os.name != "posix" or os.stat(path).st_uid in (0, os.geteuid())
+
+
+def _digest(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
 def _processor():

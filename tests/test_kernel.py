@@ -398,18 +398,105 @@ def test_jit_trace(kernel):
     assert torch.allclose(traced(x), layer(x), atol=1e-5)
 
 
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    """compiler(script) makes a shell script the compiler, with an empty cache. Returns the folder of the cache."""
+
+    def make(script):
+        path = tmp_path / "compiler"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("CXX", str(path))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        return tmp_path / "cache" / "nanopot"
+
+    return make
+
+
+COPY = 'if [ "$1" = --version ]; then exit; fi; while [ "$1" != -o ]; do shift; done; cat {} > "$2"'  # a fast compiler
+
+
 @needs_compiler
-def test_library_is_rebuilt_for_another_processor_and_after_damage(kernel, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert kernel()
-    (path,) = (tmp_path / "nanopot").iterdir()
-    path.unlink()  # this process still maps the old file
-    path.write_bytes(b"")  # a full disk leaves an empty file
-    code = "import pot_kernel; assert pot_kernel.load()"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert not done.returncode, done.stderr
+def test_library_is_built_again_for_another_processor_and_after_damage(compiler, monkeypatch, tmp_path):
+    whole = b"a library" * 999
+    (tmp_path / "library").write_bytes(whole)
+    folder = compiler(COPY.format(tmp_path / "library"))
+    path = Path(pot_kernel.build(pot_kernel.SOURCE))
+    for damaged in (b"", whole[:1000], whole + b"more", b"another library"):
+        path.write_bytes(damaged)
+        path = Path(pot_kernel.build(pot_kernel.SOURCE))
+        assert path.read_bytes() == whole and list(folder.iterdir()) == [path]
+    compiler('[ "$1" = --version ]')  # a library that is whole is not built again
+    assert pot_kernel.build(pot_kernel.SOURCE) == str(path)
+    compiler(COPY.format(tmp_path / "library"))
     monkeypatch.setattr(pot_kernel, "_processor", lambda: "another")
     assert pot_kernel.build(pot_kernel.SOURCE) != str(path)
+
+
+@needs_compiler
+def test_no_other_user_can_write_into_the_cache(compiler, monkeypatch, tmp_path):
+    (tmp_path / "library").write_bytes(b"a library")
+    folder = compiler(COPY.format(tmp_path / "library"))
+    before = os.umask(0)
+    try:
+        path = pot_kernel.build(pot_kernel.SOURCE)
+        assert folder.stat().st_mode & 0o777 == 0o700
+        folder.chmod(0o777)
+        assert pot_kernel.build(pot_kernel.SOURCE) == path and folder.stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
+    os.utime(path, (0, 0))
+    with monkeypatch.context() as patch:
+        patch.setattr(pot_kernel, "_is_trusted", lambda p: p != path)
+        assert pot_kernel.build(pot_kernel.SOURCE) == path and os.stat(path).st_mtime > 0  # built again
+    if os.geteuid() == 0:
+        os.chown(folder, 1, 1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(OSError, match="nanopot belongs to another user"):
+        pot_kernel.build(pot_kernel.SOURCE)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "script, message",
+    [
+        ("sleep 20 & sleep 20", "takes longer than 0.3 s"),
+        ("exit 3", "ends with code 3"),
+        (r"printf 'note: \351\n error: \377\n'; exit 1", "error: \ufffd"),
+        (r'printf "version \351\n"; [ "$1" = --version ] || { printf "error: \377\n" >&2; exit 1; }', "error: \ufffd"),
+        ('[ "$1" = --version ]', "ends with code 1"),
+        (
+            '[ "$1" = --version ] && exit; while [ "$1" != -o ]; do shift; done; echo text > "$2"',
+            "file too short|invalid",
+        ),
+    ],
+    ids=["hangs", "no version", "version not in UTF-8", "messages not in UTF-8", "fails", "writes no library"],
+)
+def test_compilers_that_fail(compiler, monkeypatch, script, message):
+    """pot.py warns, and PyTorch unpacks."""
+    folder = compiler(script)
+    monkeypatch.setenv("NANOPOT_KERNEL", "")
+    if "sleep" in script:
+        monkeypatch.setattr(pot_kernel, "TIMEOUT", 0.3)
+    with pytest.warns(UserWarning, match=message):
+        assert pot_kernel.load.__wrapped__() is None
+    assert not folder.exists() or not list(folder.glob("*.tmp"))
+
+
+@needs_compiler
+def test_a_fault_of_the_kernel_is_not_told_as_the_files(kernel, tmp_path):
+    import checkpoint
+
+    kernel("off")
+    shape = GPTConfig(16, 50, 1, 2, 64)
+    meta, settings = {"tokenizer": "char", "chars": "abc"}, {"dataset": None, "seed": None}
+    info = checkpoint.CheckpointInfo(meta, "PTQ", shape, PoTConfig(), settings=settings)
+    checkpoint.save_model(str(tmp_path), random_gpt(PoTConfig(), shape), info)
+    with pytest.raises(ValueError, match="NANOPOT_KERNEL"):
+        kernel("sse")
+    with pytest.raises(ValueError, match="^NANOPOT_KERNEL=sse: this machine has"):
+        checkpoint.load_model(str(tmp_path))
 
 
 @needs_compiler
