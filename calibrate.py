@@ -276,7 +276,7 @@ class _Walk:
         self.passes = [_Pass(model, batch, self.waiting) for batch in batches]
 
     def __enter__(self):
-        self.hooks = [layer.register_forward_pre_hook(self._wait) for layer in self.waiting]
+        self.hooks = [layer.register_forward_pre_hook(self._wait, with_kwargs=True) for layer in self.waiting]
         try:
             for p in self.passes:
                 p.go_on()
@@ -291,10 +291,10 @@ class _Walk:
         for hook in self.hooks:
             hook.remove()
 
-    def _wait(self, layer, args):
+    def _wait(self, layer, args, kwargs):
         thread = threading.current_thread()
         if layer in self.waiting and isinstance(thread, _Pass):
-            thread.ask((layer, args[0]))
+            thread.ask((layer, _first(args, kwargs)))
 
     def inputs(self, layers, counts):
         """Yields for each batch the inputs of its calls of layers[0]: a list of (rows, in) float32.
@@ -320,14 +320,15 @@ def _inputs(model, batch, layer, limit):
     """Inputs of a layer in a pass of its own, of its first `limit` calls (None: all): a list of (rows, in) float32."""
     inputs = []
 
-    def record(_, args):
-        rows = _rows(layer.quantizer, args[0])
-        in_place = rows.data_ptr() == args[0].data_ptr()
+    def record(_, args, kwargs):
+        x = _first(args, kwargs)
+        rows = _rows(layer.quantizer, x)
+        in_place = rows.data_ptr() == x.data_ptr()
         inputs.append(rows.clone() if in_place else rows)  # the model may change its tensor later
         if len(inputs) == limit:
             raise _Stop
 
-    hook = layer.register_forward_pre_hook(record)
+    hook = layer.register_forward_pre_hook(record, with_kwargs=True)
     try:
         _call(model, batch)
     except _Stop:
@@ -351,9 +352,9 @@ def _record(model, batches, layers, shared):
     before, previous = {}, None  # {layer: layers that run just before it}; a batch need not call all layers
     first, counts, same = {}, {}, True  # {layer: calls} of the first batch and of this one; are all equal?
 
-    def record(module, inputs):
+    def record(module, args, kwargs):
         nonlocal number, seen, previous, last
-        x, layer = inputs[0], layers[module]
+        x, layer = _first(args, kwargs), layers[module]
         q = layer.quantizer
         last = last if isinstance(layer, PoTEmbedding) else layer
         is_new, counts[layer] = layer not in counts, counts.get(layer, 0) + 1
@@ -373,7 +374,7 @@ def _record(model, batches, layers, shared):
         if counts is not first and counts == first:
             raise _Stop  # nothing new follows, and the product of a head takes long
 
-    hooks = [module.register_forward_pre_hook(record) for module in layers]
+    hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in layers]
     try:
         for i, batch in enumerate(batches):
             if i >= RECORDED and same:
@@ -396,6 +397,11 @@ def _record(model, batches, layers, shared):
     for layer in order:
         sets.setdefault(tuple(inputs_of[layer]), []).append(layer)
     return list(sets.values()), calls, {q: moment.float() for q, moment in importance.items() if moment.any()}, last
+
+
+def _first(args, kwargs):
+    """The input of a layer, which a model may pass by name."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _rows(quantizer, x):

@@ -27,6 +27,7 @@ import machine
 import tokenizer
 from model import GPT, GPTConfig, huggingface_config, rotary_frequencies
 from pot import PackedPoTEmbedding, PackedPoTLinear, PoTConfig, load_packed, packed_state, prepare
+from pot_kernel import KernelError
 from pot_kernel.decode import Decoder, DecoderShape
 from tokenizer import GPT2, is_hub_name, vocab_size
 
@@ -248,7 +249,7 @@ def load_model(folder: str) -> tuple[GPT, CheckpointInfo]:
             if packed["layers"]:
                 tensors = _read_aligned(path, tensors)
             return load_packed(GPT.meta(info.model_args), tensors, packed).eval(), info
-    except OSError:
+    except (OSError, KernelError):
         raise
     except Exception as e:  # safetensors, json and torch raise many kinds for damaged files
         raise ValueError(f"{path} is truncated, damaged or not of nanoPoT: {e}") from None

@@ -38,6 +38,7 @@ Sections: grid, scale, fake quantization, layers, packing, prepare and convert, 
 """
 
 import importlib
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -46,6 +47,7 @@ from typing import Any, TypeGuard
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 pot_kernel: Any
 try:  # beside this file, which may be part of a package
@@ -248,7 +250,10 @@ def compute_unit(w: torch.Tensor, config: PoTConfig, importance: torch.Tensor | 
     # The unit must not underflow, and the top level must not overflow the weight's dtype. Float16 may round the unit up
     # by a factor of 1 + 2**-11.
     single, half = torch.finfo(torch.float32), torch.finfo(torch.float16)
-    unit = unit.clamp(single.tiny, min(torch.finfo(w.dtype).max, single.max) / config.top * (1 - 2**-11))
+    highest = min(torch.finfo(w.dtype).max, single.max) / config.top * (1 - 2**-11)
+    if config.scale_format == "e8m0":
+        highest = 2.0 ** (math.frexp(highest)[1] - 1)  # the power of two below
+    unit = unit.clamp(single.tiny, highest)
     return unit.half() if unit.min() >= half.tiny and unit.max() <= half.max else unit
 
 
@@ -449,8 +454,8 @@ class PoTLinear(nn.Linear):
         check_weight("PoTLinear", self.weight, config)
         self.quantizer = PoTQuantizer(self.weight, config)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.quantizer.inputs(x), self.quantizer(self.weight), self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.quantizer.inputs(input), self.quantizer(self.weight), self.bias)
 
 
 class PoTConv1D(nn.Module):
@@ -475,8 +480,8 @@ class PoTEmbedding(nn.Embedding):
         check_weight("PoTEmbedding", self.weight, config)
         self.quantizer = PoTQuantizer(self.weight, config)
 
-    def forward(self, index: torch.Tensor) -> torch.Tensor:
-        return self.quantizer.rows(super().forward(index), index)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.quantizer.rows(super().forward(input), input)
 
 
 # -----------------------------------------------------------------------------
@@ -548,6 +553,13 @@ def _pack_unit(unit, bits):
         return unit.contiguous()
     padded = torch.cat([unit, unit[-1:].expand(-len(unit) % 16, -1)])
     return padded.unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
+
+
+def _has_derivative(x):
+    """Does autograd follow x, backward or forward? The kernel computes no derivatives."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return True
+    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None
 
 
 class PackedWeight(_WithUnit):
@@ -638,20 +650,23 @@ class PackedWeight(_WithUnit):
 
     def forward(self, index: torch.Tensor | None = None) -> torch.Tensor:
         """The weight (out, in) in its dtype, or only its rows `index` (an int tensor): (*index.shape, in)."""
-        if index is not None and index.device != self.codes.device:
-            raise RuntimeError(f"the index is on {index.device}, the table on {self.codes.device}: move one of them")
+        if index is not None:
+            if index.device != self.codes.device:
+                raise RuntimeError(
+                    f"the index is on {index.device}, the table on {self.codes.device}: move one of them"
+                )
+            if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+                raise TypeError(f"an index of {index.dtype}: rows are looked up by integers")
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if self.on_kernel and not traced:
             return pot_kernel.unpack(self.kernel_weight(), index).to(self.dtype)
         codes, unit, bits, rows = self.codes, self.unit, self.config.bits, self.out_features
-        if index is not None and not traced and index.device.type == "cpu" and index.numel():
-            if not 0 <= index.min() <= index.max() < rows:  # a tile has padding behind the last row
-                raise IndexError(f"an index is out of range: there are {rows} rows")
         if unit.dim() == 3:  # tiles
             unit = unit.transpose(1, 2).flatten(0, 1)[:rows]
         if index is not None:
-            rows, flat = index.numel(), index.flatten()
-            unit = unit if len(unit) == 1 else unit[flat]
+            flat = index.flatten().long()
+            # F.embedding checks the range. Behind the last row a tile has padding.
+            unit, rows = F.embedding(flat, unit.expand(rows, -1)), len(flat)
             if bits in _TILE_COLUMNS:  # a block of one row, 16 times
                 lanes = codes.unflatten(1, (-1, 16, 4))[flat // 16, :, flat % 16]
                 codes = F.pad(lanes.unsqueeze(2), (0, 0, 0, 15)).flatten(1)
@@ -670,13 +685,17 @@ class PackedWeight(_WithUnit):
 
         The kernel sums in float32, and in another order than PyTorch.
         """
+        tensors = (x,) if bias is None else (x, bias)
         if (
-            not self.on_kernel or x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.device.type != "cpu"
-            or x.shape[-1] != self.in_features or torch.jit.is_tracing()
-            or torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad)
+            not self.on_kernel or x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+            or x.is_nested or x.layout != torch.strided or x.shape[-1:] != (self.in_features,)
+            or bias is not None and (bias.shape != (self.out_features,) or not bias.is_floating_point())
+            or torch.jit.is_tracing() or any(t.device.type != "cpu" or _has_derivative(t) for t in tensors)
         ):  # fmt: skip
             return F.linear(fake_quantize_activations(x) if self.config.act_bits else x, self(), bias)
-        bias, f = None if bias is None else bias.float().contiguous(), x.float()
+        # resolve_neg comes first: PyTorch's conversion of a negated view from float16 to float32 loses the sign.
+        bias = None if bias is None else bias.resolve_neg().float().contiguous()
+        f = x.resolve_neg().float()
         if torch.compiler.is_compiling():
             tensors = self.codes, self.unit, self._row_sums, self._table
             y = torch.ops.nanopot.linear(f, *tensors, self.out_features, self.config.bits, self.activations, bias)
@@ -716,8 +735,8 @@ class PackedPoTLinear(nn.Module):
     def weight(self) -> torch.Tensor:
         return self.packed()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.packed.linear(x, self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.packed.linear(input, self.bias)
 
 
 class PackedPoTEmbedding(nn.Module):
@@ -731,8 +750,8 @@ class PackedPoTEmbedding(nn.Module):
     def weight(self) -> torch.Tensor:
         return self.packed()
 
-    def forward(self, index: torch.Tensor) -> torch.Tensor:
-        return self.packed(index)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.packed(input)
 
 
 def allow_int8_activations(model: nn.Module) -> None:

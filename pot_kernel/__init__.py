@@ -10,6 +10,7 @@ NANOPOT_KERNEL=off turns the kernel off. NANOPOT_KERNEL=amx, avx512, avx2, neon 
 
 import ctypes
 import functools
+import glob
 import hashlib
 import os
 import platform
@@ -31,7 +32,7 @@ class Weight(ctypes.Structure):
     codes: uint8 tiles, as pot.pack_codes makes them; unit: (1, groups), or (ceil(rows / 16), groups, 16), float16 or
     float32; row_sums: (rows) float32, from `row_sums`, or None; shape: (rows, columns); bits: 3, 4 or 8; table: levels
     of the codes; activations: 0: float32; 1: 8 bits per row of x, which needs row_sums; 2: 8 bits per 64 columns.
-    Raises ValueError for tensors of another dtype or shape, not contiguous, or not on the CPU.
+    Raises ValueError as `address` does, and for groups that do not divide the columns.
     """
 
     _fields_ = [
@@ -43,51 +44,65 @@ class Weight(ctypes.Structure):
 
     def __init__(self, codes, unit, row_sums, shape, bits, table, activations):
         (rows, columns), width = shape, {3: 32, 4: 8, 8: 4}[bits]  # columns of a tile
-        expected = -(-rows // 16), -(-columns // width) * 2 * width * bits
-        if codes.dtype != torch.uint8 or codes.shape != expected or unit.dtype not in (torch.float16, torch.float32):
-            raise ValueError(
-                f"codes are {tuple(codes.shape)} {codes.dtype} and units {unit.dtype}: the kernel takes codes {expected} "
-                "torch.uint8 and units of float16 or float32"
-            )
-        groups, per_row = unit.shape[1], unit.dim() == 3
-        if unit.shape != ((expected[0], groups, 16) if per_row else (1, groups)) or columns % max(1, groups):
+        blocks, groups, per_row = -(-rows // 16), unit.shape[1] if unit.dim() > 1 else 1, unit.dim() == 3
+        if not groups or columns % groups:
             raise ValueError(f"units {tuple(unit.shape)} do not fit a weight of {rows} rows and {columns} columns")
-        if row_sums is not None and (row_sums.shape != (rows,) or row_sums.dtype != torch.float32):
-            raise ValueError(f"row_sums are {tuple(row_sums.shape)} {row_sums.dtype}, expected ({rows},) float32")
-        tensors = [t for t in (codes, unit, row_sums) if t is not None]
-        if not all(t.device.type == "cpu" and t.is_contiguous() for t in tensors):
-            raise ValueError("codes, units and row_sums must be contiguous and on the CPU")
+        # Tensors of their own: `.data = ` of the caller's tensors must not free what the pointers point to.
+        codes, unit = codes.detach(), unit.detach()
+        row_sums = None if row_sums is None else row_sums.detach()
+        pointers = (
+            address("codes", codes, (blocks, -(-columns // width) * 2 * width * bits), torch.uint8),
+            address("unit", unit, (blocks, groups, 16) if per_row else (1, groups), torch.float16, torch.float32),
+            None if row_sums is None else address("row_sums", row_sums, (rows,), torch.float32),
+        )
         levels = [int(v) for v in table] if bits < 8 else []  # 8 bits are levels already
         super().__init__(
-            codes.data_ptr(), unit.data_ptr(), None if row_sums is None else row_sums.data_ptr(), rows, columns, groups,
-            bits, per_row, unit.dtype == torch.float16, activations, (ctypes.c_int8 * 16)(*levels),
+            *pointers, rows, columns, groups, bits, per_row, unit.dtype == torch.float16, activations,
+            (ctypes.c_int8 * 16)(*levels),
         )  # fmt: skip
         self.tensors = codes, unit, row_sums
         self.key = self.codes, self.unit, activations
+
+
+def address(name: str, tensor: torch.Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> int:
+    """Pointer to the values of a tensor, for C++, which reads raw memory. Raises ValueError unless the tensor has this
+    shape, one of the dtypes, and lies contiguous on the CPU. name is for the message."""
+    fits = tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.dtype in dtypes
+    if not (fits and tensor.shape == shape and tensor.is_contiguous() and not tensor.is_neg()):
+        raise ValueError(
+            f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, in memory with strides "
+            f"{tensor.stride() if tensor.layout == torch.strided else tensor.layout}: the kernel takes "
+            f"{tuple(shape)} {' or '.join(map(str, dtypes))}, contiguous and on the CPU"
+        )
+    if tensor.untyped_storage().nbytes() < (tensor.storage_offset() + tensor.numel()) * tensor.itemsize:
+        raise ValueError(f"{name} has more elements than memory: its storage was resized")
+    return tensor.data_ptr()
 
 
 # -----------------------------------------------------------------------------
 # Build and load
 
 
+TIMEOUT = 600  # seconds for the compiler
+
+
+class KernelError(ValueError):
+    """NANOPOT_KERNEL asks for what this machine cannot do."""
+
+
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """The library of decode.cpp and pot.cpp. None, with one warning, if it cannot be built; None if it is turned off.
 
-    Raises ValueError if NANOPOT_KERNEL names an instruction set that this machine does not have.
+    Raises KernelError if NANOPOT_KERNEL names an instruction set that this machine does not have.
     """
     choice = os.environ.get("NANOPOT_KERNEL", "")
     if choice == "off":
         return None
     try:
-        path = build(SOURCE)
-        try:
-            library = ctypes.CDLL(path)
-        except OSError:  # the file is damaged, for example by a full disk
-            os.remove(path)
-            library = ctypes.CDLL(build(SOURCE))
-    except (OSError, subprocess.CalledProcessError) as e:
-        lines = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
+        library = ctypes.CDLL(build(SOURCE))
+    except OSError as e:
+        lines = str(e).strip().splitlines()
         reason = next((line for line in lines if "error" in line), lines[0] if lines else e)
         warnings.warn(
             f"PyTorch unpacks packed weights, which is slow, because {SOURCE} cannot be built ({reason}): install g++ or "
@@ -106,14 +121,14 @@ def load() -> ctypes.CDLL | None:
     library.pot_instruction_sets.restype = ctypes.c_char_p
     if choice and library.pot_choose(choice.encode()):
         available = library.pot_instruction_sets().decode().replace(" ", ", ")
-        raise ValueError(f"NANOPOT_KERNEL={choice}: this machine has {available}; or off")
+        raise KernelError(f"NANOPOT_KERNEL={choice}: this machine has {available}; or off")
     return library
 
 
 def build(source: str) -> str:
     """Path of the shared library of a C++ file. Builds it if source, compiler, flags or processor are new.
 
-    Raises OSError without a compiler or a writable cache, and CalledProcessError if the compiler fails.
+    Raises OSError without a compiler or a cache that is safe to use, and if the compiler fails or takes too long.
     """
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
     if compiler is None:
@@ -124,21 +139,63 @@ def build(source: str) -> str:
     for path in (source, os.path.join(os.path.dirname(source), "pot.cpp")):
         with open(path, "rb") as f:
             key.update(f.read())
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    key.update(repr((compiler, version, flags, _processor())).encode())
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    path = os.path.join(home, "nanopot", f"pot-{key.hexdigest()[:16]}.so")
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        handle, temporary = tempfile.mkstemp(suffix=".so", dir=os.path.dirname(path))
-        os.close(handle)
-        try:  # several processes may build at once: each renames a finished file
-            subprocess.run([compiler, *flags, "-o", temporary, source], capture_output=True, text=True, check=True)
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
+    key.update(repr((compiler, _run(compiler, "--version"), flags, _processor())).encode())
+    folder = _cache()
+    start = os.path.join(folder, f"pot-{key.hexdigest()[:16]}-")
+    # The name ends with a digest of the content, because loading a library that is cut short kills the process.
+    for path in glob.glob(glob.escape(start) + "*.so"):
+        if _is_trusted(path) and path == f"{start}{_digest(path)}.so":
+            return path
+    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
+    os.close(handle)
+    try:  # several processes may build at once: each renames a finished file
+        _run(compiler, *flags, "-o", temporary, source)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        path = f"{start}{_digest(temporary)}.so"
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
     return path
+
+
+def _run(*command):
+    """Runs a command and returns what it prints. Raises OSError if it fails or takes longer than TIMEOUT."""
+    with tempfile.TemporaryFile() as output:  # a pipe would wait for the children of a command that was stopped
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, timeout=TIMEOUT
+            )
+        except subprocess.TimeoutExpired:
+            raise OSError(f"{command[0]} takes longer than {TIMEOUT} s") from None
+        output.seek(0)
+        text = output.read().decode(errors="replace")
+    if done.returncode:
+        raise OSError(text.strip() or f"{command[0]} ends with code {done.returncode}")
+    return text
+
+
+def _cache():
+    """The folder of libraries. Nobody else may write to it, because a library runs with the rights of whoever loads it.
+    Raises OSError if it is another user's."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = os.path.join(home, "nanopot")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    if not _is_trusted(folder):
+        raise OSError(f"{folder} belongs to another user")
+    if os.stat(folder).st_mode & 0o022:  # others may write
+        os.chmod(folder, 0o700)
+    return folder
+
+
+def _is_trusted(path):
+    return os.name != "posix" or os.stat(path).st_uid in (0, os.geteuid())
+
+
+def _digest(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
 def _processor():
@@ -162,12 +219,19 @@ def _loaded() -> ctypes.CDLL:
 def linear(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x (..., columns) float32 times weight, plus bias (rows) float32 -> (..., rows) float32.
 
-    weight.activations says whether x is rounded to 8 bits, and how.
+    weight.activations says whether x is rounded to 8 bits, and how. Raises ValueError for tensors that do not fit.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    if x.shape[-1:] != (weight.columns,) or x.dtype != torch.float32 or x.device.type != "cpu":
+        raise ValueError(
+            f"x is {tuple(x.shape)} {x.dtype} on {x.device}: the kernel takes (..., {weight.columns}) torch.float32 on "
+            "the CPU"
+        )
+    if weight.activations == 1 and not weight.row_sums:
+        raise ValueError("8-bit activations per row need the weight's row_sums")
+    rows = x.resolve_neg().reshape(-1, weight.columns)
     rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
     y = rows.new_empty(len(rows), weight.rows)
-    bias_pointer = None if bias is None else bias.data_ptr()
+    bias_pointer = None if bias is None else address("bias", bias, (weight.rows,), torch.float32)
     _loaded().pot_linear(
         weight, bias_pointer, rows.data_ptr(), len(rows), rows.stride(0), y.data_ptr(), weight.rows,
         torch.get_num_threads(),
@@ -178,32 +242,40 @@ def linear(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.
 def unpack(weight: Weight, index: torch.Tensor | None = None) -> torch.Tensor:
     """The weight (rows, columns) float32, or only its rows `index` (an int tensor): (*index.shape, columns).
 
-    Raises IndexError for an index out of range and TypeError for one that is not integer.
+    Raises IndexError for an index out of range, TypeError for one that is not integer, and ValueError for one that is
+    not on the CPU.
     """
     library, threads = _loaded(), torch.get_num_threads()
     if index is None:
-        out = torch.empty(weight.rows, weight.columns)
+        out = _empty(weight.rows, weight.columns)
         library.pot_unpack(weight, None, 0, weight.rows, out.data_ptr(), threads)
         return out
-    if index.is_floating_point():
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise TypeError(f"an index of {index.dtype}: rows are looked up by integers")
-    rows, out = index.long().contiguous(), torch.empty(*index.shape, weight.columns)
-    if library.pot_unpack(weight, rows.data_ptr(), 0, rows.numel(), out.data_ptr(), threads):
+    rows, out = index.long().contiguous(), _empty(*index.shape, weight.columns)
+    pointer = address("index", rows, index.shape, torch.int64)
+    if library.pot_unpack(weight, pointer, 0, rows.numel(), out.data_ptr(), threads):
         raise IndexError(f"an index is out of range: there are {weight.rows} rows")
     return out
 
 
 def row_sums(weight: Weight) -> torch.Tensor:
     """(rows) float32: sum of unit * level over each row, which products with 8-bit activations per row need."""
-    sums = torch.zeros(weight.rows)
+    sums = _empty(weight.rows)
     _loaded().pot_row_sums(weight, sums.data_ptr())
     return sums
+
+
+def _empty(*shape):
+    return torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
 
 
 def read_once(buffer: torch.Tensor) -> int:
     """Reads a contiguous buffer once with all threads, to measure the bandwidth of memory. Returns the sum of its 64-bit
     words, modulo 2^64."""
-    return _loaded().pot_read(buffer.data_ptr(), buffer.nbytes // 8, torch.get_num_threads())
+    return _loaded().pot_read(
+        address("buffer", buffer, buffer.shape, buffer.dtype), buffer.nbytes // 8, torch.get_num_threads()
+    )
 
 
 @torch.library.custom_op("nanopot::linear", mutates_args=(), device_types="cpu")

@@ -3,13 +3,14 @@ A GPT in one call: tokens in, logits of the last one out, by decode.cpp. For pac
 """
 
 import ctypes
+import os
 import threading
 import weakref
 from dataclasses import dataclass
 
 import torch
 
-from . import Weight, load
+from . import Weight, address, load
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Decoder:
     tensors: norms and biases, float32 and contiguous on the CPU, by name ("transformer.h.0.ln_1.weight"). A bias may be
     missing. frequencies: (head_size / 2) float32, the rotary angles in radians a position; None for learned positions,
     whose table is weights["transformer.wpe"]. The decoder keeps pointers into both: make a new one after moving, casting
-    or assigning weights.
+    or assigning weights. Raises ValueError for a weight or tensor that does not fit shape.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class Decoder:
     ):  # fmt: skip
         self.shape, self.lock = shape, threading.Lock()
         self.cache = lambda: None  # a weak reference to the cache of the last call
+        self.pointers = None  # its capacity and its pointers
+        tensors = {name: t.detach() for name, t in tensors.items()}  # survive `.data = ` of the caller's tensors
         self.kept = weights, tensors, frequencies
         self.step = load().gpt_decode
         self.step.argtypes = [
@@ -87,27 +90,47 @@ class Decoder:
         ]  # fmt: skip
         self.step.restype = None
 
-        def pointer(name):
-            return tensors[name].data_ptr() if name in tensors else None
+        if shape.n_head % shape.n_kv_head or frequencies is not None and shape.head_size % 2:
+            raise ValueError(f"{shape} does not divide into heads")
+        width, inner = shape.n_head * shape.head_size, shape.n_inner * (2 if shape.gated else 1)
+
+        def pointer(name, size):
+            return address(name, tensors[name], (size,), torch.float32) if name in tensors else None
 
         def norm(name):
-            return _Norm(pointer(f"{name}.weight"), pointer(f"{name}.bias"))
+            if f"{name}.weight" not in tensors:
+                raise ValueError(f"{name}.weight is missing")
+            return _Norm(*(pointer(f"{name}.{part}", shape.n_embd) for part in ("weight", "bias")))
 
-        def linear(name):
-            return _Linear(weights[name], pointer(f"{name}.bias"))
+        def table(name, rows, columns=shape.n_embd):
+            weight = weights[name]
+            if (weight.rows, weight.columns) != (rows, columns):
+                raise ValueError(f"{name} is ({weight.rows}, {weight.columns}), expected ({rows}, {columns})")
+            if weight.activations == 1 and not weight.row_sums:
+                raise ValueError(f"{name}: 8-bit activations per row need its row_sums")
+            return weight
+
+        def linear(name, rows, columns=shape.n_embd):
+            return _Linear(table(name, rows, columns), pointer(f"{name}.bias", rows))
 
         self.layers = (_Layer * shape.n_layer)()
         for i in range(shape.n_layer):
             block = f"transformer.h.{i}"
-            norms = norm(f"{block}.ln_1"), norm(f"{block}.ln_2")
-            parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-            self.layers[i] = _Layer(*norms, *(linear(f"{block}.{part}") for part in parts))
+            self.layers[i] = _Layer(
+                norm(f"{block}.ln_1"), norm(f"{block}.ln_2"),
+                linear(f"{block}.attn.c_attn", width + 2 * shape.n_kv_head * shape.head_size),
+                linear(f"{block}.attn.c_proj", shape.n_embd, width),
+                linear(f"{block}.mlp.c_fc", inner), linear(f"{block}.mlp.c_proj", shape.n_embd, shape.n_inner),
+            )  # fmt: skip
+        wte, learned = table("transformer.wte", shape.vocab_size), frequencies is None
         self.gpt = _Gpt(
             shape.n_layer, shape.n_head, shape.n_kv_head, shape.head_size, shape.n_embd, shape.n_inner, 0, shape.rms,
-            shape.gated, shape.norm_eps, None if frequencies is None else frequencies.data_ptr(),
-            weights["transformer.wte"], weights["transformer.wte" if frequencies is not None else "transformer.wpe"],
-            norm("transformer.ln_f"), linear("lm_head"), self.layers,
+            shape.gated, shape.norm_eps,
+            None if learned else address("frequencies", frequencies, (shape.head_size // 2,), torch.float32),
+            wte, table("transformer.wpe", shape.block_size) if learned else wte, norm("transformer.ln_f"),
+            linear("lm_head", shape.vocab_size), self.layers,
         )  # fmt: skip
+        _decoders.add(self)
 
     def __call__(self, tokens: torch.Tensor, cache) -> torch.Tensor:
         """cache: model.KVCache, empty or of float16. Raises ValueError for tokens or a cache that do not fit."""
@@ -115,39 +138,52 @@ class Decoder:
         if tokens.dim() != 2 or len(tokens) != 1 or not tokens.numel():
             raise ValueError(f"tokens of shape {tuple(tokens.shape)}: the decoder takes a batch of one, (1, T)")
         tokens = tokens.long().contiguous()
+        pointer, n = address("tokens", tokens, tokens.shape, torch.int64), tokens.shape[1]
         low, high = (int(t) for t in tokens.aminmax())
         if not 0 <= low <= high < shape.vocab_size:
             raise ValueError(f"token {low if low < 0 else high} is not in the vocabulary of {shape.vocab_size}")
-        logits, n = torch.empty(1, self.gpt.lm_head.weight.rows), tokens.shape[1]
+        logits = torch.empty(1, shape.vocab_size, dtype=torch.float32, device="cpu")
         with self.lock:
-            if cache.length + n > min(cache.capacity, shape.block_size):
+            position = cache.length  # read once: another decoder may advance it
+            if not 0 <= position <= min(cache.capacity, shape.block_size) - n:
                 raise ValueError(
-                    f"{n} tokens from position {cache.length} on do not fit a cache of {cache.capacity} and a context of "
+                    f"{n} tokens from position {position} on do not fit a cache of {cache.capacity} and a context of "
                     f"{shape.block_size}"
                 )
-            if self.cache() is not cache:
-                self._point_to(cache)
-            self.step(self.gpt, tokens.data_ptr(), n, cache.length, logits.data_ptr(), torch.get_num_threads())
-            cache.length += n
+            tensors = self._point_to(cache)
+            self.step(self.gpt, pointer, n, position, logits.data_ptr(), torch.get_num_threads())
+            cache.length = position + n
+            del tensors  # alive until here, even if another thread emptied the cache
         return logits
 
     def _point_to(self, cache):
-        """Checks the tensors of a cache, which stay the same as long as it lives, and keeps pointers to them."""
-        shape, self.cache = self.shape, lambda: None
-        size = (1, shape.n_kv_head, cache.capacity, shape.head_size)
+        """Points to the keys and values of a cache, and returns them. Checks those that the last call did not have."""
+        n, size = self.shape.n_layer, (1, self.shape.n_kv_head, cache.capacity, self.shape.head_size)
         if not cache.layers:
-            cache.layers = {i: [torch.empty(size, dtype=torch.float16) for _ in range(2)] for i in range(shape.n_layer)}
-        layers = [cache.layers.get(i) for i in range(shape.n_layer)]
-        if not all(kv and all(map(_is_plain, kv)) and kv[0].shape == kv[1].shape == size for kv in layers):
+            empty = [torch.empty(size, dtype=torch.float16, device="cpu") for _ in range(2 * n)]
+            cache.layers = {i: empty[2 * i : 2 * i + 2] for i in range(n)}
+        tensors = [t for i in range(n) for t in cache.layers.get(i, ())]
+        pointers = [cache.capacity, *(t.data_ptr() for t in tensors)]
+        if self.cache() is cache and self.pointers == pointers:
+            return tensors
+        self.cache = lambda: None
+        try:
+            for t in tensors:
+                address("the cache", t, size, torch.float16)
+            if len(tensors) != 2 * n:
+                raise ValueError(f"the cache has {len(tensors)} keys and values for {n} layers")
+        except ValueError as e:
             raise ValueError(
-                f"the cache does not hold float16 keys and values of shape {size} for {shape.n_layer} layers on the "
-                "CPU: begin with an empty cache, or with KVCache(..., torch.float16) and a batch of one"
-            )
-        self.gpt.capacity = cache.capacity
-        for layer, kv in zip(self.layers, layers):
-            layer.keys, layer.values = (t.data_ptr() for t in kv)
-        self.cache = weakref.ref(cache)
+                f"{e}: begin with an empty cache, or with KVCache(..., torch.float16) and a batch of one"
+            ) from None
+        self.gpt.capacity, *starts = pointers
+        for i, layer in enumerate(self.layers):
+            layer.keys, layer.values = starts[2 * i : 2 * i + 2]
+        self.cache, self.pointers = weakref.ref(cache), pointers
+        return tensors
 
 
-def _is_plain(tensor):
-    return tensor.dtype == torch.float16 and tensor.device.type == "cpu" and tensor.is_contiguous()
+# A lock that another thread holds while the process forks would stay locked in the child.
+_decoders = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: [setattr(d, "lock", threading.Lock()) for d in _decoders])

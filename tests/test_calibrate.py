@@ -533,6 +533,31 @@ def test_training_continues_after_calibration():
     assert losses[-1] < losses[0]
 
 
+class ByName(nn.Module):
+    """Passes the inputs of layers by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.a, self.b = nn.Embedding(9, 24), nn.Linear(24, 24), nn.Linear(24, 9, bias=False)
+        self.b.weight = self.table.weight
+
+    def forward(self, ids):
+        x = self.a(input=self.table(input=ids))
+        return self.b(input=self.a(input=x.relu()))
+
+
+def test_inputs_passed_by_name(monkeypatch):
+    monkeypatch.setattr(calibrate_module, "_distance", lambda *_: 0.0)
+    torch.manual_seed(0)
+    net, ids = ByName(), torch.randint(9, (4, 100))
+    prepare(net, PoTConfig(granularity="channel"))
+    before = net.a.weight.clone()
+    errors = calibrate(net, [ids, ids.flip(1)])
+    assert errors.keys() == {"a"} and not torch.equal(net.a.weight, before)
+    y = net(ids)
+    assert torch.allclose(convert(net)(ids), y, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["tuple", "list", "mapping", "Conv1D", "bfloat16", "dead channels"])
 def test_other_models_and_batches(kind):
     net, x = trained_net()

@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import itertools
 import os
 import pickle
 import platform
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 import pot_kernel
 from checkpoint import make_decoder
@@ -30,7 +33,9 @@ from pot import (
     fake_quantize_activations,
     prepare,
     quantize_,
+    unpack_codes,
 )
+from pot_kernel.decode import Decoder, DecoderShape
 
 ROOT = Path(__file__).parent.parent
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -362,18 +367,20 @@ def test_trainable_bias_and_strided_buffers(kernel):
 
 
 @needs_compiler
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("on", [False, True])
-def test_embeddings_by_index(kernel, bits, on):
+@pytest.mark.parametrize("granularity", ["group", "tensor"])
+def test_embeddings_by_index(kernel, bits, on, granularity):
     kernel("off")
     embedding = nn.Embedding(37, 64)
-    config = PoTConfig(bits=bits, grid="uniform" if bits == 8 else "pot")
+    config = PoTConfig(bits=bits, grid="uniform" if bits == 8 else "pot", granularity=granularity)
     expected = quantize_(copy.deepcopy(embedding), config).weight
     assert bool(kernel("" if on else "off")) == on
     table = quantize_(embedding, config)
     for index in (
         torch.tensor([[3, 36], [0, 15], [16, 31]]),
         torch.tensor([5, 5], dtype=torch.int32),
+        torch.tensor([1, 0, 1], dtype=torch.uint8),  # no mask
         torch.tensor(32),
     ):
         assert torch.equal(table(index), expected[index.long()])
@@ -381,9 +388,12 @@ def test_embeddings_by_index(kernel, bits, on):
     for bad in (-1, -37, 37):
         with pytest.raises(IndexError):
             table(torch.tensor([0, bad]))
-    if on:
+        if bits == 3 and granularity == "tensor":
+            with pytest.raises(IndexError):
+                torch.compile(table, backend="eager")(torch.tensor([0, bad]))
+    for bad in (torch.tensor([2.7]), torch.ones(37, dtype=torch.bool)):
         with pytest.raises(TypeError, match="integers"):
-            table(torch.tensor([2.7]))
+            table(bad)
     with pytest.raises(RuntimeError, match="the index is on meta"):
         table(torch.tensor([2], device="meta"))
 
@@ -398,18 +408,105 @@ def test_jit_trace(kernel):
     assert torch.allclose(traced(x), layer(x), atol=1e-5)
 
 
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    """compiler(script) makes a shell script the compiler, with an empty cache. Returns the folder of the cache."""
+
+    def make(script):
+        path = tmp_path / "compiler"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("CXX", str(path))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        return tmp_path / "cache" / "nanopot"
+
+    return make
+
+
+COPY = 'if [ "$1" = --version ]; then exit; fi; while [ "$1" != -o ]; do shift; done; cat {} > "$2"'  # a fast compiler
+
+
 @needs_compiler
-def test_library_is_rebuilt_for_another_processor_and_after_damage(kernel, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert kernel()
-    (path,) = (tmp_path / "nanopot").iterdir()
-    path.unlink()  # this process still maps the old file
-    path.write_bytes(b"")  # a full disk leaves an empty file
-    code = "import pot_kernel; assert pot_kernel.load()"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert not done.returncode, done.stderr
+def test_library_is_built_again_for_another_processor_and_after_damage(compiler, monkeypatch, tmp_path):
+    whole = b"a library" * 999
+    (tmp_path / "library").write_bytes(whole)
+    folder = compiler(COPY.format(tmp_path / "library"))
+    path = Path(pot_kernel.build(pot_kernel.SOURCE))
+    for damaged in (b"", whole[:1000], whole + b"more", b"another library"):
+        path.write_bytes(damaged)
+        path = Path(pot_kernel.build(pot_kernel.SOURCE))
+        assert path.read_bytes() == whole and list(folder.iterdir()) == [path]
+    compiler('[ "$1" = --version ]')  # a library that is whole is not built again
+    assert pot_kernel.build(pot_kernel.SOURCE) == str(path)
+    compiler(COPY.format(tmp_path / "library"))
     monkeypatch.setattr(pot_kernel, "_processor", lambda: "another")
     assert pot_kernel.build(pot_kernel.SOURCE) != str(path)
+
+
+@needs_compiler
+def test_no_other_user_can_write_into_the_cache(compiler, monkeypatch, tmp_path):
+    (tmp_path / "library").write_bytes(b"a library")
+    folder = compiler(COPY.format(tmp_path / "library"))
+    before = os.umask(0)
+    try:
+        path = pot_kernel.build(pot_kernel.SOURCE)
+        assert folder.stat().st_mode & 0o777 == 0o700
+        folder.chmod(0o777)
+        assert pot_kernel.build(pot_kernel.SOURCE) == path and folder.stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
+    os.utime(path, (0, 0))
+    with monkeypatch.context() as patch:
+        patch.setattr(pot_kernel, "_is_trusted", lambda p: p != path)
+        assert pot_kernel.build(pot_kernel.SOURCE) == path and os.stat(path).st_mtime > 0  # built again
+    if os.geteuid() == 0:
+        os.chown(folder, 1, 1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(OSError, match="nanopot belongs to another user"):
+        pot_kernel.build(pot_kernel.SOURCE)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "script, message",
+    [
+        ("sleep 20 & sleep 20", "takes longer than 0.3 s"),
+        ("exit 3", "ends with code 3"),
+        (r"printf 'note: \351\n error: \377\n'; exit 1", "error: \ufffd"),
+        (r'printf "version \351\n"; [ "$1" = --version ] || { printf "error: \377\n" >&2; exit 1; }', "error: \ufffd"),
+        ('[ "$1" = --version ]', "ends with code 1"),
+        (
+            '[ "$1" = --version ] && exit; while [ "$1" != -o ]; do shift; done; echo text > "$2"',
+            "file too short|invalid",
+        ),
+    ],
+    ids=["hangs", "no version", "version not in UTF-8", "messages not in UTF-8", "fails", "writes no library"],
+)
+def test_compilers_that_fail(compiler, monkeypatch, script, message):
+    """pot.py warns, and PyTorch unpacks."""
+    folder = compiler(script)
+    monkeypatch.setenv("NANOPOT_KERNEL", "")
+    if "sleep" in script:
+        monkeypatch.setattr(pot_kernel, "TIMEOUT", 0.3)
+    with pytest.warns(UserWarning, match=message):
+        assert pot_kernel.load.__wrapped__() is None
+    assert not folder.exists() or not list(folder.glob("*.tmp"))
+
+
+@needs_compiler
+def test_a_fault_of_the_kernel_is_not_told_as_the_files(kernel, tmp_path):
+    import checkpoint
+
+    kernel("off")
+    shape = GPTConfig(16, 50, 1, 2, 64)
+    meta, settings = {"tokenizer": "char", "chars": "abc"}, {"dataset": None, "seed": None}
+    info = checkpoint.CheckpointInfo(meta, "PTQ", shape, PoTConfig(), settings=settings)
+    checkpoint.save_model(str(tmp_path), random_gpt(PoTConfig(), shape), info)
+    with pytest.raises(ValueError, match="NANOPOT_KERNEL"):
+        kernel("sse")
+    with pytest.raises(ValueError, match="^NANOPOT_KERNEL=sse: this machine has"):
+        checkpoint.load_model(str(tmp_path))
 
 
 @needs_compiler
@@ -458,6 +555,34 @@ def test_forked_process():
     )
     env = os.environ | {"NANOPOT_KERNEL": ""}
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=env, check=True, timeout=60)
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_fork_while_another_thread_decodes():
+    code = (
+        "import os, signal, sys, threading, torch\n"
+        "from checkpoint import make_decoder\n"
+        "from model import GPT, GPTConfig, KVCache\n"
+        "from pot import quantize_\n"
+        "torch.set_num_threads(1)\n"
+        "decode = make_decoder(quantize_(GPT(GPTConfig(256, 50, 4, 4, 128)).eval().requires_grad_(False)))\n"
+        "ids = torch.randint(50, (1, 256))\n"
+        "ready, done = threading.Event(), threading.Event()\n"
+        "def work():\n"
+        "    while not done.is_set():\n"
+        "        decode(ids, KVCache(256)), ready.set()\n"  # holds the lock nearly always
+        "thread = threading.Thread(target=work)\n"
+        "thread.start(), ready.wait()\n"
+        "for _ in range(5):\n"
+        "    pid = os.fork()\n"
+        "    if pid == 0: signal.alarm(90), os._exit(0 if decode(ids[:, :3], KVCache(3)).isfinite().all() else 3)\n"
+        "    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])\n"
+        "    if code: break\n"
+        "done.set(), thread.join(), sys.exit(code)\n"
+    )
+    env = os.environ | {"NANOPOT_KERNEL": ""}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=env, check=True, timeout=120)
 
 
 @needs_compiler
@@ -647,6 +772,89 @@ def test_threads_share_a_cache(kernel):
 
 
 @needs_compiler
+def test_decoders_share_a_cache(kernel):
+    """They take no turns, but nothing is written beyond the cache."""
+    assert kernel()
+    model = random_gpt(PoTConfig(), GPTConfig(64, 101, 2, 4, 128))
+    decoders, cache = [make_decoder(model) for _ in range(4)], KVCache(20, torch.float16)
+    refused = []
+
+    def work(decode):
+        for _ in range(100):
+            try:
+                decode(torch.tensor([[1]]), cache)
+            except ValueError as e:
+                refused.append(str(e))
+
+    workers = [threading.Thread(target=work, args=(decode,)) for decode in decoders]
+    for t in workers:
+        t.start()
+    for t in workers:
+        t.join(120)
+    assert cache.length == 20 and all("do not fit a cache of 20" in message for message in refused)
+
+
+@needs_compiler
+def test_a_cache_that_changes_between_calls(kernel):
+    assert kernel()
+    model = random_gpt(PoTConfig(), GPTConfig(64, 101, 2, 4, 128))
+    decode, cache, ids = make_decoder(model), KVCache(20, torch.float16), torch.randint(101, (1, 20))
+    expected = decode(ids, cache)
+    cache.length = 10  # goes back
+    assert torch.allclose(decode(ids[:, 10:], cache), expected, rtol=1e-3, atol=1e-3)
+    cache.layers = {i: [t.clone() for t in kv] for i, kv in cache.layers.items()}
+    cache.length = 10
+    assert torch.allclose(decode(ids[:, 10:], cache), expected, rtol=1e-3, atol=1e-3)
+    cache.length = -1
+    with pytest.raises(ValueError, match="from position -1 on do not fit"):
+        decode(ids[:, :1], cache)
+    cache.length, cache.capacity = 20, 64
+    with pytest.raises(ValueError, match="begin with an empty cache"):
+        decode(ids[:, :1], cache)
+    cache.capacity, cache.length = 20, 0
+    cache.layers[1][0] = torch.empty(1, 4, 20, 32, dtype=torch.float16)[..., ::2].expand(1, 4, 20, 16)
+    with pytest.raises(ValueError, match="begin with an empty cache"):
+        decode(ids[:, :1], cache)
+
+
+@needs_compiler
+def test_decoder_rejects_what_does_not_fit_its_shape(kernel):
+    assert kernel()
+    shape = GPTConfig(16, 50, 1, 2, 64)
+    model = random_gpt(PoTConfig(act_bits=8), shape)
+    for name, p in model.named_parameters():
+        whole = p.data
+        for wrong in (whole[1:], torch.cat([whole, whole]), whole.double(), torch.stack([whole] * 2, 1)[:, 0]):
+            p.data = wrong
+            with pytest.raises(ValueError, match=f"{name} is .* the kernel takes"):
+                decoder_of(model, shape)
+        p.data = whole
+    for bad in (replace(shape, n_inner=128), replace(shape, vocab_size=51), replace(shape, block_size=17)):
+        with pytest.raises(ValueError, match="expected"):
+            decoder_of(model, bad)
+    decode = decoder_of(model, shape)
+    before = decode(torch.tensor([[3, 4]]), KVCache(2))
+    for p in model.parameters():
+        p.data = torch.full_like(p, torch.nan)  # the decoder keeps the old memory
+    for module in model.modules():
+        if isinstance(module, PackedWeight):
+            module.codes.data, module.unit.data = torch.zeros(3, dtype=torch.uint8), torch.zeros(3)
+    assert torch.equal(decode(torch.tensor([[3, 4]]), KVCache(2)), before)
+    with pytest.raises(ValueError, match="tokens are|tokens is"):
+        decode(torch.tensor([[3, 4]], device="meta"), KVCache(2))
+
+
+def decoder_of(model, c):
+    """make_decoder without its own checks."""
+    shape = DecoderShape(
+        c.n_layer, c.n_head, c.n_kv_head, c.head_size, c.n_embd, c.n_inner, c.block_size, c.vocab_size,
+        rms=False, gated=False, norm_eps=c.norm_eps,
+    )  # fmt: skip
+    weights = {n: m.packed.kernel_weight() for n, m in model.named_modules() if hasattr(m, "packed")}
+    return Decoder(shape, weights, dict(model.named_parameters()))
+
+
+@needs_compiler
 def test_models_without_a_decoder(kernel):
     shape = GPTConfig(16, 50, 1, 2, 64)
     assert kernel() and make_decoder(random_gpt(PoTConfig(), shape))
@@ -752,25 +960,134 @@ def test_kernel_that_cannot_be_built(tmp_path):
         assert not list((tmp_path / "cache" / "nanopot").iterdir())
 
 
+DTYPES = (torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "every other": lambda t: torch.stack([t, t], -1)[..., 0],
+    "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t.flip(0),
+    "expanded": lambda t: t[..., :1].expand(t.shape),
+    "negated": lambda t: torch._neg_view(-t) if t.dtype == torch.float32 else t,  # PyTorch's cast of others is wrong
+    "shifted": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),
+    "shorter": lambda t: t[..., :-1],
+    "longer": lambda t: torch.cat([t, t], -1),
+    "meta": lambda t: t.to("meta"),
+}
+
+
 @needs_compiler
-def test_kernel_rejects_weights_that_it_would_misread(kernel):
-    """load_state_dict(assign=True) accepts any dtype and layout, but the kernel reads raw memory."""
+@pytest.mark.parametrize("on, act_bits", [(False, None), (True, None), (True, 8)])
+def test_any_state_dict_gives_the_right_product_or_an_error(kernel, on, act_bits):
+    """load_state_dict(assign=True) and `.data =` take tensors of any dtype, layout and device. The kernel reads raw
+    memory."""
+    assert bool(kernel("" if on else "off")) == on
+    config = PoTConfig(act_bits=act_bits)
+    layer, other = (quantize_(nn.Linear(128, 32), config).requires_grad_(False) for _ in range(2))
+    x, right = torch.randn(2, 128), set()
+    rounded = fake_quantize_activations(x) if act_bits else x
+    for name, part in itertools.product(("packed.codes", "packed.unit", "bias"), ("load", "assign", "data")):
+        for dtype, (layout, change) in itertools.product(DTYPES, LAYOUTS.items()):
+            state = layer.state_dict()
+            value = state[name] = change(state[name].to(dtype))
+            if part == "data" and layout in ("shorter", "longer") and not on:
+                continue  # a misuse, but PyTorch reads nothing beyond a tensor
+            loaded = copy.deepcopy(other)
+            try:
+                if part == "data":
+                    loaded.load_state_dict(layer.state_dict())
+                    loaded(x)
+                    getattr(loaded.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]).data = value
+                    loaded.packed._refresh()  # the sums of rows
+                else:
+                    loaded.load_state_dict(state, assign=part == "assign")
+                y = loaded(x)
+            except (RuntimeError, ValueError, TypeError, IndexError):
+                continue
+            if y.is_meta:
+                continue
+            codes, unit, bias = (state[key] for key in ("packed.codes", "packed.unit", "bias"))
+            levels = config.table()[unpack_codes(codes.to(torch.uint8), 4, (32, 128)).long()].double()
+            w = levels * unit.double().transpose(1, 2).reshape(32, 2).repeat_interleave(64, 1)
+            expected = F.linear(rounded.double(), w, bias.double())
+            assert (y - expected).abs().max() <= 1e-4 * (1 + expected.abs().max()), (name, part, dtype, layout)
+            right.add((name, part, layout))
+    copied = ("contiguous", "every other", "transposed", "expanded", "negated", "shifted")
+    names = ("packed.codes", "packed.unit", "bias")
+    assert right >= set(itertools.product(names, ("load",), copied))
+    assert right >= set(itertools.product(names, ("assign", "data"), ("contiguous", "shifted")))
+
+
+@needs_compiler
+def test_kernel_rejects_memory_that_it_would_misread(kernel):
     assert kernel()
     layer = quantize_(nn.Linear(128, 32)).requires_grad_(False)
-    state = layer.state_dict()
-    codes, unit = state["packed.codes"], state["packed.unit"]
-    wrong = [
-        {"packed.codes": codes.long()},
-        {"packed.codes": codes.t().contiguous().t()},
-        {"packed.unit": unit.double()},
-        {"packed.unit": unit.bfloat16()},
-        {"packed.unit": unit.mT.contiguous().mT},
-    ]
-    for part in wrong:
-        loaded = quantize_(nn.Linear(128, 32)).requires_grad_(False)
-        loaded.load_state_dict(state | part, assign=True)
-        with pytest.raises(ValueError, match="the kernel takes codes|must be contiguous"):
-            loaded(torch.randn(1, 128))
+    weight, x, table = layer.packed.kernel_weight(), torch.randn(2, 128), layer.packed.config.table().tolist()
+    for wrong in (x[:, 1:], torch.cat([x, x], 1), x.double(), x.to("meta"), x[0, 0]):
+        with pytest.raises(ValueError, match="the kernel takes"):
+            pot_kernel.linear(weight, wrong, None)
+    bias = layer.bias.detach()
+    for wrong in (bias[1:], bias.half(), bias.to("meta"), bias.view(1, 32), torch.stack([bias] * 2, 1)[:, 0]):
+        with pytest.raises(ValueError, match="bias is .* the kernel takes"):
+            pot_kernel.linear(weight, x, wrong)
+    freed = bias.clone()
+    freed.untyped_storage().resize_(8)
+    with pytest.raises(ValueError, match="bias has more elements than memory"):
+        pot_kernel.linear(weight, x, freed)
+    with pytest.raises(ValueError, match="row_sums"):
+        sums = pot_kernel.Weight(layer.packed.codes, layer.packed.unit, None, (32, 128), 4, table, 1)
+        pot_kernel.linear(sums, x, None)
+    with pytest.raises(ValueError, match="do not fit"):
+        pot_kernel.Weight(layer.packed.codes, torch.empty(2, 0, 16), None, (32, 128), 4, table, 0)
+    with pytest.raises(ValueError, match="index is"):
+        pot_kernel.unpack(weight, torch.tensor([0], device="meta"))
+    with pytest.raises(ValueError, match="buffer is"):
+        pot_kernel.read_once(torch.zeros(8, 8).t()[:, ::2])
+
+
+@needs_compiler
+def test_defaults_of_torch_do_not_matter(kernel):
+    """Results are float32 on the CPU, also where new tensors would be float64 or have no memory."""
+    assert kernel()
+    model = random_gpt(PoTConfig(act_bits=8), GPTConfig(16, 50, 1, 2, 64))
+    layer, ids, x = model.transformer.h[0].mlp.c_fc, torch.tensor([[3, 4]]), torch.randn(2, 64)
+    calls = [lambda: layer(x), lambda: layer.weight, lambda: model.transformer.wte(ids)]
+    calls += [lambda: make_decoder(model)(ids, KVCache(2)), lambda: pot_kernel.row_sums(layer.packed.kernel_weight())]
+    expected = [call() for call in calls]
+    for setting in (torch.device("meta"), torch.device("cpu")):
+        torch.set_default_dtype(torch.float64)
+        try:
+            with setting:
+                assert all(torch.equal(call(), y) and y.dtype == torch.float32 for call, y in zip(calls, expected))
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+@needs_compiler
+def test_forward_derivatives_and_negated_views(kernel):
+    assert kernel()
+    layer = quantize_(nn.Linear(128, 16)).requires_grad_(False)
+    x, direction = torch.randn(2, 128), torch.randn(2, 128)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, direction))).tangent
+        assert torch.allclose(tangent, F.linear(direction, layer.weight), atol=1e-4)
+        bias = layer.bias.detach()
+        y = layer.packed.linear(x, forward_ad.make_dual(bias, bias + 1))
+        assert torch.allclose(forward_ad.unpack_dual(y).tangent, (bias + 1).expand(2, 16))
+    assert torch.equal(layer.packed.linear(x, torch._neg_view(-bias)), layer(x))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        cast = copy.deepcopy(layer).to(dtype)
+        assert torch.equal(cast(torch._neg_view(x.to(dtype))), cast(-x.to(dtype)))
+
+
+@every_set
+def test_sums_of_a_wide_group_exceed_32_bits(kernel, name):
+    assert kernel(name)
+    for kind in ({"bits": 8, "grid": "uniform"}, {}, {"bits": 3}):
+        config = PoTConfig(granularity="channel", act_bits=8, **kind)
+        codes = torch.full((1, 140_000), 2 ** (config.bits - 1) - 1, dtype=torch.uint8)  # the top level
+        weight = PackedWeight.from_codes(codes, torch.ones(1, 1), torch.float32, config)
+        for x in (torch.ones(1, 140_000), torch.arange(140_000.0)[None] % 2, -torch.ones(20, 140_000)):
+            expected = config.top * fake_quantize_activations(x).double().sum(1, keepdim=True)
+            assert torch.allclose(weight.linear(x, None).double(), expected, rtol=1e-3)
 
 
 @needs_compiler

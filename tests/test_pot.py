@@ -758,6 +758,25 @@ def test_embedding_index_shapes():
         assert torch.equal(table(index), packed(index)) and table(index).shape == (*index.shape, 64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", ["mse", "absmax"])
+def test_largest_weights_stay_finite(dtype, scale):
+    torch.manual_seed(0)
+    largest = torch.finfo(dtype).max
+    for kind in ({}, {"terms": 2}, {"grid": "uniform"}, {"grid": "uniform", "bits": 8}, {"scale_format": "e8m0"}):
+        for granularity in ("group", "tensor"):
+            config = PoTConfig(scale=scale, granularity=granularity, **kind)
+            for w in (torch.randn(8, 64).sign() * largest, (torch.rand(8, 64) * 2 - 1) * largest):
+                w = w.to(dtype)
+                unit = pot.compute_unit(w, config)
+                q = fake_quantize(w, unit, config)
+                assert q.isfinite().all() and torch.equal(pot.PackedWeight.pack(w, unit, config)(), q)
+                if config.scale_format == "e8m0":
+                    assert (torch.frexp(unit.float()).mantissa == 0.5).all()
+                else:
+                    assert pot.sqnr(w, q) > 10
+
+
 def test_largest_float16_weights_stay_finite():
     for kind in ({}, {"terms": 2}, {"grid": "uniform"}, {"grid": "uniform", "scale": "absmax"}):
         layer = nn.Linear(64, 8).half()
