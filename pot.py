@@ -118,9 +118,9 @@ class PoTConfig:
             raise ValueError(f"group_size={self.group_size} must be at least 1; 64 and 128 are usual")
         if self.grid == "paper" and (self.granularity, self.scale) != ("tensor", "absmax"):
             raise ValueError("grid='paper' is per tensor and by absmax: use granularity='tensor', scale='absmax'")
-        if not self.eps > 0:
+        if not 0 < self.eps < float("inf"):
             raise ValueError(
-                f"eps={self.eps} must be positive; the papers use 2**-5 for GPT-2 and 2**-12 for characters"
+                f"eps={self.eps} must be positive and finite; the papers use 2**-5 for GPT-2 and 2**-12 for characters"
             )
 
     def _full_range(self) -> int:

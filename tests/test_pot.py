@@ -109,7 +109,7 @@ def test_paper_quantizer_against_the_papers_formula(config):
         dict(terms=2, grid="uniform"), dict(range=8), dict(range=0), dict(range=3, grid="uniform"),
         dict(range=3, terms=2), dict(granularity="block"), dict(group_size=0), dict(scale="max"), dict(act_bits=4),
         dict(grid="apot"), dict(grid="paper"), dict(bits=4, range=7, **PAPER), dict(bits=True), dict(bits=4.0),
-        dict(range=3.0), dict(group_size=None), dict(eps=0.0),
+        dict(range=3.0), dict(group_size=None), dict(eps=0.0), dict(eps=float("inf")),
     ],
     ids=str,
 )  # fmt: skip
