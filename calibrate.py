@@ -505,9 +505,9 @@ def calibrate_layer(layer: PreparedLayer, fitted: torch.Tensor, aside: torch.Ten
 def correction(w: torch.Tensor, fitted: torch.Tensor, aside: torch.Tensor) -> torch.Tensor:
     """What to add to a float weight w (out, in) so that the layer makes up for its inputs' errors y - x.
 
-    It is the least-squares solution times two factors, which come from the rows kept aside: the multiple that is best for
-    them, and the share of the error that goes away. With the first factor alone, and little text, SmolLM2 ends worse than
-    without a correction.
+    It is the least-squares solution times two factors, which come from the rows kept aside: the multiple that is best
+    for them, and the share of the error that goes away. With the first factor alone, and little text, SmolLM2 ends
+    worse than without a correction.
     """
     xx, dx, dd = aside
     factor = torch.linalg.cholesky(_double(damped(fitted[0], DAMPING)))
@@ -526,9 +526,9 @@ def gptq(w: torch.Tensor, unit: torch.Tensor, config: PoTConfig, moment: torch.T
     """w (out, in), with the errors of other features made up for, in w's dtype; not rounded itself.
 
     moment: (in, in), sum of x x^T. GPTQ goes through the features in the order of their mean squares, largest first:
-    rounding those costs most, and most features are left to make up for it. Then SWEEPS of coordinate descent choose each
-    code again, given all others, so that early features make up for later ones, too. Units are fixed before ("static groups"), so
-    the features of a group need not be neighbours in that order.
+    rounding those costs most, and most features are left to make up for it. Then SWEEPS of coordinate descent choose
+    each code again, given all others, so that early features make up for later ones, too. Units are fixed before
+    ("static groups"), so the features of a group need not be neighbours in that order.
     """
     n = w.shape[1]
     order = moment.diagonal().argsort(descending=True)

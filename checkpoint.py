@@ -68,7 +68,8 @@ class CheckpointInfo:
                     raise TypeError(f"{key} is {values[key]!r}")
         info = cls(
             d["tokenizer"], d["method"], GPTConfig(**d["model_args"]),
-            *(PoTConfig(**d[key]) if d.get(key) else None for key in ("pot", "table")), d["origin"], d["step"], d["settings"], d.get("val_loss"), d.get("provenance"),
+            *(PoTConfig(**d[key]) if d.get(key) else None for key in ("pot", "table")), d["origin"], d["step"],
+            d["settings"], d.get("val_loss"), d.get("provenance"),
         )  # fmt: skip
         if vocab_size(info.tokenizer) > info.model_args.vocab_size:
             raise ValueError(f"its tokenizer has more than the {info.model_args.vocab_size} tokens of the model")

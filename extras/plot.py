@@ -116,7 +116,8 @@ def _losses(entries):
 
 
 def draw_curves(runs: list[str], path: str) -> None:
-    """Losses of several runs on the text, in one picture. runs: FOLDER or NAME=FOLDER. Raises ValueError for a folder without a log."""
+    """Losses of several runs on the text, in one picture. runs: FOLDER or NAME=FOLDER. Raises ValueError for a folder
+    without a log."""
     figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     for i, given in enumerate(runs):
         name, _, folder = given.rpartition("=")

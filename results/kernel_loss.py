@@ -1,7 +1,8 @@
 """
-Does the kernel change the loss of a packed model? Mean loss of the same positions: by PyTorch with unpacked weights, and by
-each path of the kernel, which are: whole windows, layer by layer; one token after the other by the decode step; and half a window in
-one call of the decode step, then the other half token by token. "8 bits": activations are rounded, as sample.py does.
+Does the kernel change the loss of a packed model? Mean loss of the same positions: by PyTorch with unpacked weights, and
+by each path of the kernel, which are: whole windows, layer by layer; one token after the other by the decode step; and
+half a window in one call of the decode step, then the other half token by token. "8 bits": activations are rounded, as
+sample.py does.
 
     python results/kernel_loss.py out-pydoc-char data/pydoc_char
     python results/kernel_loss.py out-smollm2-ptq4 data/smollm2-web 2048    # tokens of the test split
