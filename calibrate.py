@@ -542,32 +542,34 @@ def gptq(w: torch.Tensor, unit: torch.Tensor, config: PoTConfig, moment: torch.T
     group = (order // (n // len(units))).tolist()
     target = w.float().t()[order]  # (in, out): the weights of a feature lie side by side
     value, rounded = target.clone(), torch.empty_like(target)  # not rounded yet, and rounded
+    # Lists of rows, because each index of a tensor takes longer than the arithmetic of a row.
+    values, choices, units = value.unbind(), rounded.unbind(), units.unbind()
+    row, scratch = torch.empty_like(target[0]), torch.empty_like(target[0])
 
     def choose(i):
         if w.dtype != torch.float32:  # the layer stores this dtype
-            value[i] = value[i].to(w.dtype)
+            values[i].copy_(values[i].to(w.dtype))
         own = units[group[i]]
-        torch.mul(config.round_(value[i] / own), own, out=rounded[i])
+        torch.mul(config.round_(torch.div(values[i], own, out=scratch)), own, out=choices[i])
 
-    scales = u.diagonal().tolist()
+    factors, scales = u.unbind(), u.diagonal().tolist()
     for start in range(0, n, 64):  # one large product for features beyond the block is faster than many small ones
         end = min(start + 64, n)
         errors = value.new_empty(end - start, len(w))
-        for i in range(start, end):
+        for i, error in enumerate(errors.unbind(), start):
             choose(i)
-            error = torch.sub(value[i], rounded[i], out=errors[i - start]).div_(scales[i])
-            value[i + 1 : end].addr_(u[i, i + 1 : end], error, alpha=-1)
+            torch.sub(values[i], choices[i], out=error).div_(scales[i])
+            value[i + 1 : end].addr_(factors[i][i + 1 : end], error, alpha=-1)
         value[end:].addmm_(u[start:end, end:].t(), errors, alpha=-1)
-    curvatures = hessian.diagonal().tolist()
+    curvatures, hessians = hessian.diagonal().tolist(), hessian.unbind()
     for _ in range(SWEEPS):
         for start in range(0, n, 64):
             end = min(start + 64, n)
             slope = hessian[start:end] @ (target - rounded)  # of the squared error, halved
-            for i in range(start, end):
-                before = rounded[i].clone()
-                torch.add(before, slope[i - start], alpha=1 / curvatures[i], out=value[i])
+            for i, own_slope in enumerate(slope.unbind(), start):
+                torch.add(row.copy_(choices[i]), own_slope, alpha=1 / curvatures[i], out=values[i])
                 choose(i)
-                slope[i + 1 - start :].addr_(hessian[i + 1 : end, i], before.sub_(rounded[i]))
+                slope[i + 1 - start :].addr_(hessians[i][i + 1 : end], row.sub_(choices[i]))
     return value[order.argsort()].t().to(w.dtype)
 
 

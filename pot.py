@@ -169,7 +169,8 @@ class PoTConfig:
             a = x.abs().round_()
             power = torch.exp2(a.log2().round_()).clamp_(max=self.top)
             return torch.where(a == 0, a, power.copysign_(x))
-        x.clamp_(-self.top, self.top)
+        top = self.top
+        x.clamp_(-top, top)
         # A float32 of 1.5 * 2^23 steps has no bits below one step. Adding it rounds the sum to a whole number of steps
         # (half to even). Subtracting it again gives that number, and +0 where x was just below zero.
         if self.grid == "uniform":
