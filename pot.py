@@ -149,14 +149,18 @@ class PoTConfig:
         *_, below, top = self.levels()
         return 1 + (1 - below / top) / 2
 
-    def table(self) -> torch.Tensor:
-        """(2**bits,) float32: the level of every code `sign << (bits - 1) | index`.
+    def code_levels(self) -> list[int]:
+        """The level of every code `sign << (bits - 1) | index`: 2**bits integers.
 
         A narrowed range leaves indices without a level. They read as the top level, so every code is finite.
         """
         levels = self.levels()
-        half = [float(levels[min(i, len(levels) - 1)]) for i in range(2 ** (self.bits - 1))]
-        return torch.tensor(half + [-v + 0.0 for v in half], dtype=torch.float32)
+        half = [levels[min(i, len(levels) - 1)] for i in range(2 ** (self.bits - 1))]
+        return half + [-v for v in half]
+
+    def table(self) -> torch.Tensor:
+        """`code_levels` as a tensor (2**bits,) float32."""
+        return torch.tensor(self.code_levels(), dtype=torch.float32)
 
     def round_(self, x: torch.Tensor) -> torch.Tensor:
         """x (float32, any shape, in units of the smallest level) rounded to the nearest level. May overwrite x. NaN
@@ -568,7 +572,8 @@ class PackedWeight(_WithUnit):
 
     codes: a result of pack_codes, uint8; unit: (1, groups), (out, groups), or (ceil(out / 16), groups, 16) where codes
     lie in tiles and rows have units of their own; shape: (out, in); dtype: that of the unpacked weight.
-    on_kernel: pot_kernel multiplies by this weight where its inputs are on the CPU.
+    on_kernel: pot_kernel multiplies by this weight where its inputs are on the CPU; on_triton: its Triton kernels do, on
+    a GPU.
     """
 
     codes: torch.Tensor
@@ -598,6 +603,7 @@ class PackedWeight(_WithUnit):
             config.bits in _TILE_COLUMNS and device.type == "cpu"
             and pot_kernel is not None and pot_kernel.load() is not None
         )  # fmt: skip
+        self.on_triton = config.bits == 4 and pot_kernel is not None and pot_kernel.load_triton(device) is not None
         self._kernel_weight = self._row_sums = None
         if self.on_kernel and config.act_bits:  # the part of integer sums that belongs to the zero point
             self._row_sums = pot_kernel.row_sums(self.kernel_weight())
@@ -688,21 +694,31 @@ class PackedWeight(_WithUnit):
         """
         tensors = (x,) if bias is None else (x, bias)
         if (
-            not self.on_kernel or x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+            not (self.on_kernel or self.on_triton) or x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
             or x.is_nested or x.layout != torch.strided or x.shape[-1:] != (self.in_features,)
             or bias is not None and (bias.shape != (self.out_features,) or not bias.is_floating_point())
-            or torch.jit.is_tracing() or any(t.device.type != "cpu" or _has_derivative(t) for t in tensors)
+            or torch.jit.is_tracing() or any(t.device != self.codes.device or _has_derivative(t) for t in tensors)
         ):  # fmt: skip
             return F.linear(fake_quantize_activations(x) if self.config.act_bits else x, self(), bias)
+        if self.on_triton:
+            return self._linear_by_triton(fake_quantize_activations(x) if self.config.act_bits else x, bias)
         # resolve_neg comes first: PyTorch's conversion of a negated view from float16 to float32 loses the sign.
         bias = None if bias is None else bias.resolve_neg().float().contiguous()
         f = x.resolve_neg().float()
         if torch.compiler.is_compiling():
-            tensors = self.codes, self.unit, self._row_sums, self._table
-            y = torch.ops.nanopot.linear(f, *tensors, self.out_features, self.config.bits, self.activations, bias)
+            weight = self.codes, self.unit, self._row_sums, self.config.code_levels(), self.out_features
+            y = torch.ops.nanopot.linear(f, *weight, self.config.bits, self.activations, bias)
         else:
             y = pot_kernel.linear(self.kernel_weight(), f, bias)
         return y.to(x.dtype)
+
+    def _linear_by_triton(self, x, bias):
+        bias = None if bias is None else bias.resolve_neg().to(x.dtype).contiguous()
+        levels = self.config.code_levels()
+        if torch.compiler.is_compiling():
+            return torch.ops.nanopot.linear(x, self.codes, self.unit, None, levels, self.out_features, 4, 0, bias)
+        kernel = pot_kernel.load_triton(x.device)
+        return kernel.linear(x, self.codes, self.unit, levels, self.out_features, bias)
 
     @property
     def activations(self) -> int:
@@ -714,10 +730,10 @@ class PackedWeight(_WithUnit):
         kept = self._kernel_weight
         # load_state_dict(assign=True) and `.data =` put other tensors in place of these.
         if kept is None or kept.key != (self.codes.data_ptr(), self.unit.data_ptr(), self.activations):
-            table = self.config.table().tolist()
             self._kernel_weight = kept = pot_kernel.Weight(
-                self.codes, self.unit, self._row_sums, self.shape, self.config.bits, table, self.activations
-            )
+                self.codes, self.unit, self._row_sums, self.shape, self.config.bits, self.config.code_levels(),
+                self.activations,
+            )  # fmt: skip
         return kept
 
     def extra_repr(self):

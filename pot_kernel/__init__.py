@@ -1,27 +1,30 @@
 """
-Products of packed weights on a CPU. Copy this folder beside pot.py to make packed layers fast.
+Products of packed weights on a CPU, and on a GPU. Copy this folder beside pot.py to make packed layers fast.
 
 pot.cpp multiplies by the codes as they are, with the processor's best instruction set (AMX, AVX-512, AVX2, NEON or
 portable C++). decode.cpp runs a whole GPT in one call; decode.py calls it. `load` builds both at the
-first use for this machine and keeps the library in the user's cache.
+first use for this machine and keeps the library in the user's cache. triton.py multiplies on a GPU.
 
 NANOPOT_KERNEL=off turns the kernel off. NANOPOT_KERNEL=amx, avx512, avx2, neon or portable forces an instruction set.
+NANOPOT_KERNEL=triton uses triton.py on GPUs, and on a CPU if TRITON_INTERPRET=1, which is for tests.
 """
 
 import ctypes
 import functools
 import glob
 import hashlib
+import importlib
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
 import warnings
+from types import ModuleType
 
 import torch
 
-__all__ = ["Weight", "build", "linear", "load", "read_once", "row_sums", "unpack"]
+__all__ = ["Weight", "build", "linear", "load", "load_triton", "read_once", "row_sums", "unpack"]
 
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "decode.cpp")  # includes pot.cpp
 
@@ -30,8 +33,8 @@ class Weight(ctypes.Structure):
     """struct PotWeight of pot.cpp, with pointers into tensors that it keeps alive.
 
     codes: uint8 tiles, as pot.pack_codes makes them; unit: (1, groups), or (ceil(rows / 16), groups, 16), float16 or
-    float32; row_sums: (rows) float32, from `row_sums`, or None; shape: (rows, columns); bits: 3, 4 or 8; table: levels
-    of the codes; activations: 0: float32; 1: 8 bits per row of x, which needs row_sums; 2: 8 bits per 64 columns.
+    float32; row_sums: (rows) float32, from `row_sums`, or None; shape: (rows, columns); bits: 3, 4 or 8; levels: of
+    all codes, integers; activations: 0: float32; 1: 8 bits per row of x, which needs row_sums; 2: 8 bits per 64 columns.
     Raises ValueError as `address` does, and for groups that do not divide the columns.
     """
 
@@ -42,7 +45,7 @@ class Weight(ctypes.Structure):
         ("table", ctypes.c_int8 * 16),
     ]
 
-    def __init__(self, codes, unit, row_sums, shape, bits, table, activations):
+    def __init__(self, codes, unit, row_sums, shape, bits, levels, activations):
         (rows, columns), width = shape, {3: 32, 4: 8, 8: 4}[bits]  # columns of a tile
         blocks, groups, per_row = -(-rows // 16), unit.shape[1] if unit.dim() > 1 else 1, unit.dim() == 3
         if not groups or columns % groups:
@@ -55,24 +58,26 @@ class Weight(ctypes.Structure):
             address("unit", unit, (blocks, groups, 16) if per_row else (1, groups), torch.float16, torch.float32),
             None if row_sums is None else address("row_sums", row_sums, (rows,), torch.float32),
         )
-        levels = [int(v) for v in table] if bits < 8 else []  # 8 bits are levels already
+        table = (ctypes.c_int8 * 16)(*(levels if bits < 8 else []))  # 8 bits are levels already
         super().__init__(
-            *pointers, rows, columns, groups, bits, per_row, unit.dtype == torch.float16, activations,
-            (ctypes.c_int8 * 16)(*levels),
+            *pointers, rows, columns, groups, bits, per_row, unit.dtype == torch.float16, activations, table,
         )  # fmt: skip
         self.tensors = codes, unit, row_sums
         self.key = self.codes, self.unit, activations
 
 
-def address(name: str, tensor: torch.Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> int:
+def address(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], *dtypes: torch.dtype,
+    device: torch.device = torch.device("cpu"),
+) -> int:  # fmt: skip
     """Pointer to the values of a tensor, for C++, which reads raw memory. Raises ValueError unless the tensor has this
-    shape, one of the dtypes, and lies contiguous on the CPU. name is for the message."""
-    fits = tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.dtype in dtypes
+    shape, one of the dtypes, and lies contiguous on the device. name is for the message."""
+    fits = tensor.device == device and tensor.layout == torch.strided and tensor.dtype in dtypes
     if not (fits and tensor.shape == shape and tensor.is_contiguous() and not tensor.is_neg()):
         raise ValueError(
             f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, in memory with strides "
             f"{tensor.stride() if tensor.layout == torch.strided else tensor.layout}: the kernel takes "
-            f"{tuple(shape)} {' or '.join(map(str, dtypes))}, contiguous and on the CPU"
+            f"{tuple(shape)} {' or '.join(map(str, dtypes))}, contiguous and on {device}"
         )
     if tensor.untyped_storage().nbytes() < (tensor.storage_offset() + tensor.numel()) * tensor.itemsize:
         raise ValueError(f"{name} has more elements than memory: its storage was resized")
@@ -99,6 +104,7 @@ def load() -> ctypes.CDLL | None:
     choice = os.environ.get("NANOPOT_KERNEL", "")
     if choice == "off":
         return None
+    choice = "" if choice == "triton" else choice  # which is for another device
     try:
         library = ctypes.CDLL(build(SOURCE))
     except OSError as e:
@@ -121,8 +127,24 @@ def load() -> ctypes.CDLL | None:
     library.pot_instruction_sets.restype = ctypes.c_char_p
     if choice and library.pot_choose(choice.encode()):
         available = library.pot_instruction_sets().decode().replace(" ", ", ")
-        raise KernelError(f"NANOPOT_KERNEL={choice}: this machine has {available}; or off")
+        raise KernelError(f"NANOPOT_KERNEL={choice}: this machine has {available}; or off, or triton for a GPU")
     return library
+
+
+def load_triton(device: torch.device) -> ModuleType | None:
+    """triton.py, if NANOPOT_KERNEL=triton asks for it and the device is a GPU, or the CPU of Triton's interpreter. None
+    otherwise, and, with one warning, if Triton is not installed."""
+    kind = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    return _import_triton() if os.environ.get("NANOPOT_KERNEL") == "triton" and device.type == kind else None
+
+
+@functools.cache
+def _import_triton():
+    try:
+        return importlib.import_module(".triton", __name__)
+    except ImportError as e:
+        warnings.warn(f"NANOPOT_KERNEL=triton: {e}: pip install triton", stacklevel=2)
+        return None
 
 
 def build(source: str) -> str:
@@ -278,22 +300,26 @@ def read_once(buffer: torch.Tensor) -> int:
     )
 
 
-@torch.library.custom_op("nanopot::linear", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("nanopot::linear", mutates_args=(), device_types=("cpu", "cuda"))
 def _linear_op(
     x: torch.Tensor,
     codes: torch.Tensor,
     unit: torch.Tensor,
     row_sums: torch.Tensor | None,
-    table: torch.Tensor,
+    levels: list[int],
     rows: int,
     bits: int,
     activations: int,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`linear` as an operator, for torch.compile and torch.export."""
-    return linear(Weight(codes, unit, row_sums, (rows, x.shape[-1]), bits, table.tolist(), activations), x, bias)
+    """`linear` as an operator, for torch.compile and torch.export: that of triton.py if x's device has it. levels: of all
+    codes."""
+    kernel = load_triton(x.device) if bits == 4 else None
+    if kernel is not None:
+        return kernel.linear(x, codes, unit, levels, rows, bias)
+    return linear(Weight(codes, unit, row_sums, (rows, x.shape[-1]), bits, levels, activations), x, bias)
 
 
 @_linear_op.register_fake
-def _(x, codes, unit, row_sums, table, rows, bits, activations, bias):
+def _(x, codes, unit, row_sums, levels, rows, bits, activations, bias):
     return x.new_empty(*x.shape[:-1], rows)

@@ -606,7 +606,7 @@ def test_compile_and_export_use_one_operator(kernel):
 
 
 def op_inputs(weight, x):
-    return x, weight.codes, weight.unit, None, weight.config.table(), weight.out_features, weight.config.bits, 2, None
+    return x, weight.codes, weight.unit, None, weight.config.code_levels(), weight.out_features, weight.config.bits, 2, None
 
 
 def random_gpt(config, shape):
@@ -1020,7 +1020,7 @@ def test_any_state_dict_gives_the_right_product_or_an_error(kernel, on, act_bits
 def test_kernel_rejects_memory_that_it_would_misread(kernel):
     assert kernel()
     layer = quantize_(nn.Linear(128, 32)).requires_grad_(False)
-    weight, x, table = layer.packed.kernel_weight(), torch.randn(2, 128), layer.packed.config.table().tolist()
+    weight, x, table = layer.packed.kernel_weight(), torch.randn(2, 128), layer.packed.config.code_levels()
     for wrong in (x[:, 1:], torch.cat([x, x], 1), x.double(), x.to("meta"), x[0, 0]):
         with pytest.raises(ValueError, match="the kernel takes"):
             pot_kernel.linear(weight, wrong, None)
