@@ -606,7 +606,17 @@ def test_compile_and_export_use_one_operator(kernel):
 
 
 def op_inputs(weight, x):
-    return x, weight.codes, weight.unit, None, weight.config.code_levels(), weight.out_features, weight.config.bits, 2, None
+    return (
+        x,
+        weight.codes,
+        weight.unit,
+        None,
+        weight.config.code_levels(),
+        weight.out_features,
+        weight.config.bits,
+        2,
+        None,
+    )
 
 
 def random_gpt(config, shape):
