@@ -27,6 +27,7 @@ import torch
 __all__ = ["Weight", "build", "linear", "load", "load_triton", "read_once", "row_sums", "unpack"]
 
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "decode.cpp")  # includes pot.cpp
+CPU = torch.device("cpu")
 
 
 class Weight(ctypes.Structure):
@@ -68,7 +69,7 @@ class Weight(ctypes.Structure):
 
 def address(
     name: str, tensor: torch.Tensor, shape: tuple[int, ...], *dtypes: torch.dtype,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device = CPU,
 ) -> int:  # fmt: skip
     """Pointer to the values of a tensor, for C++, which reads raw memory. Raises ValueError unless the tensor has this
     shape, one of the dtypes, and lies contiguous on the device. name is for the message."""

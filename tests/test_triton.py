@@ -58,15 +58,17 @@ def exact_weight(weight):
 
 def check_product(weight, x, bias, rounded_x=None):
     """weight.linear(x, bias) is the float64 product, but for float32 sums and a rounding of the result. With more than one
-    row of x, the weight is rounded to x's dtype, too."""
+    row of x, the weight is rounded to x's dtype, too. Triton's interpreter rounds to bfloat16 towards 0."""
     y, w = weight.linear(x, bias), exact_weight(weight)
-    w = w if x.numel() == x.shape[-1] else w.to(x.dtype).double()
+    cut = x.dtype == torch.bfloat16 and DEVICE.type == "cpu"
+    if x.numel() > x.shape[-1]:
+        w = ((w.float().view(torch.int32) & -65536).view(torch.float32) if cut else w.to(x.dtype)).double()
     x64, bias = (x if rounded_x is None else rounded_x).double(), None if bias is None else bias.double()
     expected = F.linear(x64, w, bias)
     size = F.linear(x64.abs(), w.abs(), None if bias is None else bias.abs())
-    info = torch.finfo(x.dtype)
+    info, error = torch.finfo(x.dtype), (y.double() - expected).abs()
     assert y.dtype == x.dtype and y.shape == expected.shape
-    assert ((y.double() - expected).abs() <= 2**-20 * size + info.eps / 2 * expected.abs() + info.smallest_normal).all()
+    assert (error <= 2**-20 * size + info.eps / (1 if cut else 2) * expected.abs() + info.smallest_normal).all()
 
 
 @pytest.mark.parametrize("dtype", ROWS, ids=str)
