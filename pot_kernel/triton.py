@@ -1,6 +1,7 @@
 """
 Products of packed 4-bit weights on a GPU, in Triton. NANOPOT_KERNEL=triton asks for them: they were tested by Triton's
-interpreter (TRITON_INTERPRET=1, on a CPU) and have never run on a GPU, so nobody knows how fast they are.
+interpreter (TRITON_INTERPRET=1, on a CPU) and compiled for GPUs, but have never run on one, so nobody knows how fast they
+are.
 
 Codes and units stay as a CPU has them; pot.cpp describes the tiles. A word of 32 bits has 8 columns of a row of the
 weight. The next word in memory belongs to the next row, so neighbouring threads read neighbouring words.
@@ -75,21 +76,23 @@ def _product(
         if GROUP % 8 == 0:  # a vector is in one group
             group = (8 * v // GROUP if GROUP else v * 0)[:, None]
             u = tl.load(unit_row + group * unit_stride, mask=inside, other=0).to(tl.float32) * factor
-        for i in tl.static_range(8):  # byte b of a word has column b in the low half and column 4 + b in the high half
-            pair: tl.constexpr = i // 2
-            column = 8 * v + (pair // 2 + 2 * (i % 2) + 4 * (pair % 2))
-            if GROUP % 8 != 0:
-                inside = (column < columns)[:, None] & exists
-                group = (column // GROUP)[:, None]
-                u = tl.load(unit_row + group * unit_stride, mask=inside, other=0).to(tl.float32) * factor
+        for pair in tl.static_range(4):
             low, high = _decode(words, 4 * pair, PLACE, TOP)
-            weight = (low if i % 2 == 0 else high) * u
-            mask = (rows < m)[:, None] & (column < columns)[None, :]
-            part = tl.load(x_row + column[None, :], mask=mask, other=0)
-            if BM == 1:
-                total += tl.trans(part).to(tl.float32) * weight
-            else:
-                total = tl.dot(part.to(DOT), weight.to(x.dtype.element_ty).to(DOT), total, input_precision="ieee")
+            for half in tl.static_range(2):
+                # byte b of a word has column b in the low half and column 4 + b in the high half
+                column = 8 * v + (pair // 2 + 2 * half + 4 * (pair % 2))
+                if GROUP % 8 != 0:
+                    known = (column < columns)[:, None] & exists
+                    group = (column // GROUP)[:, None]
+                    u = tl.load(unit_row + group * unit_stride, mask=known, other=0).to(tl.float32) * factor
+                weight = (low if half == 0 else high) * u
+                mask = (rows < m)[:, None] & (column < columns)[None, :]
+                part = tl.load(x_row + column[None, :], mask=mask, other=0)
+                if BM == 1:
+                    total += tl.trans(part).to(tl.float32) * weight
+                else:
+                    weight = weight.to(x.dtype.element_ty).to(DOT)
+                    total = tl.dot(part.to(DOT), weight, total, input_precision="ieee")
     if BM == 1:
         total = tl.sum(total, axis=0)[None, :]
     if bias is not None:
@@ -126,7 +129,8 @@ def _launch(x, words, unit, levels, rows, bias):
     """The kernels' part of `linear`: x (m, columns), words int32 (blocks, vectors, 16) -> (m, rows)."""
     (m, columns), vectors, groups = x.shape, words.shape[1], unit.shape[1]
     bit, factor, top = _grid(tuple(levels[:8]))
-    bm, bn, bv = (1 if m == 1 else 16 if m <= 16 else 64), 64, 32  # not tuned: no GPU was at hand
+    # Not tuned: no GPU was at hand. In float32, 64 rows, or stages, need too much shared memory.
+    bm, bn, bv = (1 if m == 1 else 16 if m <= 16 or x.dtype == torch.float32 else 64), 64, 32
     tiles, steps = triton.cdiv(rows, bn) * triton.cdiv(m, bm), triton.cdiv(vectors, bv)
     steps_per_part = triton.cdiv(steps, max(1, 4 * _processors(x.device) // tiles))
     parts = triton.cdiv(steps, steps_per_part)
@@ -138,7 +142,7 @@ def _launch(x, words, unit, levels, rows, bias):
         _product[triton.cdiv(rows, bn), triton.cdiv(m, bm), parts](
             x, words, unit, bias if parts == 1 else None, sums, m, rows, columns, vectors, groups, x.stride(0),
             steps_per_part, factor, GROUP=0 if groups == 1 else columns // groups, PER_ROW=unit.dim() == 3, PLACE=bit,
-            TOP=top, DOT=dot, BM=bm, BN=bn, BV=bv,
+            TOP=top, DOT=dot, BM=bm, BN=bn, BV=bv, num_stages=1 if x.dtype == torch.float32 else 3,
         )  # fmt: skip
         if parts > 1:
             _add_parts[(triton.cdiv(m * rows, 1024),)](sums, bias, y, m * rows, rows, parts, BLOCK=1024)

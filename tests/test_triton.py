@@ -1,8 +1,12 @@
 """The Triton kernels against float64: on a GPU if there is one, else by Triton's interpreter (see conftest.py)."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,3 +252,43 @@ def test_when_triton_is_used(monkeypatch):
         assert pot_kernel.load_triton(torch.device("cuda")) is None
     assert pot_kernel.load_triton(torch.device("cuda")) is None
     pot_kernel._import_triton.cache_clear()
+
+
+COMPILE = """
+import importlib, sys, triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+kernels = importlib.import_module("pot_kernel.triton")
+sizes = dict.fromkeys(["m", "n", "columns", "vectors", "groups", "x_stride", "steps"], "i32")
+for dtype, dot, rows, group, top in [
+    ("fp16", tl.float16, 1, 64, 7), ("bf16", tl.bfloat16, 16, 32, 5), ("fp16", tl.float16, 64, 0, 7),
+    ("fp32", tl.float32, 16, 20, 7),
+]:
+    constants = dict(GROUP=group, PER_ROW=True, PLACE=10, TOP=top, DOT=dot, BM=rows, BN=64, BV=32)
+    types = {"x": dtype, "codes": "i32", "unit": "fp16", "bias": dtype, "y": dtype}
+    signature = {k: "*" + v for k, v in types.items()} | sizes | {"factor": "fp32"} | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernels._product, signature, constants)
+    stages = {"num_stages": 1 if dtype == "fp32" else 3}
+    done = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=stages)
+    assert done.asm["cubin"] and done.metadata.shared < 99 * 1024 and (rows == 1 or "mma" in done.asm["ptx"] or dtype == "fp32")
+signature = {"partial": "*fp32", "bias": "*bf16", "y": "*bf16", "size": "i32", "n": "i32", "parts": "i32", "BLOCK": "constexpr"}
+triton.compile(ASTSource(kernels._add_parts, signature, {"BLOCK": 1024}), target=GPUTarget("cuda", int(sys.argv[1]), 32))
+"""
+
+
+def test_kernels_compile_for_gpus(tmp_path):
+    """Triton's compiler needs no GPU, and refuses code that its interpreter runs."""
+    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE, "90"]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_memory_around_units_is_not_used(n):
+    weight = packed(33, 72, PoTConfig(group_size=24), torch.float16)
+    around = weight.unit.new_full((weight.unit.numel() + 4096,), torch.nan)
+    unit = around[2048:-2048].view(weight.unit.shape).copy_(weight.unit)
+    moved = PackedWeight(weight.codes, unit, (33, 72), torch.float16, weight.config)
+    check_product(moved, torch.randn(n, 72, device=DEVICE).half(), None)
