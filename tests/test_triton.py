@@ -262,8 +262,7 @@ from triton.compiler import ASTSource
 kernels = importlib.import_module("pot_kernel.triton")
 sizes = dict.fromkeys(["m", "n", "columns", "vectors", "groups", "x_stride", "steps"], "i32")
 for dtype, dot, rows, group, top in [
-    ("fp16", tl.float16, 1, 64, 7), ("bf16", tl.bfloat16, 16, 32, 5), ("fp16", tl.float16, 64, 0, 7),
-    ("fp32", tl.float32, 16, 20, 7),
+    ("fp16", tl.float16, 1, 64, 7), ("bf16", tl.bfloat16, 16, 0, 5), ("fp32", tl.float32, 16, 20, 7)
 ]:
     constants = dict(GROUP=group, PER_ROW=True, PLACE=10, TOP=top, DOT=dot, BM=rows, BN=64, BV=32)
     types = {"x": dtype, "codes": "i32", "unit": "fp16", "bias": dtype, "y": dtype}
