@@ -451,10 +451,9 @@ def _tensors(folder, config):
                 tensors = _unpickle(old)
                 _check_count(config, len(tensors))
                 return tensors
-            except Exception as e:  # torch.load raises many kinds
-                raise ValueError(
-                    f"pytorch_model.bin is damaged or holds more than tensors ({type(e).__name__}: {e})"
-                ) from None
+            except Exception as e:  # torch.load raises many kinds, with advice that a stranger's file does not deserve
+                reason = e if type(e) is ValueError else type(e).__name__
+                raise ValueError(f"pytorch_model.bin is damaged or holds more than tensors ({reason})") from None
         else:
             raise ValueError("there is a config.json, but neither model.safetensors nor pytorch_model.bin beside it")
     with ExitStack() as stack:
