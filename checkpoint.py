@@ -419,7 +419,7 @@ def _load_huggingface(folder, name):
         model = GPT.from_huggingface(config, _tensors(folder, huggingface_config(config)))
     except Exception as e:  # json, safetensors and torch raise many kinds for damaged files
         reason = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
-        raise ValueError(f"{name} is no model that can be read: {reason}") from None
+        raise ValueError(f"{name} is no model that can be read: {str(reason)[:500]}") from None
     if os.path.exists(os.path.join(folder, "tokenizer.json")):
         meta = tokenizer.FileTokenizer(folder).meta
     elif config["model_type"] == "gpt2":  # old folders have GPT-2's own files instead, or none

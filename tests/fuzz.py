@@ -51,7 +51,7 @@ from train import load_optimizer, make_optimizer
 
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {"NANOPOT_KERNEL": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # of workers
-CHUNK = 250  # inputs per process
+CHUNK = 1000  # inputs per process, which takes seconds to start
 SECONDS = 20  # of a processor, limit per input; the slowest takes 2 s
 MEMORY = 16 << 20  # bytes allowed beyond twice the file size, for the interpreter and a forward pass
 ADDRESSES = 6 << 30  # bytes of addresses of a process, so that a memory bomb ends here and not the machine
@@ -170,7 +170,7 @@ COMMANDS = (  # of the target "commands"
     f"{TRAIN} --n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --max_iters=1",
     f"{TRAIN} --init_from=out-float --pot_bits=4 --max_iters=0 --calibrate_tokens=64",
     f"{TRAIN} --init_from=out-float --pot_bits=3 --table_bits=4 --distill=0.5 --max_iters=1",
-    "train.py --init_from=resume --out_dir=out-qat --max_iters=4",
+    "train.py --init_from=resume --dataset=tiny --pot_bits=4 --batch_size=2 --out_dir=out-qat --max_iters=4",
     "eval.py --ckpt=out-packed,out-qat --dataset=tiny --tokens=50 --reference=out-float --sqnr=True",
     "sample.py --ckpt=out-packed --prompt=the --max_new_tokens=3 --top_k=5",
     "sweep.py sweep_tiny.py --tokens=50",
@@ -229,11 +229,11 @@ def write_originals(folder, names):
         meta = tokenizer.FileTokenizer(str(path)).meta
         for kind, shape in (("gpt2", SHAPE), ("llama", replace(SHAPE, **LLAMA))):
             save("source", replace(shape, vocab_size=meta["vocab_size"]), meta=meta)
-            for name, out in (("folders", f"folders-{kind}"), ("gguf", "model.gguf")):
-                if name == "gguf" and importlib.util.find_spec("gguf") and importlib.util.find_spec("accelerate"):
-                    out = os.path.join(made(f"gguf-{kind}"), out)
-                elif name == "gguf" or name not in names:
-                    continue
+            outs = [f"folders-{kind}"] if "folders" in names else []
+            # transformers reads a GPT-2 with a context of 1,024 only.
+            if "gguf" in names and kind == "llama" and all(map(importlib.util.find_spec, ("gguf", "accelerate"))):
+                outs.append(made("gguf-a") / "model.gguf")
+            for out in outs:
                 with contextlib.redirect_stdout(io.StringIO()):
                     export.main(export.Settings(os.path.join(folder, "source"), os.path.join(folder, out)))
     if "folders" in names:  # the same models in an older format, and in two files
@@ -654,7 +654,7 @@ TARGETS = {
     "packed": Target(read_packed, ("model.safetensors",)),
     "checkpoints": Target(read_checkpoint, ("ckpt.pt",)),
     "folders": Target(read_folder, ("*",)),
-    "tokenizers": Target(read_tokenizer, ("*.json", "*.jinja"), 64 << 20),
+    "tokenizers": Target(read_tokenizer, ("*.json", "*.jinja"), 128 << 20),  # nested templates
     "datasets": Target(read_dataset, ("meta.json", "*.bin")),
     "lines": Target(read_lines, ("*.jsonl", "out-sweep/rows.jsonl"), 64 << 20),  # pictures
     "results": Target(read_results, ("*.json",), 64 << 20),
