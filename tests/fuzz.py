@@ -99,7 +99,7 @@ def main(s: Settings):
                     raise ValueError(f"{name}: hangs at {(e.stdout or b'nothing').decode().splitlines()[-1]}") from None
                 last = result.stdout.splitlines()[-1:] or ["nothing"]
                 if result.returncode:
-                    raise ValueError(f"{name}: exit {result.returncode} at {last[0]}: {result.stderr[-3000:]}")
+                    raise ValueError(f"{name}: exit {result.returncode} at {last[0]}: {result.stderr[-800:]}")
                 for outcome, count in json.loads(last[0]).items():
                     counts[outcome] += count
                 print(f"{name} {start + n} of {s.inputs}: {counts}", flush=True)
