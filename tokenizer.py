@@ -119,7 +119,9 @@ class FileTokenizer:
             raise ValueError(f"{folder} has no tokenizer.json: copy it there from the model that it comes from")
         try:
             self.tokenizer = Tokenizer.from_file(path)
-        except Exception as e:  # tokenizers raises Exception itself
+        except BaseException as e:  # tokenizers raises Exception itself, and a panic of Rust, which is none
+            if isinstance(e, KeyboardInterrupt):
+                raise
             raise ValueError(f"{path} is damaged: {e}") from None
         config = _read_json(folder, "tokenizer_config.json")
         self.special = {key: _content(config.get(key)) or "" for key in ("bos_token", "eos_token", "pad_token")}

@@ -78,42 +78,44 @@ def main(s: Settings):
         resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
         return run_worker(s)
     with tempfile.TemporaryDirectory() as folder:
-        write_originals(folder, names)
+        write_originals(folder, ["packed"] if s.guided else names)
         if s.guided:
             command = [sys.executable, "-W", "ignore", __file__, f"--worker={folder}", f"--guided={s.guided}"]
             if subprocess.run([*command, f"--seed={s.seed}"], env=ENV).returncode:
                 raise ValueError("a header does not end as it should: see above")
             return
-        for name in names:
-            if not list(Path(folder).glob(f"{name}-*")):
-                print(f"{name}: left out, because `pip install gguf accelerate` was not done")
-                continue
-            counts = {"loaded": 0, "refused": 0}
-            for start in range(0, s.inputs, CHUNK):
-                n, seed = min(CHUNK, s.inputs - start), s.seed + start
-                command = [sys.executable, "-W", "ignore", __file__, f"--worker={folder}", f"--seed={seed}"]
-                command += [f"--targets={name}", f"--inputs={n}"]
-                try:
-                    result = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=600 + n * SECONDS)
-                except subprocess.TimeoutExpired as e:
-                    raise ValueError(f"{name}: hangs at {(e.stdout or b'nothing').decode().splitlines()[-1]}") from None
-                last = result.stdout.splitlines()[-1:] or ["nothing"]
-                if result.returncode:
-                    raise ValueError(f"{name}: exit {result.returncode} at {last[0]}: {result.stderr[-800:]}")
-                for outcome, count in json.loads(last[0]).items():
-                    counts[outcome] += count
-                print(f"{name} {start + n} of {s.inputs}: {counts}", flush=True)
+        for name in [name for name in names if not list(Path(folder).glob(f"{name}-*"))]:
+            print(f"{name}: left out, because it needs `pip install gguf accelerate`")
+            names.remove(name)
+        counts = {name: {"loaded": 0, "refused": 0} for name in names}
+        share = max(1, CHUNK // max(1, len(names)))
+        for start in range(0, s.inputs if names else 0, share):
+            n, seed = min(share, s.inputs - start), s.seed + start
+            command = [sys.executable, "-W", "ignore", __file__, f"--worker={folder}", f"--seed={seed}"]
+            command += [f"--targets={','.join(names)}", f"--inputs={n}"]
+            limit = 600 + n * len(names) * SECONDS
+            try:
+                result = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=limit)
+            except subprocess.TimeoutExpired as e:
+                raise ValueError(f"hangs at {(e.stdout or b'nothing').decode().splitlines()[-1]}") from None
+            last = result.stdout.splitlines()[-1:] or ["nothing"]
+            if result.returncode:
+                raise ValueError(f"exit {result.returncode} at {last[0]}: {result.stderr[-800:]}")
+            for name, outcomes in json.loads(last[0]).items():
+                counts[name] = {outcome: counts[name][outcome] + more for outcome, more in outcomes.items()}
+                print(f"{name} {start + n} of {s.inputs}: {counts[name]}", flush=True)
 
 
 def run_worker(s):
-    name = s.targets
-    target, counts = TARGETS[name], {"loaded": 0, "refused": 0}
-    originals = sorted(Path(s.worker).glob(f"{name}-*"))
-    for folder in originals:  # warm up
-        with contextlib.suppress(ValueError):
-            target.read(copy_of(folder, s.worker))
-    for seed in range(s.seed, s.seed + s.inputs):
-        counts[try_input(s.worker, originals, name, seed)] += 1
+    counts = {}
+    for name in s.targets.split(","):
+        target, counts[name] = TARGETS[name], {"loaded": 0, "refused": 0}
+        originals = sorted(Path(s.worker).glob(f"{name}-*"))
+        for folder in originals:  # warm up
+            with contextlib.suppress(ValueError):
+                target.read(copy_of(folder, s.worker))
+        for seed in range(s.seed, s.seed + s.inputs):
+            counts[name][try_input(s.worker, originals, name, seed)] += 1
     print(json.dumps(counts))
 
 
@@ -125,7 +127,7 @@ def try_input(worker, originals, name, seed) -> str:
     data = path.read_bytes()
     mutation = rng.choice(next(choices for ending, choices in MUTATIONS.items() if path.name.endswith(ending)))
     path.write_bytes(mutation(rng, data))
-    print(f"seed {seed}, {path.name}, {mutation.__name__}", flush=True)
+    print(f"{name}, seed {seed}, {path.name}, {mutation.__name__}", flush=True)
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     before, start = reset_peak(), time.process_time()
     signal.setitimer(signal.ITIMER_PROF, SECONDS)  # ends the process, whatever library hangs

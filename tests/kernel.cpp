@@ -557,6 +557,7 @@ int main(int count, char** arguments) {
                 decode_step({2, 1, 7, 1, 2, 9, 17, true, false, true}, bits, activations);
             }
         decode_step({40, 1, 2, 1, 24, 32, 40, true, false, false, 150}, 4, 0);  // more tokens than a part of a prompt
+        shapes(5);
         std::printf("%s passes\n", name.c_str());
         std::fflush(stdout);
     }
