@@ -5,10 +5,8 @@ exception, code that ran or too much memory, the script stops and prints the see
 
     python tests/fuzz.py --inputs=1000 --seed=0                     # of each target; all are listed below
     python tests/fuzz.py --targets=packed,commands --inputs=5000
-    python tests/fuzz.py --guided=600                               # seconds; needs `pip install atheris`
 
-A target is a function that reads a damaged copy of a folder. With --guided, Atheris changes headers of packed models and
-keeps those that reach new lines of the readers.
+A target is a function that reads a damaged copy of a folder.
 """
 
 import ast
@@ -27,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -63,7 +60,6 @@ class Settings:
     targets: str = "packed,checkpoints,folders,tokenizers,datasets,lines,results,gguf,commands"
     inputs: int = 1000  # of each target
     seed: int = 0
-    guided: int = 0  # seconds that Atheris takes instead
     worker: str | None = None  # folder of a worker process; set by the script
 
 
@@ -73,17 +69,10 @@ def main(s: Settings):
         raise ValueError(f"targets={s.targets}: there is no {min(unknown)}, choose among {', '.join(TARGETS)}")
     if s.worker:
         torch.set_num_threads(1)
-        if s.guided:
-            return guide(s)
         resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
         return run_worker(s)
     with tempfile.TemporaryDirectory() as folder:
-        write_originals(folder, ["packed"] if s.guided else names)
-        if s.guided:
-            command = [sys.executable, "-W", "ignore", __file__, f"--worker={folder}", f"--guided={s.guided}"]
-            if subprocess.run([*command, f"--seed={s.seed}"], env=ENV).returncode:
-                raise ValueError("a header does not end as it should: see above")
-            return
+        write_originals(folder, names)
         for name in [name for name in names if not list(Path(folder).glob(f"{name}-*"))]:
             print(f"{name}: left out, because it needs `pip install gguf accelerate`")
             names.remove(name)
@@ -663,54 +652,6 @@ TARGETS = {
     "gguf": Target(read_gguf, ("*.gguf",), 64 << 20),
     "commands": Target(read_command, ("command.json", "*.py"), ADDRESSES),
 }
-
-
-def guide(s):
-    """Changes headers of packed models, guided by the lines that they reach. Ends the process."""
-    import atheris
-
-    import model
-    import pot
-
-    owners = [checkpoint, pot, model, checkpoint.CheckpointInfo, PoTConfig, GPTConfig]
-    for f in [f for owner in owners for f in vars(owner).values() if isinstance(f, types.FunctionType)]:
-        if f.__module__ in ("checkpoint", "pot", "model"):
-            atheris.instrument_func(f)
-    folder, corpus, tail = made_folder(s.worker, "guided"), made_folder(s.worker, "corpus"), bytes(1 << 16)
-    for original in Path(s.worker).glob("packed-[abd]"):
-        data = (original / checkpoint.MODEL).read_bytes()
-        (n,) = struct.unpack("<Q", data[:8])
-        (corpus / original.name).write_bytes(data[8 : 8 + n])
-        tail = data[8 + n :]
-
-    def read(header):
-        (folder / checkpoint.MODEL).write_bytes(struct.pack("<Q", len(header)) + header + tail)
-        with contextlib.suppress(ValueError):
-            read_packed(folder)
-
-    def change(header, most, seed):
-        rng = random.Random(seed)
-        try:
-            data = struct.pack("<Q", len(header)) + header + tail
-            changed = rng.choice((change_header, change_metadata))(rng, data)[8 : -len(tail)]
-            return changed if len(changed) <= most else header
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # the header is no header any more
-            return atheris.Mutate(header, most)
-
-    options = [
-        f"-max_total_time={s.guided}",
-        f"-seed={s.seed + 1}",
-        "-max_len=20000",
-        "-timeout=20",
-        "-rss_limit_mb=1500",
-    ]
-    atheris.Setup([__file__, *options, "-print_final_stats=1", str(corpus)], read, custom_mutator=change)
-    atheris.Fuzz()
-
-
-def made_folder(worker, name):
-    (Path(worker) / name).mkdir()
-    return Path(worker) / name
 
 
 if __name__ == "__main__":
