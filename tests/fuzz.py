@@ -644,7 +644,7 @@ class Target:
 TARGETS = {
     "packed": Target(read_packed, ("model.safetensors",)),
     "checkpoints": Target(read_checkpoint, ("ckpt.pt",)),
-    "folders": Target(read_folder, ("*",)),
+    "folders": Target(read_folder, ("*",), 64 << 20),  # a panic of Rust prints its stack
     "tokenizers": Target(read_tokenizer, ("*.json", "*.jinja"), 128 << 20),  # nested templates
     "datasets": Target(read_dataset, ("meta.json", "*.bin")),
     "lines": Target(read_lines, ("*.jsonl", "out-sweep/rows.jsonl"), 64 << 20),  # pictures
