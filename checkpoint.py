@@ -419,7 +419,7 @@ def _load_huggingface(folder, name):
         model = GPT.from_huggingface(config, _tensors(folder, huggingface_config(config)))
     except Exception as e:  # json, safetensors and torch raise many kinds for damaged files
         reason = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
-        raise ValueError(f"{name} is no model that can be read: {reason}") from None
+        raise ValueError(f"{name} is no model that can be read: {str(reason)[:500]}") from None
     if os.path.exists(os.path.join(folder, "tokenizer.json")):
         meta = tokenizer.FileTokenizer(folder).meta
     elif config["model_type"] == "gpt2":  # old folders have GPT-2's own files instead, or none
@@ -451,10 +451,9 @@ def _tensors(folder, config):
                 tensors = _unpickle(old)
                 _check_count(config, len(tensors))
                 return tensors
-            except Exception as e:  # torch.load raises many kinds
-                raise ValueError(
-                    f"pytorch_model.bin is damaged or holds more than tensors ({type(e).__name__}: {e})"
-                ) from None
+            except Exception as e:  # torch.load raises many kinds, with advice that a stranger's file does not deserve
+                reason = e if type(e) is ValueError else type(e).__name__
+                raise ValueError(f"pytorch_model.bin is damaged or holds more than tensors ({reason})") from None
         else:
             raise ValueError("there is a config.json, but neither model.safetensors nor pytorch_model.bin beside it")
     with ExitStack() as stack:

@@ -529,7 +529,10 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_codes(packed: torch.Tensor, bits: int, shape: tuple[int, int]) -> torch.Tensor:
-    """The inverse of pack_codes -> codes (rows, n) = shape, uint8."""
+    """The inverse of pack_codes -> codes (rows, n) = shape, uint8. Raises TypeError for packed codes of another dtype,
+    whose signs would become bits."""
+    if packed.dtype != torch.uint8:
+        raise TypeError(f"packed codes are {packed.dtype}, and must be torch.uint8")
     rows, n = shape
     if bits not in _TILE_COLUMNS:
         packed = F.pad(packed, (0, -packed.shape[1] % bits)).view(rows, -(-n // 8), bits).long()

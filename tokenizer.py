@@ -119,23 +119,33 @@ class FileTokenizer:
             raise ValueError(f"{folder} has no tokenizer.json: copy it there from the model that it comes from")
         try:
             self.tokenizer = Tokenizer.from_file(path)
-        except Exception as e:  # tokenizers raises Exception itself
+        except BaseException as e:  # tokenizers raises Exception itself, and a panic of Rust, which is none
+            if isinstance(e, KeyboardInterrupt):
+                raise
             raise ValueError(f"{path} is damaged: {e}") from None
         config = _read_json(folder, "tokenizer_config.json")
         self.special = {key: _content(config.get(key)) or "" for key in ("bos_token", "eos_token", "pad_token")}
+        for key, token in self.special.items():
+            if not isinstance(token, str):
+                raise ValueError(f"{folder}/tokenizer_config.json is damaged: {key} is {token!r:.50}, and must be text")
         known = self.tokenizer.token_to_id
         ends = ("<|endoftext|>", "<|end_of_text|>", self.special["eos_token"])  # an instruct model's eos ends an answer
         self.end_of_text = next((known(t) for t in ends if known(t) is not None), None)
         stops = _read_json(folder, "generation_config.json").get("eos_token_id")
-        stops = stops if isinstance(stops, list) else [stops]
+        stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+        if not all(type(token) is int for token in stops):
+            raise ValueError(f"{folder}/generation_config.json is damaged: eos_token_id must be token ids")
         self.stops = frozenset([*stops, known(self.special["eos_token"]), self.end_of_text]) - {None}
         self.template = config.get("chat_template")
         if isinstance(self.template, list):  # several by name
-            self.template = next((t["template"] for t in self.template if t.get("name") == "default"), None)
+            named = [t for t in self.template if isinstance(t, dict) and t.get("name") == "default"]
+            self.template = named[0].get("template") if named else None
         path = os.path.join(folder, "chat_template.jinja")
         if os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
+            with open(path, encoding="utf-8", errors="replace") as f:
                 self.template = f.read()
+        if not isinstance(self.template, str | None):
+            raise ValueError(f"{folder}/tokenizer_config.json is damaged: chat_template must be text")
         self._vocabulary = None
 
     @property
@@ -215,8 +225,8 @@ class FileTokenizer:
         try:
             template = jinja.from_string(self.template)
             text = template.render(messages=messages, add_generation_prompt=True, **self.special)
-        except TemplateError as e:
-            raise ValueError(f"the chat template of {self.folder} fails: {e}") from None
+        except Exception as e:  # a template is a program, so it may fail in any way
+            raise ValueError(f"the chat template of {self.folder} fails ({type(e).__name__}: {e})") from None
         return self.encode(text, special=False)
 
 

@@ -23,6 +23,7 @@ import copy
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import sys
@@ -119,7 +120,7 @@ class Settings:
 def main(s: Settings):
     check(s)
     checkpoint.check_writable(s.out_dir)
-    with checkpoint.Lock(s.out_dir) as lock:
+    with checkpoint.Lock(s.out_dir) as lock, peers_named():
         job = set_up(s, lock)
         if job is None:
             return
@@ -288,6 +289,20 @@ def start_processes(device):
     backend = "nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first process validates
     return rank, world, device
+
+
+@contextmanager
+def peers_named():
+    """Turns the errors of gloo and NCCL, if another process of the run is gone, into a ValueError that says so."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not dist.is_initialized() or not re.search("peer|connect|socket|nccl", str(e), re.IGNORECASE):
+            raise
+        raise ValueError(
+            "another process of this run has ended: its own messages say why; --init_from=resume goes on from the last "
+            "checkpoint"
+        ) from None
 
 
 def build(s: Settings, meta: dict) -> tuple[GPT, CheckpointInfo, checkpoint.TrainingState | None]:

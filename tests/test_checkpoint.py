@@ -517,6 +517,21 @@ def test_unsupported_gpt2_folders_are_rejected(tmp_path, reference_gpt2, capsys,
     assert str(tmp_path) in str(e.value) and "code was run" not in capsys.readouterr().out
 
 
+def test_errors_of_hostile_folders_are_short_and_give_no_bad_advice(tmp_path, reference_gpt2):
+    reference_gpt2.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "[" * 99999}}))
+    with pytest.raises(ValueError, match="is no model that can be read") as e:
+        checkpoint.load_model(str(tmp_path))
+    assert len(str(e.value)) < 1000
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / "model.safetensors").touch()
+    save_pickle_with_code(tmp_path)
+    with pytest.raises(ValueError, match="holds more than tensors .UnpicklingError.") as e:
+        checkpoint.load_model(str(tmp_path))
+    assert "weights_only" not in str(e.value) and "\n" not in str(e.value)
+
+
 def test_another_vocabulary_is_rejected(tmp_path):
     gpt2(vocab_size=300, n_positions=32).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="a vocabulary of 300, GPT-2's byte pairs need 50257"):

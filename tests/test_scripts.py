@@ -495,12 +495,25 @@ def test_job_ends_when_a_worker_dies(workdir, sh):
     workers = sorted((p for p in parents if parents[p] == str(job.pid)), key=int)
     os.kill(int(workers[-1]), signal.SIGKILL)
     start = time.time()
-    job.communicate(timeout=60)
-    assert job.returncode and time.time() - start < 60
+    messages = job.communicate(timeout=60)[0]
+    assert job.returncode and time.time() - start < 60 and "]: Traceback" not in messages
     assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
     step = checkpoint.load_training(str(workdir / "out-dying")).info.step
     assert step >= 10
     sh(f"{command} --init_from=resume".replace("100000", str(step + 5)))
+
+
+@pytest.mark.parametrize("message", ["Connection closed by peer", "connection reset", "NCCL error", "shape"])
+@pytest.mark.parametrize("running", [False, True])
+def test_end_of_another_process_is_one_line(monkeypatch, running, message):
+    """The rest of the processes then fail in gloo or NCCL."""
+    import train
+
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: running)
+    is_ours = running and message != "shape"
+    with pytest.raises(ValueError if is_ours else RuntimeError, match="another process" if is_ours else message):
+        with train.peers_named():
+            raise RuntimeError(message)
 
 
 def test_loss_of_the_last_position_alone():
