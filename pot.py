@@ -566,6 +566,11 @@ def _has_derivative(x):
     return not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None
 
 
+def _in_transform():
+    """Does torch.func's grad, jvp or vmap run? Its tensors have no memory that the kernel could read."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 class PackedWeight(_WithUnit):
     """Codes and units of a weight (out, in). Layers that share a weight share this object.
 
@@ -661,7 +666,7 @@ class PackedWeight(_WithUnit):
                 )
             if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
                 raise TypeError(f"an index of {index.dtype}: rows are looked up by integers")
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or _in_transform()
         if self.on_kernel and not traced:
             return pot_kernel.unpack(self.kernel_weight(), index).to(self.dtype)
         codes, unit, bits, rows = self.codes, self.unit, self.config.bits, self.out_features
@@ -679,9 +684,13 @@ class PackedWeight(_WithUnit):
                 codes = unpack_codes(codes[flat], bits, (rows, self.in_features))
         else:
             codes = unpack_codes(codes, bits, self.shape)
-        out = self._like.new_empty(rows, self.in_features)
-        for u, c, o in row_blocks(unit, codes, out):
-            torch.mul(self._table[c.int()], u, out=o)
+        if _in_transform():  # vmap has no out=
+            blocks = [(self._table[c.int()] * u).to(self.dtype).flatten(1) for u, c in row_blocks(unit, codes)]
+            out = torch.cat(blocks)
+        else:
+            out = self._like.new_empty(rows, self.in_features)
+            for u, c, o in row_blocks(unit, codes, out):
+                torch.mul(self._table[c.int()], u, out=o)
         return out if index is None else out.view(*index.shape, self.in_features)
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -694,7 +703,8 @@ class PackedWeight(_WithUnit):
             not self.on_kernel or x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
             or x.is_nested or x.layout != torch.strided or x.shape[-1:] != (self.in_features,)
             or bias is not None and (bias.shape != (self.out_features,) or not bias.is_floating_point())
-            or torch.jit.is_tracing() or any(t.device.type != "cpu" or _has_derivative(t) for t in tensors)
+            or torch.jit.is_tracing() or _in_transform()
+            or any(t.device.type != "cpu" or _has_derivative(t) for t in tensors)
         ):  # fmt: skip
             return F.linear(fake_quantize_activations(x) if self.config.act_bits else x, self(), bias)
         # resolve_neg comes first: PyTorch's conversion of a negated view from float16 to float32 loses the sign.

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 
@@ -291,28 +290,8 @@ def vocab_size(meta: dict) -> int:
     return BPETokenizer.vocab_size if meta == GPT2 else tokenizer_of(meta).vocab_size
 
 
-def keep(folder: str, meta: dict, source: str | None = None) -> None:
-    """Puts the tokenizer that meta describes beside a checkpoint or a data set, from `source`: a folder or a name on the
-    hub. GPT-2's comes from tiktoken if the source has none, and is left out if there is no network."""
-    if meta.get("tokenizer") == "char":
-        return
-    source = None if source is None else local_folder(source, FILES)
-    if source is not None and os.path.exists(os.path.join(source, "tokenizer.json")):
-        if not os.path.samefile(source, folder):
-            for name in FILES:
-                if os.path.exists(os.path.join(source, name)):
-                    shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
-    elif meta != GPT2:
-        raise ValueError(f"{source} has no tokenizer.json to keep in {folder}: copy it there")
-    elif not os.path.exists(os.path.join(folder, "tokenizer.json")):
-        try:
-            write_gpt2(folder)
-        except ValueError:
-            pass
-
-
-def write_gpt2(folder: str, context: int = 1024) -> None:
-    """Writes tokenizer.json and tokenizer_config.json of GPT-2's byte pairs, made from tiktoken's."""
+def gpt2_files(context: int = 1024) -> dict[str, str]:
+    """{name: content} of tokenizer_config.json and tokenizer.json of GPT-2's byte pairs, made from tiktoken's."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens, merges = gpt2_vocabulary()
@@ -321,11 +300,9 @@ def write_gpt2(folder: str, context: int = 1024) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(tokens[-1], special=True, normalized=False)])
-    tokenizer.save(os.path.join(folder, "tokenizer.json"))
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokens[-1])
     config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": context, **special}
-    with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
-        json.dump(config, f, indent=1)
+    return {"tokenizer_config.json": json.dumps(config, indent=1), "tokenizer.json": tokenizer.to_str(pretty=True)}
 
 
 def gpt2_vocabulary() -> tuple[list[str], list[str]]:

@@ -42,7 +42,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import dataset
-import tokenizer
 from calibrate import calibrate
 from checkpoint import CheckpointInfo
 from configurator import check_minimum, run
@@ -152,8 +151,6 @@ def check(s: Settings):
         raise ValueError("max_iters=0 only quantizes (PTQ): pass a pot_ setting such as --pot_bits=4, or take a step")
     if s.table and not s.pot:
         raise ValueError("table_ keys need a pot_ key such as --pot_bits=4; to train in float, pass --table=None, too")
-    if (s.n_layer or 0) > checkpoint.MOST_LAYERS:
-        raise ValueError(f"n_layer={s.n_layer} must be at most {checkpoint.MOST_LAYERS}")
 
 
 # --- set-up ---
@@ -244,7 +241,7 @@ def set_up(s: Settings, lock: checkpoint.Lock) -> Job | None:
         if state is None:
             refuse_checkpoint(s.out_dir)  # another run may have been faster
             source = os.path.join("data", s.dataset) if s.init_from == "scratch" else s.init_from
-            tokenizer.keep(s.out_dir, meta, source)
+            checkpoint.keep_tokenizer(s.out_dir, meta, source)
         elif s.keep == "best" and checkpoint.exists(os.path.join(s.out_dir, "best")):
             job.best_loss = checkpoint.load_model(os.path.join(s.out_dir, "best"))[1].val_loss
         job.log = Log(s, info.step, wandb) if s.max_iters else None
@@ -555,8 +552,8 @@ def save_and_validate(job: Job, stop: "Stop") -> bool:
     before = "" if job.step else f" before {'QAT' if s.pot else 'training'}"
     line = f"step {job.step}/{s.max_iters}  validation loss {job.val_loss:.4f}{before}"
     if s.keep == "best" and job.val_loss < job.best_loss:
+        checkpoint.keep_tokenizer(best, job.info.tokenizer, s.out_dir)  # first: a model is of no use without it
         save_finished(job, best, copy.deepcopy(job.model))
-        tokenizer.keep(best, job.info.tokenizer, s.out_dir)
         job.best_loss = job.val_loss
     job.log(line, step=job.step, val_loss=job.val_loss)  # last, because a resumed run validates what the log lacks
     job.shown = time.time()

@@ -1142,6 +1142,24 @@ def test_forward_derivatives_and_negated_views(kernel):
         assert torch.equal(cast(torch._neg_view(x.to(dtype))), cast(-x.to(dtype)))
 
 
+@needs_compiler
+def test_transforms_of_torch_func(kernel):
+    assert kernel()
+    layer = quantize_(nn.Linear(128, 16)).requires_grad_(False)
+    x, direction, bias, w = torch.randn(5, 128), torch.randn(5, 128), torch.randn(3, 16), layer.weight
+
+    def close(actual, expected):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+    close(torch.func.jvp(layer, (x,), (direction,))[1], direction @ w.T)
+    close(torch.func.grad(lambda x: layer(x).sum())(x), w.sum(0).expand(5, -1))
+    close(torch.func.vmap(layer)(x), layer(x))
+    close(torch.func.vmap(lambda b: layer.packed.linear(x, b))(bias), torch.stack([F.linear(x, w, b) for b in bias]))
+    close(torch.func.hessian(lambda x: layer(x).square().sum())(x[0]), 2 * w.T @ w)
+    table, index = quantize_(nn.Embedding(40, 64)), torch.randint(40, (3, 4))
+    assert torch.equal(torch.func.vmap(table)(index), table(index))
+
+
 @every_set
 def test_sums_of_a_wide_group_exceed_32_bits(kernel, name):
     assert kernel(name)

@@ -103,9 +103,16 @@ def test_demo_script_names_existing_files():
 
 
 def test_links_have_targets():
-    for page in PAGES:
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert link.startswith("http") or (page.parent / link).exists(), f"{page}: {link}"
+
+
+def test_promises_name_tests_that_exist():
+    named = re.findall(r"`(\w+)::(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text())
+    assert len(named) > 40
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / f"test_{file}.py").read_text(), f"{file}::{test}"
 
 
 def test_files_to_copy_need_torch_alone():

@@ -111,6 +111,21 @@ def test_best_model_is_kept_beside_the_last(workdir, sh, float_run, monkeypatch)
     assert "keep=first must be last or best" in sh(f"{command} --keep=first --out_dir=x", ok=False).stderr
 
 
+def test_best_model_has_its_tokenizer_from_the_start(workdir, sh, monkeypatch):
+    """A run that dies in the folder best leaves no model without the tokenizer."""
+
+    def die(folder, model, info):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save_model", die)
+    options = (
+        "--dataset=openwebtext-llama --init_from=llama --pot_bits=4 --batch_size=2 --block_size=8 --eval_tokens=20"
+    )
+    done = sh(f"train.py {options} --keep=best --max_iters=1 --out_dir=out-dies", ok=False)
+    assert "disk full" in done.stderr
+    assert {p.name for p in (workdir / "out-dies" / "best").iterdir()} >= {"tokenizer.json", "tokenizer_config.json"}
+
+
 def test_resume_takes_the_settings_of_the_run(workdir, sh, float_run):
     common = f"train.py --dataset=tiny --init_from={float_run} --batch_size=4 --pot_bits=3 --pot_granularity=channel"
     common += " --distill=0.5 --seed=3 --eval_interval=7 --log_interval=3"
@@ -239,6 +254,10 @@ def test_lock_of_a_run_folder(workdir, sh, float_run):
     lock.acquire()
     done = sh(f"train.py {TINY} --max_iters=1 --out_dir=out-held", ok=False)
     assert "out-held is in use by another run" in done.stderr and not list((workdir / "out-held").iterdir())
+    done = sh(
+        f"train.py --dataset=tiny --init_from={float_run} --pot_bits=4 --max_iters=0 --out_dir=out-held", ok=False
+    )
+    assert "out-held is in use by another run" in done.stderr  # PTQ, too
     lock.__exit__()
     sh(f"train.py {TINY} --max_iters=1 --out_dir=out-held")
 
@@ -918,7 +937,7 @@ def test_models_that_do_not_fit_are_refused_before_the_first_step(workdir, sh, m
         ("sample.py --ckpt={float} --prompt_file=latin.txt", "latin.txt is not UTF-8 text"),
         ("sample.py --ckpt={float} --prompt=the\udcff", "is not UTF-8 text"),
         ("sample.py --ckpt={float} --temperature=1e-320", "temperature must be at least 0 (and 1e-6 if not 0)"),
-        ("train.py --dataset=tiny --n_layer=100000000 --out_dir=x", "n_layer=100000000 must be at most 1000"),
+        ("train.py --dataset=tiny --n_layer=100000000 --out_dir=x", "n_layer=100000000 must be an integer from 1 to 1000"),
         ("train.py --dataset=tiny --n_embd=12000000 --out_dir=x", "the weights alone take"),
         ("train.py --dataset=tiny --block_size=200000000 --n_embd=1000008 --out_dir=x", "the weights alone take"),
         ("train.py --dataset=tiny --init_from={float} --batch_size=1000000000000 --out_dir=x", "the steps need at least"),

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import CHAT, write_tokenizer
 
+import checkpoint
 import tokenizer
 from tokenizer import FileTokenizer, tokenizer_of
 
@@ -155,11 +156,12 @@ def test_rows_beyond_the_tokens(folder):
 
 def test_tokenizer_is_kept_beside_a_checkpoint(folder, tmp_path_factory):
     own, kept = FileTokenizer(str(folder)), tmp_path_factory.mktemp("kept")
-    tokenizer.keep(str(kept), own.meta, str(folder))
-    tokenizer.keep(str(kept), own.meta, str(kept))  # as a resumed run does
+    checkpoint.keep_tokenizer(str(kept / "best"), own.meta, str(folder))  # makes the folder
+    checkpoint.keep_tokenizer(str(kept), own.meta, str(folder))
+    checkpoint.keep_tokenizer(str(kept), own.meta, str(kept))  # as a resumed run does
     assert tokenizer_of(own.meta, str(kept)).encode_chat(MESSAGES) == own.encode_chat(MESSAGES)
     characters = tmp_path_factory.mktemp("characters")
-    tokenizer.keep(str(characters), {"tokenizer": "char", "chars": "abc"})
+    checkpoint.keep_tokenizer(str(characters), {"tokenizer": "char", "chars": "abc"})
     assert not list(characters.iterdir())
     with pytest.raises(ValueError, match="has no tokenizer.json to keep"):
-        tokenizer.keep(str(kept), own.meta, str(characters))
+        checkpoint.keep_tokenizer(str(kept), own.meta, str(characters))
