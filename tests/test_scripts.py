@@ -179,9 +179,9 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(workdir, sh, float_ru
     start = TINY if kind == "float" else qat
     command = f"train.py {start} --dropout=0.1 --gradient_accumulation_steps=2 --max_iters=60"
     whole, cut = f"out-whole-{kind}", f"out-cut-{kind}"
-    sh(f"{command} --out_dir={whole}", process=True)
+    sh(f"{command} --out_dir={whole}")
     args = [sys.executable, *f"{command} --out_dir={cut}".split()]
-    env = os.environ | {"OMP_NUM_THREADS": "2"}
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
     process = subprocess.Popen(args, cwd=workdir, stdout=subprocess.PIPE, text=True, env=env)
     for line in process.stdout:
         if line.startswith("step 35/"):
@@ -189,7 +189,7 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(workdir, sh, float_ru
             break
     assert process.wait() == -signal.SIGKILL
     assert not (workdir / cut / "model.safetensors").exists()
-    sh(f"{command} --out_dir={cut} --init_from=resume", process=True)
+    sh(f"{command} --out_dir={cut} --init_from=resume")
     expected, actual = weights(workdir, whole), weights(workdir, cut)
     assert expected.keys() == actual.keys() and all(torch.equal(expected[k], actual[k]) for k in expected)
     logs = [[e["step"] for e in map(json.loads, open(workdir / f / "log.jsonl"))] for f in (whole, cut)]
@@ -202,7 +202,7 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(workdir, sh, float_ru
 def test_signal_stops_a_run_that_then_resumes(workdir, sh, signum):
     command, whole, cut = f"train.py {TINY} --max_iters=40", f"out-unasked-{signum}", f"out-asked-{signum}"
     args = [sys.executable, *f"{command} --out_dir={cut} --eval_interval=1000".split()]
-    env = os.environ | {"OMP_NUM_THREADS": "2"}
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
     process = subprocess.Popen(args, cwd=workdir, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     lines = []
     for line in process.stdout:
@@ -212,8 +212,8 @@ def test_signal_stops_a_run_that_then_resumes(workdir, sh, signum):
     assert process.wait() == 128 + signum
     assert lines[-1].startswith("stopped at step ") and "Traceback" not in "".join(lines)
     assert 15 <= checkpoint.load_training(str(workdir / cut)).info.step < 40
-    sh(f"{command} --out_dir={cut} --init_from=resume --eval_interval=1000", process=True)
-    sh(f"{command} --out_dir={whole} --eval_interval=1000", process=True)
+    sh(f"{command} --out_dir={cut} --init_from=resume --eval_interval=1000")
+    sh(f"{command} --out_dir={whole} --eval_interval=1000")
     a, b = weights(workdir, whole), weights(workdir, cut)
     assert all(torch.equal(a[k], b[k]) for k in a)
 
