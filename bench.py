@@ -109,15 +109,14 @@ def main(s: Settings):
     check_minimum(s, **dict.fromkeys(least, 1))
     if s.rounds < 2:
         raise ValueError(f"rounds={s.rounds} has no spread: take at least 2")
+    path = s.json or os.path.join("results", "bench.json" if s.what == "speed" else f"bench_{s.what}.json")
+    checkpoint.check_json(path)
     torch.manual_seed(SEED)
     model = build(s)
     results = measures[s.what](s, model)
     shape = {k: getattr(model.config, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size")}
     results |= {"weights": s.ckpt or "random", **shape, "rounds": s.rounds, "seed": SEED, **machine.provenance()}
-    path = s.json or os.path.join("results", "bench.json" if s.what == "speed" else f"bench_{s.what}.json")
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path, "w") as f:
-        json.dump(results, f, indent=1)
+    checkpoint.write_json(path, results)
     print(f"{results['machine']}, {results['threads']} threads, torch {results['torch']}; written to {path}")
 
 

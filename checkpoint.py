@@ -32,7 +32,6 @@ from pot_kernel.decode import Decoder, DecoderShape
 from tokenizer import GPT2, is_hub_name, vocab_size
 
 TRAINING, MODEL, LOG = "ckpt.pt", "model.safetensors", "log.jsonl"
-MOST_LAYERS = 1000  # the deepest models that people train have fewer; each takes memory before a weight is there
 
 
 @dataclass
@@ -116,14 +115,20 @@ def write(path: str, save: Callable[[str], object], stale: str | None = None) ->
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)
-    with suppress(OSError):  # Windows and some network drives cannot do this
-        sync(folder)
+    _sync_folder(folder)
 
 
 def write_json(path: str, value: object) -> None:
     """Writes value as json, atomically. NaN and infinity, which json has not, become null. Raises OSError."""
     finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
     write(path, lambda tmp: Path(tmp).write_text(json.dumps(finite, indent=1)))
+
+
+def check_json(path: str) -> None:
+    """Raises ValueError unless path is the name of a .json file, so that no model is overwritten, and can be written."""
+    if not path.endswith(".json"):
+        raise ValueError(f"json={path} must be the name of a .json file, which is replaced if it exists")
+    check_writable(os.path.dirname(path))
 
 
 def sync(path: str) -> None:
@@ -133,6 +138,11 @@ def sync(path: str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _sync_folder(folder):
+    with suppress(OSError):  # Windows and some network drives cannot do this
+        sync(folder)
 
 
 def check_writable(folder: str) -> None:
@@ -198,6 +208,44 @@ def save_model(folder: str, model: GPT, info: CheckpointInfo) -> int:
     path = os.path.join(folder, MODEL)
     write(path, lambda tmp: save_file({n: t.contiguous() for n, t in tensors.items()}, tmp, {"nanopot": header}))
     return os.path.getsize(path)
+
+
+def keep_tokenizer(folder: str, meta: dict, source: str | None = None) -> None:
+    """Puts the tokenizer that meta describes beside a checkpoint or a data set, from `source`: a folder or a name on the
+    hub. GPT-2's comes from tiktoken if the source has none, and is left out if there is no network.
+
+    Raises OSError if it cannot be written, and ValueError if the source has none.
+    """
+    if meta.get("tokenizer") == "char":
+        return
+    source = None if source is None else tokenizer.local_folder(source, tokenizer.FILES)
+    if source is not None and os.path.exists(os.path.join(source, "tokenizer.json")):
+        if os.path.isdir(folder) and os.path.samefile(source, folder):
+            return
+        files = {name: os.path.join(source, name) for name in tokenizer.FILES}
+        files = {name: Path(path).read_bytes() for name, path in files.items() if os.path.exists(path)}
+    elif meta != GPT2:
+        raise ValueError(f"{source} has no tokenizer.json to keep in {folder}: copy it there")
+    elif os.path.exists(os.path.join(folder, "tokenizer.json")):
+        return
+    else:
+        try:
+            files = {name: text.encode() for name, text in tokenizer.gpt2_files().items()}
+        except ValueError:  # no network
+            return
+    for name, content in files.items():
+        write(os.path.join(folder, name), lambda tmp, content=content: Path(tmp).write_bytes(content))
+
+
+def publish(source: str, target: str) -> None:
+    """Gives a finished file or folder its name. Both outlive a loss of power after that. Raises OSError."""
+    for path in [source, *(os.path.join(d, name) for d, folders, files in os.walk(source) for name in folders + files)]:
+        if os.path.isdir(path):
+            _sync_folder(path)
+        else:
+            sync(path)
+    os.rename(source, target)
+    _sync_folder(os.path.dirname(target) or ".")
 
 
 # --- reading ---
@@ -419,7 +467,7 @@ def _load_huggingface(folder, name):
         model = GPT.from_huggingface(config, _tensors(folder, huggingface_config(config)))
     except Exception as e:  # json, safetensors and torch raise many kinds for damaged files
         reason = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
-        raise ValueError(f"{name} is no model that can be read: {reason}") from None
+        raise ValueError(f"{name} is no model that can be read: {str(reason)[:500]}") from None
     if os.path.exists(os.path.join(folder, "tokenizer.json")):
         meta = tokenizer.FileTokenizer(folder).meta
     elif config["model_type"] == "gpt2":  # old folders have GPT-2's own files instead, or none
@@ -451,10 +499,9 @@ def _tensors(folder, config):
                 tensors = _unpickle(old)
                 _check_count(config, len(tensors))
                 return tensors
-            except Exception as e:  # torch.load raises many kinds
-                raise ValueError(
-                    f"pytorch_model.bin is damaged or holds more than tensors ({type(e).__name__}: {e})"
-                ) from None
+            except Exception as e:  # torch.load raises many kinds, with advice that a stranger's file does not deserve
+                reason = e if type(e) is ValueError else type(e).__name__
+                raise ValueError(f"pytorch_model.bin is damaged or holds more than tensors ({reason})") from None
         else:
             raise ValueError("there is a config.json, but neither model.safetensors nor pytorch_model.bin beside it")
     with ExitStack() as stack:
@@ -469,8 +516,8 @@ def _tensors(folder, config):
 def _check_count(config, count):
     """Refuses layers that `count` tensors cannot hold, and tensors that the layers cannot use, before any is read or
     built. A layer has two norms and four matrices, which may be in parts and have biases."""
-    if config.n_layer > MOST_LAYERS or not 6 * config.n_layer <= count <= 24 * config.n_layer + 24:
-        raise ValueError(f"{count} tensors are no model of {config.n_layer} layers (at most {MOST_LAYERS:,})")
+    if not 6 * config.n_layer <= count <= 24 * config.n_layer + 24:
+        raise ValueError(f"{count} tensors are no model of {config.n_layer} layers")
 
 
 def _with_kind(info, packed):

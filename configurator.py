@@ -44,6 +44,7 @@ def run(main: Callable[[T], object], settings: type[T]) -> None:
                     raise
                 message = f"{type(e).__name__}: {message or 'not enough memory'}; are all sizes as you mean them?"
             message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+            message = message if len(message) <= 1000 else f"{message[:1000]} ..."
             print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
             sys.exit(2)
 

@@ -126,7 +126,7 @@ def write(folder: str, meta: dict, pieces: Iterable[tuple[str, np.ndarray]], sou
             for path in paths.values():
                 os.replace(f"{path}.tmp", path)
             if source is not None and meta != GPT2:
-                tokenizer.keep(folder, meta, source)
+                checkpoint.keep_tokenizer(folder, meta, source)
             content = json.dumps(meta | {"digests": {split: d.hexdigest() for split, d in digests.items()}})
             checkpoint.write(meta_path, lambda tmp: Path(tmp).write_text(content))
         finally:

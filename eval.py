@@ -48,7 +48,7 @@ def main(s: Settings):
     folders = [f for f in s.ckpt.split(",") if f]
     check(s, folders)
     path = s.json or os.path.join("." if checkpoint.is_foreign(folders[-1]) else folders[-1], "eval.json")
-    checkpoint.check_writable(os.path.dirname(path))
+    checkpoint.check_json(path)
     rows = []
     for folder in folders:
         model, info = checkpoint.load_model(folder)
@@ -66,8 +66,6 @@ def main(s: Settings):
 
 def check(s, folders):
     check_minimum(s, tokens=2, block_size=1, seed=0)
-    if s.json and not s.json.endswith(".json"):
-        raise ValueError(f"json={s.json} must be the name of a .json file, which is replaced if it exists")
     if not folders:
         raise ValueError("pass at least one folder to --ckpt")
     for folder in [*folders, *([s.reference] if s.reference else [])]:

@@ -47,8 +47,9 @@ class GPTConfig:
                 raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
             self.head_size = self.n_embd // self.n_head
         for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_size", "n_inner"):
-            if type(getattr(self, key)) is not int or not 1 <= getattr(self, key) <= 2**28:
-                raise ValueError(f"{key}={getattr(self, key)!r} must be an integer from 1 to {2**28}")
+            most = 1000 if key == "n_layer" else 2**28  # the deepest known models have fewer; each layer takes memory
+            if type(getattr(self, key)) is not int or not 1 <= getattr(self, key) <= most:
+                raise ValueError(f"{key}={getattr(self, key)!r} must be an integer from 1 to {most}")
         for key, known in ("norm", ("layer", "rms")), ("position", ("learned", "rotary")), ("mlp", ("gelu", "swiglu")):
             if getattr(self, key) not in known:
                 raise ValueError(f"{key}={getattr(self, key)!r} must be {known[0]!r} or {known[1]!r}")
@@ -67,9 +68,7 @@ class GPTConfig:
                 )
             factor, low, high, original = (self.rope_scaling[key] for key in ROPE_SCALING)
             if not (factor > 0 and 0 < low < high and original > 0):
-                raise ValueError(
-                    f"rope_scaling={self.rope_scaling} must be positive, low_freq_factor below the high one"
-                )
+                raise ValueError(f"rope_scaling={self.rope_scaling} must be positive, the low factor below the high")
 
 
 class KVCache:

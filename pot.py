@@ -533,7 +533,10 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_codes(packed: torch.Tensor, bits: int, shape: tuple[int, int]) -> torch.Tensor:
-    """The inverse of pack_codes -> codes (rows, n) = shape, uint8."""
+    """The inverse of pack_codes -> codes (rows, n) = shape, uint8. Raises TypeError for packed codes of another dtype,
+    whose signs would become bits."""
+    if packed.dtype != torch.uint8:
+        raise TypeError(f"packed codes are {packed.dtype}, and must be torch.uint8")
     rows, n = shape
     if bits not in _TILE_COLUMNS:
         packed = F.pad(packed, (0, -packed.shape[1] % bits)).view(rows, -(-n // 8), bits).long()
@@ -565,6 +568,11 @@ def _has_derivative(x):
     if torch.is_grad_enabled() and x.requires_grad:
         return True
     return not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None
+
+
+def _in_transform():
+    """Does torch.func's grad, jvp or vmap run? Its tensors have no memory that the kernel could read."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class PackedWeight(_WithUnit):
@@ -664,7 +672,7 @@ class PackedWeight(_WithUnit):
                 )
             if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
                 raise TypeError(f"an index of {index.dtype}: rows are looked up by integers")
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or _in_transform()
         if self.on_kernel and not traced:
             return pot_kernel.unpack(self.kernel_weight(), index).to(self.dtype)
         codes, unit, bits, rows = self.codes, self.unit, self.config.bits, self.out_features
@@ -682,9 +690,13 @@ class PackedWeight(_WithUnit):
                 codes = unpack_codes(codes[flat], bits, (rows, self.in_features))
         else:
             codes = unpack_codes(codes, bits, self.shape)
-        out = self._like.new_empty(rows, self.in_features)
-        for u, c, o in row_blocks(unit, codes, out):
-            torch.mul(self._table[c.int()], u, out=o)
+        if _in_transform():  # vmap has no out=
+            blocks = [(self._table[c.int()] * u).to(self.dtype).flatten(1) for u, c in row_blocks(unit, codes)]
+            out = torch.cat(blocks)
+        else:
+            out = self._like.new_empty(rows, self.in_features)
+            for u, c, o in row_blocks(unit, codes, out):
+                torch.mul(self._table[c.int()], u, out=o)
         return out if index is None else out.view(*index.shape, self.in_features)
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -697,7 +709,8 @@ class PackedWeight(_WithUnit):
             not (self.on_kernel or self.on_triton) or x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
             or x.is_nested or x.layout != torch.strided or x.shape[-1:] != (self.in_features,)
             or bias is not None and (bias.shape != (self.out_features,) or not bias.is_floating_point())
-            or torch.jit.is_tracing() or any(t.device != self.codes.device or _has_derivative(t) for t in tensors)
+            or torch.jit.is_tracing() or _in_transform()
+            or any(t.device != self.codes.device or _has_derivative(t) for t in tensors)
         ):  # fmt: skip
             return F.linear(fake_quantize_activations(x) if self.config.act_bits else x, self(), bias)
         if self.on_triton:

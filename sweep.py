@@ -30,7 +30,9 @@ from pot import PoTConfig, convert
 METHODS = ("rtn", "gptq", "qat")
 GPTQ_TOKENS = 16384
 NUMBERS = {"tokens", "block_size", "loss", "bits_per_weight", "bytes", "steps", "seconds", "seed"}  # of a row
-KEYS = NUMBERS | {"name", "kind", "papers", "weights", "dataset", "split", "tokens_seen", "config"}
+TYPES = dict.fromkeys(NUMBERS, int | float) | dict.fromkeys(("name", "kind", "weights", "dataset", "split"), str)
+TYPES |= {"papers": object, "tokens_seen": int | None, "config": dict | None}
+OPTIONAL = {"shared": dict, "kl": int | float, "top1_agreement": int | float}
 # Settings that all rows of an out_dir share: of this script, and of train.py in the config `finetune`. A row's name
 # holds the others.
 SHARED = ("init_from", "calibrate_tokens", "split", "tokens", "protocol")
@@ -172,11 +174,23 @@ def name_of(s, method, config, seed):
 
 
 def read(path):
-    """Rows by name. A row that lacks a key or a number is measured again."""
+    """Rows by name. A row that lacks a value, or has one of another type, is measured again."""
     if not os.path.exists(path):
         return {}
-    rows = [row for row in checkpoint.read_lines(path) if row.keys() >= KEYS and isinstance(row["name"], str)]
-    return {row["name"]: row for row in rows if all(isinstance(row[key], int | float) for key in NUMBERS)}
+    return {row["name"]: row for row in checkpoint.read_lines(path) if is_row(row)}
+
+
+def is_row(row):
+    given = TYPES | {key: kind for key, kind in OPTIONAL.items() if key in row}
+    if not all(key in row and isinstance(row[key], kind) for key, kind in given.items()):
+        return False
+    try:
+        if row["config"] is not None:
+            PoTConfig(**row["config"])
+        kinds = METHODS if row["config"] else ("float", "control")
+        return row["kind"] in kinds and all(math.isfinite(row[key]) for key in NUMBERS)
+    except (TypeError, ValueError, OverflowError):  # of PoTConfig, or of a number beyond float
+        return False
 
 
 def append(path, row):

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 
@@ -119,23 +118,33 @@ class FileTokenizer:
             raise ValueError(f"{folder} has no tokenizer.json: copy it there from the model that it comes from")
         try:
             self.tokenizer = Tokenizer.from_file(path)
-        except Exception as e:  # tokenizers raises Exception itself
+        except BaseException as e:  # tokenizers raises Exception itself, and a panic of Rust, which is none
+            if isinstance(e, KeyboardInterrupt):
+                raise
             raise ValueError(f"{path} is damaged: {e}") from None
         config = _read_json(folder, "tokenizer_config.json")
         self.special = {key: _content(config.get(key)) or "" for key in ("bos_token", "eos_token", "pad_token")}
+        for key, token in self.special.items():
+            if not isinstance(token, str):
+                raise ValueError(f"{folder}/tokenizer_config.json is damaged: {key} is {token!r:.50}, and must be text")
         known = self.tokenizer.token_to_id
         ends = ("<|endoftext|>", "<|end_of_text|>", self.special["eos_token"])  # an instruct model's eos ends an answer
         self.end_of_text = next((known(t) for t in ends if known(t) is not None), None)
         stops = _read_json(folder, "generation_config.json").get("eos_token_id")
-        stops = stops if isinstance(stops, list) else [stops]
+        stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+        if not all(type(token) is int for token in stops):
+            raise ValueError(f"{folder}/generation_config.json is damaged: eos_token_id must be token ids")
         self.stops = frozenset([*stops, known(self.special["eos_token"]), self.end_of_text]) - {None}
         self.template = config.get("chat_template")
         if isinstance(self.template, list):  # several by name
-            self.template = next((t["template"] for t in self.template if t.get("name") == "default"), None)
+            named = [t for t in self.template if isinstance(t, dict) and t.get("name") == "default"]
+            self.template = named[0].get("template") if named else None
         path = os.path.join(folder, "chat_template.jinja")
         if os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
+            with open(path, encoding="utf-8", errors="replace") as f:
                 self.template = f.read()
+        if not isinstance(self.template, str | None):
+            raise ValueError(f"{folder}/tokenizer_config.json is damaged: chat_template must be text")
         self._vocabulary = None
 
     @property
@@ -215,8 +224,8 @@ class FileTokenizer:
         try:
             template = jinja.from_string(self.template)
             text = template.render(messages=messages, add_generation_prompt=True, **self.special)
-        except TemplateError as e:
-            raise ValueError(f"the chat template of {self.folder} fails: {e}") from None
+        except Exception as e:  # a template is a program, so it may fail in any way
+            raise ValueError(f"the chat template of {self.folder} fails ({type(e).__name__}: {e})") from None
         return self.encode(text, special=False)
 
 
@@ -281,28 +290,8 @@ def vocab_size(meta: dict) -> int:
     return BPETokenizer.vocab_size if meta == GPT2 else tokenizer_of(meta).vocab_size
 
 
-def keep(folder: str, meta: dict, source: str | None = None) -> None:
-    """Puts the tokenizer that meta describes beside a checkpoint or a data set, from `source`: a folder or a name on the
-    hub. GPT-2's comes from tiktoken if the source has none, and is left out if there is no network."""
-    if meta.get("tokenizer") == "char":
-        return
-    source = None if source is None else local_folder(source, FILES)
-    if source is not None and os.path.exists(os.path.join(source, "tokenizer.json")):
-        if not os.path.samefile(source, folder):
-            for name in FILES:
-                if os.path.exists(os.path.join(source, name)):
-                    shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
-    elif meta != GPT2:
-        raise ValueError(f"{source} has no tokenizer.json to keep in {folder}: copy it there")
-    elif not os.path.exists(os.path.join(folder, "tokenizer.json")):
-        try:
-            write_gpt2(folder)
-        except ValueError:
-            pass
-
-
-def write_gpt2(folder: str, context: int = 1024) -> None:
-    """Writes tokenizer.json and tokenizer_config.json of GPT-2's byte pairs, made from tiktoken's."""
+def gpt2_files(context: int = 1024) -> dict[str, str]:
+    """{name: content} of tokenizer_config.json and tokenizer.json of GPT-2's byte pairs, made from tiktoken's."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens, merges = gpt2_vocabulary()
@@ -311,11 +300,9 @@ def write_gpt2(folder: str, context: int = 1024) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(tokens[-1], special=True, normalized=False)])
-    tokenizer.save(os.path.join(folder, "tokenizer.json"))
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokens[-1])
     config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": context, **special}
-    with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
-        json.dump(config, f, indent=1)
+    return {"tokenizer_config.json": json.dumps(config, indent=1), "tokenizer.json": tokenizer.to_str(pretty=True)}
 
 
 def gpt2_vocabulary() -> tuple[list[str], list[str]]:

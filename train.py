@@ -23,6 +23,7 @@ import copy
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import sys
@@ -41,7 +42,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import dataset
-import tokenizer
 from calibrate import calibrate
 from checkpoint import CheckpointInfo
 from configurator import check_minimum, run
@@ -119,7 +119,7 @@ class Settings:
 def main(s: Settings):
     check(s)
     checkpoint.check_writable(s.out_dir)
-    with checkpoint.Lock(s.out_dir) as lock:
+    with checkpoint.Lock(s.out_dir) as lock, peers_named():
         job = set_up(s, lock)
         if job is None:
             return
@@ -151,8 +151,6 @@ def check(s: Settings):
         raise ValueError("max_iters=0 only quantizes (PTQ): pass a pot_ setting such as --pot_bits=4, or take a step")
     if s.table and not s.pot:
         raise ValueError("table_ keys need a pot_ key such as --pot_bits=4; to train in float, pass --table=None, too")
-    if (s.n_layer or 0) > checkpoint.MOST_LAYERS:
-        raise ValueError(f"n_layer={s.n_layer} must be at most {checkpoint.MOST_LAYERS}")
 
 
 # --- set-up ---
@@ -243,7 +241,7 @@ def set_up(s: Settings, lock: checkpoint.Lock) -> Job | None:
         if state is None:
             refuse_checkpoint(s.out_dir)  # another run may have been faster
             source = os.path.join("data", s.dataset) if s.init_from == "scratch" else s.init_from
-            tokenizer.keep(s.out_dir, meta, source)
+            checkpoint.keep_tokenizer(s.out_dir, meta, source)
         elif s.keep == "best" and checkpoint.exists(os.path.join(s.out_dir, "best")):
             job.best_loss = checkpoint.load_model(os.path.join(s.out_dir, "best"))[1].val_loss
         job.log = Log(s, info.step, wandb) if s.max_iters else None
@@ -288,6 +286,20 @@ def start_processes(device):
     backend = "nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first process validates
     return rank, world, device
+
+
+@contextmanager
+def peers_named():
+    """Turns the errors of gloo and NCCL, if another process of the run is gone, into a ValueError that says so."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not dist.is_initialized() or not re.search("peer|connect|socket|nccl", str(e), re.IGNORECASE):
+            raise
+        raise ValueError(
+            "another process of this run has ended: its own messages say why; --init_from=resume goes on from the last "
+            "checkpoint"
+        ) from None
 
 
 def build(s: Settings, meta: dict) -> tuple[GPT, CheckpointInfo, checkpoint.TrainingState | None]:
@@ -540,8 +552,8 @@ def save_and_validate(job: Job, stop: "Stop") -> bool:
     before = "" if job.step else f" before {'QAT' if s.pot else 'training'}"
     line = f"step {job.step}/{s.max_iters}  validation loss {job.val_loss:.4f}{before}"
     if s.keep == "best" and job.val_loss < job.best_loss:
+        checkpoint.keep_tokenizer(best, job.info.tokenizer, s.out_dir)  # first: a model is of no use without it
         save_finished(job, best, copy.deepcopy(job.model))
-        tokenizer.keep(best, job.info.tokenizer, s.out_dir)
         job.best_loss = job.val_loss
     job.log(line, step=job.step, val_loss=job.val_loss)  # last, because a resumed run validates what the log lacks
     job.shown = time.time()

@@ -8,7 +8,6 @@ get the same prompts and random numbers. The differences are small, so a mean ha
 texts.
 """
 
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -55,6 +54,8 @@ def main(s: Settings):
         raise ValueError("pass at least one folder to --ckpt")
     for folder in folders:
         checkpoint.require_folder(folder)
+    path = s.json or os.path.join("." if checkpoint.is_foreign(folders[-1]) else folders[-1], "bertscore.json")
+    checkpoint.check_json(path)
     scorer = load_scorer(s.encoder, device)  # before any model, so that a bad encoder fails at once
     rows, texts = [], []
     for folder in folders:
@@ -74,11 +75,8 @@ def main(s: Settings):
         )
     add_bertscore(rows, texts, scorer, s.encoder, s.seed)
     print_table(rows)
-    folder = "." if checkpoint.is_foreign(folders[-1]) else folders[-1]
-    path = s.json or os.path.join(folder, "bertscore.json")
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path, "w") as f:
-        json.dump({"rows": rows, "seed": s.seed, "temperature": TEMPERATURE, **machine.provenance()}, f, indent=1)
+    result = {"rows": rows, "seed": s.seed, "temperature": TEMPERATURE, **machine.provenance()}
+    checkpoint.write_json(path, result)
     print(f"written to {path}")
 
 

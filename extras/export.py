@@ -68,7 +68,7 @@ def main(s: Settings):
             to_gguf(model, info.tokenizer, s.ckpt, path, s.lossy)
         else:
             to_huggingface(model, info.tokenizer, s.ckpt, path, s.packed)
-        os.rename(path, s.out)
+        checkpoint.publish(path, s.out)
     size = sum(os.path.getsize(os.path.join(d, f)) for d, _, files in os.walk(s.out) for f in files)
     print(f"{s.out}: {size or os.path.getsize(s.out):,} bytes")
     if os.path.isdir(s.out) and not os.path.exists(os.path.join(s.out, "tokenizer.json")):
@@ -157,7 +157,7 @@ def to_huggingface(model: GPT, meta: dict, ckpt: str, folder: str, packed: bool 
         config |= {"attention_bias": c.bias, "mlp_bias": c.bias} if kind == "llama" else {}
     config |= {"quantization_config": COMPRESSED} if packed else {}
     os.mkdir(folder)
-    tokenizer.keep(folder, meta, ckpt)
+    checkpoint.keep_tokenizer(folder, meta, ckpt)
     config |= {"bos_token_id": None, "eos_token_id": None}
     if os.path.exists(os.path.join(folder, "tokenizer.json")):
         config |= tokenizer.FileTokenizer(folder).special_ids()
@@ -223,10 +223,10 @@ def to_gguf(model: GPT, meta: dict, ckpt: str, path: str, lossy: bool = False):
     written, losses = {}, []  # {format: [matrices, weights, bytes]}; a line for each matrix that loses something
     for name, w, unit in gguf_tensors(model, kind):
         if w.ndim == 1 or name.startswith(("position_embd", "rope_freqs")):  # llama.cpp keeps these in float32
-            writer.add_tensor(name, w)
+            writer.add_tensor(name, w.view(Written))
             continue
         form, data, loss = encode(gguf, w, unit)
-        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[form])
+        writer.add_tensor(name, data.view(Written), raw_dtype=gguf.GGMLQuantizationType[form])
         written[form] = [a + b for a, b in zip(written.get(form, (0, 0, 0)), (1, w.size, data.nbytes))]
         if loss:
             losses.append(f"{name} by {loss:.2g} as {form}")
@@ -255,6 +255,13 @@ def to_gguf(model: GPT, meta: dict, ckpt: str, path: str, lossy: bool = False):
         print(f"The checkpoint has them in {before:,} bytes: llama.cpp has no smaller format with these levels")
     if packed and most in ("Q5_0", "Q8_0", "BF16"):
         print("Two terms in groups of 32 with scale_format='e8m0' take 4.25 bits (config/finetune_gpt2_mxfp4.py)")
+
+
+class Written(np.ndarray):
+    """A tensor for gguf, which calls tofile. numpy's own tofile does not notice that the last bytes cannot be written."""
+
+    def tofile(self, file):
+        file.write(np.ascontiguousarray(self).tobytes())
 
 
 def add_shape(writer, c: GPTConfig, kind: str):

@@ -14,6 +14,7 @@ import tempfile
 from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import checkpoint  # noqa: E402
 from configurator import run  # noqa: E402
 from model import HUGGINGFACE  # noqa: E402
 
@@ -56,7 +57,7 @@ def main(s: Settings):
         path = os.path.join(temporary, "imported")
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
-        os.rename(path, s.out)
+        checkpoint.publish(path, s.out)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(
         f"{s.out}: {kind} of {millions:.1f} M parameters, vocabulary of {len(tokenizer):,}: {sorted(os.listdir(s.out))}"

@@ -15,7 +15,7 @@ from . import Weight, address, load
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes and kind of a GPT."""
+    """Sizes and kind of a GPT. Raises ValueError for a size below 1, and for queries that share no whole head of keys."""
 
     n_layer: int
     n_head: int
@@ -28,6 +28,13 @@ class DecoderShape:
     rms: bool  # RMSNorm, not LayerNorm
     gated: bool  # SwiGLU, not GELU
     norm_eps: float
+
+    def __post_init__(self):
+        sizes = self.n_layer, self.n_head, self.n_kv_head, self.head_size, self.n_embd, self.n_inner
+        if not all(type(n) is int and n >= 1 for n in (*sizes, self.block_size, self.vocab_size)):
+            raise ValueError(f"{self}: each size must be an integer of at least 1")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"{self} does not divide into heads")
 
 
 class _Norm(ctypes.Structure):
@@ -90,8 +97,8 @@ class Decoder:
         ]  # fmt: skip
         self.step.restype = None
 
-        if shape.n_head % shape.n_kv_head or frequencies is not None and shape.head_size % 2:
-            raise ValueError(f"{shape} does not divide into heads")
+        if frequencies is not None and shape.head_size % 2:
+            raise ValueError(f"{shape} has heads of an odd size, and rotary positions turn pairs")
         width, inner = shape.n_head * shape.head_size, shape.n_inner * (2 if shape.gated else 1)
 
         def pointer(name, size):
@@ -103,7 +110,8 @@ class Decoder:
             return _Norm(*(pointer(f"{name}.{part}", shape.n_embd) for part in ("weight", "bias")))
 
         def table(name, rows, columns=shape.n_embd):
-            weight = weights[name]
+            if (weight := weights.get(name)) is None:
+                raise ValueError(f"the weight {name} is missing")
             if (weight.rows, weight.columns) != (rows, columns):
                 raise ValueError(f"{name} is ({weight.rows}, {weight.columns}), expected ({rows}, {columns})")
             if weight.activations == 1 and not weight.row_sums:
@@ -113,15 +121,16 @@ class Decoder:
         def linear(name, rows, columns=shape.n_embd):
             return _Linear(table(name, rows, columns), pointer(f"{name}.bias", rows))
 
-        self.layers = (_Layer * shape.n_layer)()
-        for i in range(shape.n_layer):
-            block = f"transformer.h.{i}"
-            self.layers[i] = _Layer(
+        layers = [  # before the array, because a wrong number of layers must take no memory
+            _Layer(
                 norm(f"{block}.ln_1"), norm(f"{block}.ln_2"),
                 linear(f"{block}.attn.c_attn", width + 2 * shape.n_kv_head * shape.head_size),
                 linear(f"{block}.attn.c_proj", shape.n_embd, width),
                 linear(f"{block}.mlp.c_fc", inner), linear(f"{block}.mlp.c_proj", shape.n_embd, shape.n_inner),
-            )  # fmt: skip
+            )
+            for block in (f"transformer.h.{i}" for i in range(shape.n_layer))
+        ]  # fmt: skip
+        self.layers = (_Layer * shape.n_layer)(*layers)
         wte, learned = table("transformer.wte", shape.vocab_size), frequencies is None
         self.gpt = _Gpt(
             shape.n_layer, shape.n_head, shape.n_kv_head, shape.head_size, shape.n_embd, shape.n_inner, 0, shape.rms,

@@ -13,6 +13,7 @@
 #include "decode.cpp"
 #include "shift.h"
 #include "unicode.h"
+#include <array>
 #include <cerrno>
 #include <chrono>
 #include <cstdio>
@@ -135,6 +136,7 @@ struct Json {  // a value within a JSON text, whose syntax is checked where it i
     string as_string(const string& name) const {
         if (text.empty() || text[0] != '"') fail(name + " is missing or no text");
         string out;
+        out.reserve(text.size());
         for (size_t i = 1; i + 1 < text.size(); i++) {
             const bool escape = text[i] == '\\';
             const size_t known = escape ? string_view("bfnrtu").find(text[++i]) : string_view::npos;
@@ -198,8 +200,7 @@ size_t word_length(string_view text, bool digits) {
 
 class Tokenizer {
   public:
-    std::vector<string_view> tokens;  // (vocabulary): bytes of each, which may be a part of a character
-    std::vector<int64_t> stops;       // tokens that end a text
+    std::vector<int64_t> stops;  // tokens that end a text
 
     explicit Tokenizer(const string& folder) {
         read_file(folder + "/tokenizer.json", false, [&](string_view text) { read(Json::parse(text)); });
@@ -211,9 +212,13 @@ class Tokenizer {
         read_file(folder + "/generation_config.json", true, [&](string_view text) {
             const Json ends = Json::parse(text)["eos_token_id"];
             const auto add = [&](Json, Json id) { stops.push_back(id.as_integer("eos_token_id", 0, INT32_MAX)); };
+            if (ends.count() > 100) fail("it has more than 100 tokens that end a text");
             if (!ends.is_null() && !ends.each(add)) add({}, ends);
         });
     }
+
+    int64_t size() const { return int64_t(places_.size()); }
+    string_view token(int64_t id) const { return {&bytes_[places_[id][0]], places_[id][1]}; }  // bytes
 
     // Tokens of a text. Bytes that are no UTF-8 count as U+FFFD.
     std::vector<int64_t> encode(string_view raw) const {
@@ -222,33 +227,26 @@ class Tokenizer {
         std::vector<int64_t> ids;
         for (string_view text = valid; !text.empty();) {
             size_t at = text.size(), length = 0;  // of the leftmost added token, and of several there the longest
-            int64_t token = 0;
+            int64_t next = 0;
             for (const int64_t id : added_) {
-                const size_t i = text.find(tokens[id]), n = tokens[id].size();
-                if (i < at || (i == at && n > length)) at = i, length = n, token = id;
+                const size_t i = text.find(token(id)), n = token(id).size();
+                if (i < at || (i == at && n > length)) at = i, length = n, next = id;
             }
             for (size_t i = 0, n; i < at; i += n) {
                 n = word_length(text.substr(i, at - i), digits_);
                 append_word(text.substr(i, n), &ids);
             }
-            if (length) ids.push_back(token);
+            if (length) ids.push_back(next);
             text.remove_prefix(at + length);
         }
         return ids;
     }
 
   private:
-    struct Merge {
-        uint64_t pair;  // left token << 32 | right token
-        uint32_t rank;  // the lowest is merged first
-        uint32_t id;    // the token that replaces the pair
-    };
-
     // The token with these bytes, or -1.
     int64_t find(string_view text) const {
-        const auto before = [&](uint32_t id, string_view t) { return tokens[id] < t; };
-        const auto at = std::lower_bound(sorted_.begin(), sorted_.end(), text, before);
-        return at != sorted_.end() && tokens[*at] == text ? int64_t(*at) : -1;
+        const auto at = std::partition_point(sorted_.begin(), sorted_.end(), [&](auto id) { return token(id) < text; });
+        return at != sorted_.end() && token(*at) == text ? int64_t(*at) : -1;
     }
 
     void read(Json file) {
@@ -264,16 +262,20 @@ class Tokenizer {
         for (const char* key : {"dropout", "unk_token", "byte_fallback", "ignore_merges"})
             known = known && (model[key].is_null() || model[key].text == "false");
         if (!known) fail("it is no tokenizer of GPT-2's or SmolLM2's kind");
-        const size_t most = vocabulary.count() + added.count();  // tokens; a hostile id must take no memory
-        bytes_.reserve(vocabulary.text.size() + added.text.size());
-        tokens.reserve(most), sorted_.reserve(most), merges_.reserve(merges.count());
+        // Memory for a hostile file stays below twice its size: a token takes 8 bytes of the file or more, except the
+        // tokens of the lowest ids; a merge takes 6.
+        size_t most = (vocabulary.text.size() + added.text.size()) / 8 + 100, letters = 0;
+        const auto count = [&](Json token, Json) { letters += std::max(token.text.size(), size_t(2)) - 2; };
+        most = std::min(most, vocabulary.each(count) + added.each([&](Json, Json t) { count(t["content"], t); }));
+        bytes_.reserve(letters), places_.reserve(most), sorted_.reserve(most);
+        merges_.reserve(std::min(merges.count(), merges.text.size() / 6));
         const auto add_token = [&](const string& text, Json number) {
-            const size_t id = size_t(number.as_integer("an id", 0, int64_t(most) - 1)), start = bytes_.size();
-            if (id >= tokens.size()) tokens.resize(id + 1);
-            if (tokens[id] == text) return int64_t(id);
-            if (!tokens[id].empty()) fail("the id " + to_string(id) + " is there twice");
+            const size_t id = size_t(number.as_integer("an id", 0, int64_t(most) - 1));
+            if (id >= places_.size()) places_.resize(id + 1);
+            if (token(id) == text) return int64_t(id);
+            if (places_[id][1]) fail("the id " + to_string(id) + " is there twice");
+            places_[id] = {uint32_t(bytes_.size()), uint32_t(text.size())};
             bytes_ += text;
-            tokens[id] = {bytes_.data() + start, text.size()};
             return int64_t(id);
         };
         vocabulary.each([&](Json token, Json id) { add_token(to_bytes(token.as_string("a token")), id); });
@@ -281,19 +283,20 @@ class Tokenizer {
             added_.push_back(add_token(token["content"].as_string("an added token"), token["id"]));
             for (const char* setting : {"single_word", "lstrip", "rstrip", "normalized"})
                 known = known && token[setting].text != "true";
-            if (!known || tokens[added_.back()].empty()) fail("it has an added token of a kind that is not known here");
+            if (!known || !places_[added_.back()][1]) fail("it has an added token of a kind that is not known here");
         });
-        for (uint32_t id = 0; id < tokens.size(); id++) sorted_.push_back(id);
-        const auto key = [&](uint32_t id) { return std::make_pair(tokens[id], id); };
-        std::sort(sorted_.begin(), sorted_.end(), [&](uint32_t a, uint32_t b) { return key(a) < key(b); });
+        for (uint32_t id = 0; id < places_.size(); id++) sorted_.push_back(id);
+        const auto is_before = [&](auto a, auto b) { return token(a) != token(b) ? token(a) < token(b) : a < b; };
+        std::sort(sorted_.begin(), sorted_.end(), is_before);
         for (int byte = 0; byte < 256; byte++) byte_ids_[byte] = find(string(1, char(byte)));
         merges.each([&](Json, Json merge) { read_merge(merge); });
-        std::sort(merges_.begin(), merges_.end(), [](const Merge& a, const Merge& b) { return a.pair < b.pair; });
+        std::sort(merges_.begin(), merges_.end());
     }
 
     // Bytes of a token as the file spells it: a printable byte is its own letter, the others are the letters from 256
     // on. A token with any other letter stays as it is.
     static string to_bytes(const string& spelled) {
+        if (spelled.size() > 4096) fail("a token is longer than 4,096 bytes");
         const auto is_printable = [](uint32_t b) { return (b > 32 && b < 127) || (b > 160 && b != 173); };
         string out;
         for (string_view rest = spelled; !rest.empty();) {
@@ -312,16 +315,16 @@ class Tokenizer {
             parts[0] = both.substr(0, both.find(' ')), parts[1] = both.substr(both.find(' ') + 1);
         }
         const string a = to_bytes(parts[0]), b = to_bytes(parts[1]);
-        const int64_t left = find(a), right = find(b), id = find(a + b);
-        if (left < 0 || right < 0 || id < 0) fail("a merge is not of two tokens that make a third");
-        merges_.push_back({uint64_t(left) << 32 | uint64_t(right), uint32_t(merges_.size()), uint32_t(id)});
+        const int64_t left = find(a), right = find(b);
+        if (a.empty() || b.empty() || left < 0 || right < 0 || find(a + b) < 0)
+            fail("a merge is not of two tokens that make a third");
+        merges_.push_back({uint32_t(left), uint32_t(right), uint32_t(merges_.size())});
     }
 
-    const Merge* find_merge(int64_t left, int64_t right) const {  // null if there is none
-        const auto before = [](const Merge& merge, uint64_t pair) { return merge.pair < pair; };
-        const uint64_t pair = uint64_t(left) << 32 | uint64_t(right);
-        const auto at = std::lower_bound(merges_.begin(), merges_.end(), pair, before);
-        return at != merges_.end() && at->pair == pair ? &*at : nullptr;
+    uint32_t rank_of(int64_t left, int64_t right) const {  // of a pair; UINT32_MAX if it is not merged
+        const std::array<uint32_t, 3> pair{uint32_t(left), uint32_t(right), 0};
+        const auto at = std::lower_bound(merges_.begin(), merges_.end(), pair);
+        return at != merges_.end() && (*at)[0] == pair[0] && (*at)[1] == pair[1] ? (*at)[2] : UINT32_MAX;
     }
 
     // Byte pair encoding: merges the pair of the lowest rank until no pair is left.
@@ -330,21 +333,20 @@ class Tokenizer {
         for (const char c : word)
             if (byte_ids_[uint8_t(c)] >= 0) parts.push_back(byte_ids_[uint8_t(c)]);
         for (size_t at = 0;;) {
-            const Merge* best = nullptr;
-            for (size_t i = 0; i + 1 < parts.size(); i++) {
-                const Merge* merge = find_merge(parts[i], parts[i + 1]);
-                if (merge && (!best || merge->rank < best->rank)) best = merge, at = i;
-            }
-            if (!best) break;
-            parts[at] = best->id;
+            uint32_t best = UINT32_MAX;
+            for (size_t i = 0; i + 1 < parts.size(); i++)
+                if (const uint32_t rank = rank_of(parts[i], parts[i + 1]); rank < best) best = rank, at = i;
+            if (best == UINT32_MAX) break;
+            parts[at] = find(string(token(parts[at])) + string(token(parts[at + 1])));
             parts.erase(parts.begin() + int64_t(at) + 1);
         }
         ids->insert(ids->end(), parts.begin(), parts.end());
     }
 
     string bytes_;                  // of all tokens
+    std::vector<std::array<uint32_t, 2>> places_;  // (vocabulary, 2): start and size of each token in bytes_
     std::vector<uint32_t> sorted_;  // (vocabulary): tokens in the order of their bytes
-    std::vector<Merge> merges_;     // (merges): in the order of their pairs
+    std::vector<std::array<uint32_t, 3>> merges_;  // (merges, 3): left token, right token, rank; sorted
     int64_t byte_ids_[256];         // (256): token of each byte; -1: there is none, and the byte is left out
     std::vector<int64_t> added_;    // (added tokens): they are cut out of a text before all else
     bool digits_;                   // single digits are cut off first
@@ -390,8 +392,10 @@ class Model {
         if (length < 2 || length > text.size() - 8) fail("it is no safetensors file, or it is truncated");
         header_ = Json::parse(text.substr(8, length)), data_ = text.substr(8 + length);
         metadata_ = header_["__metadata__"]["nanopot"].as_string("nanopot, the metadata of a model of train.py,");
-        packed_ = Json::parse(metadata_)["packed"];
-        read_model(Json::parse(metadata_)["model_args"]);
+        const Json metadata = Json::parse(metadata_), kind = metadata["tokenizer"]["tokenizer"];
+        if (kind.equals("char")) fail("it is a model of characters, which only sample.py knows");
+        packed_ = metadata["packed"];
+        read_model(metadata["model_args"]);
         if (header_.count() != used_ + 1) fail("it has tensors that are no part of such a model");
     }
 
@@ -404,8 +408,8 @@ class Model {
         gpt.norm_eps = float(args["norm_eps"].as_positive("norm_eps"));
         context = size("block_size");
         const bool rotary = args["position"].equals("rotary"), bias = is_true("bias");
-        if (gpt.n_head % gpt.n_kv_head || !args["rope_scaling"].is_null() || !(gpt.rms || args["norm"].equals("layer")))
-            fail("n_head is no multiple of n_kv_head, or norm or rope_scaling are not known here");
+        if (gpt.n_head % gpt.n_kv_head || !(gpt.rms || args["norm"].equals("layer"))) fail("bad n_kv_head or norm");
+        if (!args["rope_scaling"].is_null()) fail("it has Llama 3's rotary scaling, which only sample.py knows");
         const auto floats = [&](const string& name, int64_t n) {
             return static_cast<const float*>(data(name, "F32", 4, {n}));
         };
@@ -414,8 +418,7 @@ class Model {
             return GptNorm{weight, bias && !gpt.rms ? floats(name + ".bias", gpt.n_embd) : nullptr};
         };
         const auto linear = [&](const string& name, int64_t rows, int64_t columns, bool has_bias) {
-            const PotWeight w = weight(name, rows, columns);
-            return GptLinear{w, has_bias ? floats(name + ".bias", rows) : nullptr};
+            return GptLinear{weight(name, rows, columns), has_bias ? floats(name + ".bias", rows) : nullptr};
         };
         gpt.wte = weight("transformer.wte", size("vocab_size"), gpt.n_embd);
         gpt.wpe = rotary ? gpt.wte : weight("transformer.wpe", context, gpt.n_embd);
@@ -424,13 +427,11 @@ class Model {
         for (int64_t i = 0; i < gpt.n_layer; i++) {
             const string name = "transformer.h." + to_string(i) + ".";
             const int64_t heads = gpt.n_head + 2 * gpt.n_kv_head, inner = gpt.n_inner * (1 + gpt.gated);
-            GptLayer layer{};
-            layer.ln_1 = norm(name + "ln_1"), layer.ln_2 = norm(name + "ln_2");
-            layer.c_attn = linear(name + "attn.c_attn", heads * gpt.head_size, gpt.n_embd, is_true("qkv_bias"));
-            layer.attn_c_proj = linear(name + "attn.c_proj", gpt.n_embd, gpt.n_head * gpt.head_size, bias);
-            layer.c_fc = linear(name + "mlp.c_fc", inner, gpt.n_embd, bias);
-            layer.mlp_c_proj = linear(name + "mlp.c_proj", gpt.n_embd, gpt.n_inner, bias);
-            layers_.push_back(layer);
+            layers_.push_back({norm(name + "ln_1"), norm(name + "ln_2"),
+                linear(name + "attn.c_attn", heads * gpt.head_size, gpt.n_embd, is_true("qkv_bias")),
+                linear(name + "attn.c_proj", gpt.n_embd, gpt.n_head * gpt.head_size, bias),
+                linear(name + "mlp.c_fc", inner, gpt.n_embd, bias),
+                linear(name + "mlp.c_proj", gpt.n_embd, gpt.n_inner, bias), nullptr, nullptr});
         }
         gpt.layers = layers_.data();
         const auto theta = float(args["rope_theta"].as_positive("rope_theta"));
@@ -509,10 +510,10 @@ struct Settings {  // as sample.py has them
 // Draws a token from the top_k most likely ones of logits (vocabulary); temperature 0: the most likely one.
 int64_t draw(const std::vector<float>& logits, double temperature, int64_t top_k, std::mt19937_64& random) {
     if (temperature == 0) return std::max_element(logits.begin(), logits.end()) - logits.begin();
-    std::vector<size_t> order(logits.size());
+    std::vector<uint32_t> order(logits.size());
     std::iota(order.begin(), order.end(), 0);
     const auto end = order.begin() + std::min(top_k, int64_t(order.size()));
-    std::partial_sort(order.begin(), end, order.end(), [&](size_t a, size_t b) { return logits[a] > logits[b]; });
+    std::partial_sort(order.begin(), end, order.end(), [&](uint32_t a, uint32_t b) { return logits[a] > logits[b]; });
     std::vector<double> weights;  // (top_k)
     for (auto i = order.begin(); i != end; i++)
         weights.push_back(std::exp((logits[*i] - logits[order[0]]) / temperature));
@@ -567,7 +568,7 @@ void write_text(const Settings& s) {
 #endif
     Model model(s.ckpt);
     const Tokenizer tokenizer(s.ckpt);
-    if (int64_t(tokenizer.tokens.size()) > model.gpt.wte.rows) fail(s.ckpt + ": the model has fewer tokens");
+    if (tokenizer.size() > model.gpt.wte.rows) fail(s.ckpt + ": the model has fewer tokens");
     const std::vector<int64_t> ids = tokenizer.encode(s.prompt);
     if (ids.empty()) fail("the prompt is empty: pass at least one character");
     const auto write = [](string_view text) { std::fwrite(text.data(), 1, text.size(), stdout), std::fflush(stdout); };
@@ -577,7 +578,7 @@ void write_text(const Settings& s) {
     generate(model, ids, s, [&](int64_t id) {
         count++;
         if (std::count(tokenizer.stops.begin(), tokenizer.stops.end(), id)) return false;
-        if (size_t(id) < tokenizer.tokens.size()) write(tokenizer.tokens[id]);  // a model may have more rows
+        if (id < tokenizer.size()) write(tokenizer.token(id));  // a model may have more rows
         return true;
     });
     write("\n");
@@ -589,8 +590,7 @@ void write_text(const Settings& s) {
 
 int main(int count, char** words) {
     try {
-        write_text(read_settings(count, words));
-        return 0;
+        return write_text(read_settings(count, words)), 0;
     } catch (const std::exception& e) {  // a name in the message may come from a hostile file
         string line = string(e.what()).substr(0, 500);
         for (char& c : line) c = uint8_t(c) < 0x20 || uint8_t(c) == 0x7f ? ' ' : c;

@@ -1,12 +1,14 @@
 """
 Size and memory of the program without Python (pot_kernel/run.cpp), beside llama.cpp's and llama2.c's. Writes
-results/run.json. Programs for other processors are built by Debian's cross compilers and run in emulation.
+results/run.json. Programs for other processors are built by Debian's cross compilers and run in emulation. Their memory is
+what the kernel counts as resident in the addresses that the emulator gives to the program, without the emulator's own.
 
     python results/run.py --ckpt=out-smollm2-pot4 --gguf=SmolLM2.Q4_1.gguf --llama_bench=PATH --llama2c=FOLDER
 """
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -22,6 +24,7 @@ import machine  # noqa: E402
 from configurator import run  # noqa: E402
 
 PROMPT = "The sky is blue because"
+GUEST, SPACE = 1 << 45, 1 << 32  # address and bytes that a program in emulation gets
 
 
 @dataclass
@@ -46,18 +49,32 @@ def build(folder: Path, name: str, compiler: str, source: Path, *flags: str) -> 
     return {"path": str(program), "bytes": program.stat().st_size}
 
 
-def measure(command: list) -> dict:
-    """Runs a command. Returns its output and its peak memory in bytes, mapped files included."""
+def guest_memory(pid: int) -> int:
+    """Bytes that are resident in the addresses of an emulated program: its code, its memory and its mapped files."""
+    total, inside = 0, False
+    with open(f"/proc/{pid}/smaps") as f:
+        for line in f:
+            if match := re.match("([0-9a-f]+)-[0-9a-f]+ ", line):
+                inside = GUEST <= int(match[1], 16) < GUEST + SPACE
+            elif inside and line.startswith("Rss:"):
+                total += 1024 * int(line.split()[1])
+    return total
+
+
+def measure(command: list, emulated: bool = False) -> dict:
+    """Runs a command. Returns its output and its peak memory in bytes, mapped files included. In emulation the peak is
+    the largest of ten samples a second."""
     with tempfile.TemporaryFile() as out:
         process, peak = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL), 0
         program = os.path.realpath(shutil.which(command[0]))
         while process.poll() is None:  # getrusage would tell the peak of this process, if that is larger
             try:
                 if os.readlink(f"/proc/{process.pid}/exe") == program:  # not before it is started
-                    peak = max(peak, machine.process_memory("VmHWM", process.pid) or 0)
+                    own = guest_memory(process.pid) if emulated else machine.process_memory("VmHWM", process.pid)
+                    peak = max(peak, own or 0)
             except OSError:  # it has just ended
                 pass
-            time.sleep(0.02)
+            time.sleep(0.1 if emulated else 0.02)
         out.seek(0)
         text = out.read().decode(errors="replace")
     if process.returncode:
@@ -94,8 +111,9 @@ def main(s: Settings):
             compiler, emulator = f"{name}-linux-gnu-g++", f"qemu-{name}"
             if shutil.which(compiler) and shutil.which(emulator):
                 program = build(folder, name, compiler, source, "-static", *flags)
-                emulated = measure([emulator, program.pop("path"), *short])
-                program["same_text"] = emulated["text"] == expected
+                space = ["-B", hex(GUEST), "-R", hex(SPACE)]
+                emulated = measure([emulator, *space, program.pop("path"), *short], emulated=True)
+                program |= {"same_text": emulated["text"] == expected, "peak_bytes": emulated["peak_bytes"]}
                 result["programs"][f"run, {name}, static"] = program
                 print(name, program, flush=True)
         if s.llama_bench and s.gguf:

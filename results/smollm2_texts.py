@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import checkpoint
 import dataset
 import tokenizer
 
@@ -49,7 +50,7 @@ def main(web, wiki, reviews=None, tokens=0):
     for name, pieces in (("smollm2-web", web_pieces()), ("smollm2-wiki", wiki_pieces)):
         folder = f"data/{name}"
         dataset.write(folder, named.meta, pieces)
-        tokenizer.keep(folder, named.meta, "smollm2")
+        checkpoint.keep_tokenizer(folder, named.meta, "smollm2")
 
 
 if __name__ == "__main__":

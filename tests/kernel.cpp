@@ -2,7 +2,8 @@
 // products with activations of float32 and of 8 bits, unpacking, and the decode step of GPT-2 and of models of Llama's
 // kind. Argument 1 may hold several names, separated by spaces. Buffers have exactly the size that the kernels need, so
 // that -fsanitize=address,undefined finds every access outside of them. With "threads" as argument 1, it tests only what
-// threads share, so that -fsanitize=thread finds every access that is not ordered.
+// threads share, so that -fsanitize=thread finds every access that is not ordered. With "shapes N", decode steps of N
+// random models of odd sizes. "threads N" and "shapes N" take minutes for a large N.
 // tests/test_kernel.py builds and runs this file, also for 64-bit ARM:
 //
 //     aarch64-linux-gnu-g++ -O1 -std=c++17 -static -pthread tests/kernel.cpp -o kernel && qemu-aarch64 ./kernel neon
@@ -99,7 +100,7 @@ inline __m512i _mm512_srai_epi32(__m512i a, unsigned count) {
 
 #include "../pot_kernel/decode.cpp"
 
-std::mt19937 random_bits(1);
+thread_local std::mt19937 random_bits(1);  // each thread has its own, as it has `worst`
 
 float normal() { return std::normal_distribution<float>()(random_bits); }
 
@@ -172,7 +173,7 @@ struct Matrix {
     }
 };
 
-double worst = 0;
+thread_local double worst = 0;
 
 // Exits if the error is larger than tolerance * bound, where bound is the size of the values that were summed.
 void check(double actual, double expected, double bound, double tolerance, const char* name) {
@@ -478,11 +479,14 @@ void decode_step(const Sizes& z, int bits, int activations) {
     }
 }
 
-// Threads that call the kernel at once with different numbers of threads, some of them after pauses, in which the team
-// falls asleep, and a forked process, which has no team.
-void threads() {
-    decode_step({50, 2, 3, 3, 64, 192, 200, false, false, false}, 4, 2);
-    decode_step({77, 2, 4, 2, 20, 96, 136, true, false, false}, 4, 0);
+// Threads that call products and decode steps at once with different numbers of threads, some of them after pauses, in
+// which the team falls asleep, and a forked process, which has no team. turns: products of each thread.
+void threads(int turns) {
+    const Sizes models[] = {{50, 2, 3, 3, 64, 192, 200, false, false, false},
+                            {77, 2, 4, 2, 20, 96, 136, true, false, false},
+                            {3, 1, 1, 1, 5, 5, 1, false, true, true}};
+    decode_step(models[0], 4, 2);  // alone, so that it has the team
+    decode_step(models[1], 4, 0);
     const int64_t n = 9, columns = 320, rows = 100;
     const Matrix m(rows, columns, 5, true, true, 4, 2);
     Buffer<float> x(n * columns), expected(n * rows);
@@ -494,10 +498,14 @@ void threads() {
         if (std::memcmp(y.data, expected.data, n * rows * 4)) std::abort();
     };
     std::vector<std::thread> callers;
-    for (int c = 0; c < 3; c++)
-        callers.emplace_back([&call, c] {
-            for (int turn = 0; turn < 40; turn++) call(1 + (c + turn) % 4), usleep(turn % 8 ? 0 : 3000);
+    for (int c = 0; c < 3; c++) {
+        callers.emplace_back([&call, turns, c] {
+            for (int turn = 0; turn < turns; turn++) call(1 + (c + turn) % 4), usleep(turn % 8 ? 0 : 3000);
         });
+        callers.emplace_back([&models, turns, c] {
+            for (int turn = 0; turn < turns / 40; turn++) decode_step(models[c], 3 + turn % 2, 2 * (turn % 2));
+        });
+    }
     for (std::thread& caller : callers) caller.join();
     const pid_t child = fork();
     if (child == 0) {
@@ -510,11 +518,25 @@ void threads() {
     check(status, 0, 0, 0, "forked process");
 }
 
+// Decode steps of random models: sizes that no vector divides, heads that share keys, a single feature or token.
+void shapes(int count) {
+    const auto draw = [](int64_t most) { return 1 + int64_t(random_bits()) % most; };
+    for (int i = 0; i < count; i++) {
+        Sizes z{};
+        z.vocabulary = draw(70), z.layers = draw(2), z.kv_heads = draw(3), z.heads = z.kv_heads * draw(3);
+        z.llama = random_bits() % 2, z.bias = random_bits() % 2, z.qkv_bias = random_bits() % 2;
+        z.size = z.llama ? 2 * draw(20) : draw(40), z.E = draw(90), z.inner = draw(130), z.context = 5 + draw(40);
+        const int bits = int(random_bits() % 3), activations = int(random_bits() % 3);
+        decode_step(z, bits == 2 ? 8 : 3 + bits, activations);
+    }
+}
+
 int main(int count, char** arguments) {
     const std::string names = count > 1 ? arguments[1] : pot_instruction_sets();
-    if (names == "threads") {
-        threads();
-        std::printf("threads pass\n");
+    const int amount = count > 2 ? std::atoi(arguments[2]) : 40;
+    if (names == "threads" || names == "shapes") {
+        names == "threads" ? threads(amount) : shapes(amount);
+        std::printf("%s pass\n", names.c_str());
         return 0;
     }
     halves();
@@ -535,6 +557,7 @@ int main(int count, char** arguments) {
                 decode_step({2, 1, 7, 1, 2, 9, 17, true, false, true}, bits, activations);
             }
         decode_step({40, 1, 2, 1, 24, 32, 40, true, false, false, 150}, 4, 0);  // more tokens than a part of a prompt
+        shapes(5);
         std::printf("%s passes\n", name.c_str());
         std::fflush(stdout);
     }

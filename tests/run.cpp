@@ -63,7 +63,7 @@ int main(int count, char** words) {
         const std::vector<int64_t> ids = tokenizer.encode(text);
         if (part == "encode") {  // tokens, then their text in hexadecimal digits
             string back;
-            for (const int64_t id : ids) std::cout << id << ' ', back += tokenizer.tokens[id];
+            for (const int64_t id : ids) std::cout << id << ' ', back += tokenizer.token(id);
             for (const char c : back) std::cout << "0123456789abcdef"[uint8_t(c) / 16] << "0123456789abcdef"[uint8_t(c) % 16];
         } else {  // TOKENS THREADS: greedy tokens by the best instruction set, or by shifts
             Settings s;

@@ -249,6 +249,7 @@ def test_qat(workdir, sh):
         ("bench.py --ckpt={qat}", "is quantized (QAT): pass the float checkpoint"),
         ("bench.py --model=gpt3", "choose speed, rows, qat, and one of gpt2, gpt2-medium"),
         ("bench.py --rounds=1", "rounds=1 has no spread"),
+        ("bench.py --json={qat}/model.safetensors", "must be the name of a .json file"),
         ("bench.py --n_layer=1 --llama_bench=nowhere/llama-bench", "there is no nowhere/llama-bench"),
         ("bench.py --ckpt=gpt2 --n_layer=1", "n_layer=1 shortens random weights only"),
     ],

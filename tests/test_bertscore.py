@@ -105,6 +105,7 @@ def test_gpt2_and_a_run_in_training(workdir, sh, encoder, qat_run):
     "options, message",
     [
         ("--ckpt={float} --encoder=nowhere/bert", "cannot load the encoder nowhere/bert"),
+        ("--ckpt={float} --json={float}/model.safetensors", "must be the name of a .json file"),
         ("--ckpt={float} --encoder=nope", "cannot load the encoder nope"),
         ("--ckpt={float} --encoder=bert --texts=1", "texts=1 must be at least 2"),
         ("--ckpt={float},out-nowhere --encoder=bert", "no folder out-nowhere"),

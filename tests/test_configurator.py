@@ -165,6 +165,14 @@ def test_script_ends_its_work_though_nobody_reads_it(monkeypatch, tmp_path):
     assert done[3:] == [False] * 3
 
 
+def test_long_values_make_no_long_error(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script.py", "--seed=" + "9" * 100_000])
+    with pytest.raises(SystemExit) as e:
+        run(lambda s: None, Settings)
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and error.startswith("script.py: error: --seed=999") and len(error) < 1100
+
+
 def test_help_lists_every_key(capsys):
     with pytest.raises(SystemExit) as e:
         parse("--help")

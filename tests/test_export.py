@@ -1,6 +1,7 @@
 """extras/export.py: transformers and the package gguf load the same weights as nanoPoT."""
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -274,6 +275,22 @@ def test_weights_that_compressed_tensors_cannot_hold(workdir, tmp_path):
     with pytest.raises(ValueError, match="Llama-type"):
         export.main(export.Settings(str(workdir / "gpt2"), str(tmp_path / "packed"), packed=True))
     assert not (tmp_path / "packed").exists()
+
+
+def test_full_disk(tmp_path):
+    """A limit on the size of files stands in for a full disk. The last bytes of the file do not fit."""
+    pytest.importorskip("gguf")
+    transformers_model("llama grouped").save_pretrained(tmp_path / "llama")
+    write_tokenizer(tmp_path / "llama")
+    export.main(export.Settings(str(tmp_path / "llama"), str(tmp_path / "whole.gguf")))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "whole.gguf").stat().st_size - 100, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            export.main(export.Settings(str(tmp_path / "llama"), str(tmp_path / "cut.gguf")))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["llama", "whole.gguf"]
 
 
 def test_families_that_nobody_has():

@@ -1,5 +1,6 @@
 """Short runs of tests/fuzz.py and tests/kills.py, and a check that fuzz.py reports unexpected errors."""
 
+import re
 import subprocess
 import sys
 
@@ -15,10 +16,11 @@ def run(script, *args):
 
 
 def test_damaged_files_are_rejected_or_run():
-    done = run("fuzz.py", "--packed=80", "--checkpoints=40", "--seed=100000")
+    targets = "packed,checkpoints,folders,tokenizers,datasets"
+    done = run("fuzz.py", f"--targets={targets}", "--inputs=40", "--seed=100000")
     assert done.returncode == 0, done.stderr
-    last = done.stdout.splitlines()[-1]
-    assert last.startswith("checkpoints 40 of 40") and "'loaded': " in last and "'refused': " in last
+    for name, line in zip(targets.split(","), done.stdout.splitlines(), strict=True):
+        assert re.fullmatch(rf"{name} 40 of 40: {{'loaded': [1-9]\d*, 'refused': [1-9]\d*}}", line), line
 
 
 @pytest.mark.parametrize("error", ["KeyError('x')", "MemoryError()", "IndexError('out of range')"])
@@ -33,9 +35,9 @@ def test_fuzz_reports_unexpected_errors(tmp_path, monkeypatch, error):
         return load(folder)
 
     monkeypatch.setattr(checkpoint, "load_model", broken)
-    module.write_originals(str(tmp_path))
+    module.write_originals(str(tmp_path), ["packed"])
     with pytest.raises((LookupError, MemoryError)):
-        module.main(module.Settings(packed=2, checkpoints=0, worker=str(tmp_path)))
+        module.run_worker(module.Settings("packed", inputs=2, worker=str(tmp_path)))
 
 
 def test_killed_run_resumes():

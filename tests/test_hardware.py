@@ -24,6 +24,11 @@ GATES = {  # the cells of cmos4, by their inputs A, B, C, D
 }
 
 
+def test_results_replace_no_other_file():
+    with pytest.raises(ValueError, match="model.safetensors must be the name of a .json file"):
+        hardware.main(hardware.Settings(json="model.safetensors"))
+
+
 class Gates:
     """Simulates a netlist of Yosys: all cases of a clock at once, eight to a byte."""
 

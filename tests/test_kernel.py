@@ -13,6 +13,7 @@ import threading
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -854,6 +855,42 @@ def test_decoder_rejects_what_does_not_fit_its_shape(kernel):
         decode(torch.tensor([[3, 4]], device="meta"), KVCache(2))
 
 
+SIZES = ("n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_inner", "block_size", "vocab_size")
+
+
+@needs_compiler
+@pytest.mark.parametrize("key", SIZES)
+def test_decoder_refuses_hostile_sizes(kernel, key):
+    """The kernel takes sizes as they are. Negative ones may fit each other."""
+    assert kernel()
+    model = random_gpt(PoTConfig(), GPTConfig(16, 50, 1, 2, 64))
+    right = getattr(model.config, key)
+    for value in (0, -1, -right, right + 1, 2 * right, 2**31, 2**62, -(2**62), 1.0, None):
+        with pytest.raises(ValueError, match="at least 1|into heads|expected|missing|the kernel takes"):
+            decoder_of(model, SimpleNamespace(**vars(model.config) | {key: value}))
+    with pytest.raises(ValueError, match="at least 1"):
+        decoder_of(model, SimpleNamespace(**vars(model.config) | {"n_head": -2, "n_kv_head": -2, "head_size": -32}))
+
+
+@needs_compiler
+def test_decoder_refuses_positions_past_the_context(kernel):
+    assert kernel()
+    decode = decoder_of(random_gpt(PoTConfig(), GPTConfig(16, 50, 1, 2, 64)), GPTConfig(16, 50, 1, 2, 64))
+    for capacity, length, tokens in (
+        (2, 0, 3),
+        (2, 1, 2),
+        (16, 16, 1),
+        (99, 16, 1),
+        (16, -1, 1),
+        (16, 2**62, 1),
+        (-1, 0, 1),
+    ):
+        cache = KVCache(capacity, torch.float16)
+        cache.length = length
+        with pytest.raises(ValueError, match="do not fit a cache"):
+            decode(torch.zeros(1, tokens, dtype=torch.long), cache)
+
+
 def decoder_of(model, c):
     """make_decoder without its own checks."""
     shape = DecoderShape(
@@ -970,7 +1007,16 @@ def test_kernel_that_cannot_be_built(tmp_path):
         assert not list((tmp_path / "cache" / "nanopot").iterdir())
 
 
-DTYPES = (torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (
+    torch.uint8,
+    torch.int8,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)
 LAYOUTS = {
     "contiguous": lambda t: t,
     "every other": lambda t: torch.stack([t, t], -1)[..., 0],
@@ -985,17 +1031,33 @@ LAYOUTS = {
 
 
 @needs_compiler
-@pytest.mark.parametrize("on, act_bits", [(False, None), (True, None), (True, 8)])
-def test_any_state_dict_gives_the_right_product_or_an_error(kernel, on, act_bits):
+@pytest.mark.parametrize(
+    "on, layer, config",
+    [
+        (False, nn.Linear(128, 32), PoTConfig()),
+        (True, nn.Linear(128, 32), PoTConfig()),
+        (True, nn.Linear(128, 32), PoTConfig(act_bits=8)),
+        (False, nn.Embedding(40, 64), PoTConfig(bits=3, group_size=32)),
+        (True, nn.Embedding(40, 64), PoTConfig(bits=3, group_size=32)),
+        (False, nn.Embedding(40, 64), PoTConfig(bits=5)),  # codes in rows
+    ],
+    ids=["linear off", "linear", "8-bit inputs", "embedding off", "embedding", "embedding in rows"],
+)
+def test_any_state_dict_gives_the_right_product_or_an_error(kernel, on, layer, config):
     """load_state_dict(assign=True) and `.data =` take tensors of any dtype, layout and device. The kernel reads raw
     memory."""
     assert bool(kernel("" if on else "off")) == on
-    config = PoTConfig(act_bits=act_bits)
-    layer, other = (quantize_(nn.Linear(128, 32), config).requires_grad_(False) for _ in range(2))
-    x, right = torch.randn(2, 128), set()
-    rounded = fake_quantize_activations(x) if act_bits else x
-    for name, part in itertools.product(("packed.codes", "packed.unit", "bias"), ("load", "assign", "data")):
-        for dtype, (layout, change) in itertools.product(DTYPES, LAYOUTS.items()):
+    shape, is_linear = tuple(layer.weight.shape), isinstance(layer, nn.Linear)
+    layer, other = (
+        quantize_(copy.deepcopy(source), config).requires_grad_(False)
+        for source in (layer, type(layer)(*(shape[::-1] if is_linear else shape)))
+    )
+    x, right = torch.randn(2, shape[1]) if is_linear else torch.tensor([[0, 5], [17, 39]]), set()
+    rounded = fake_quantize_activations(x) if config.act_bits else x
+    names = ("packed.codes", "packed.unit", "bias") if is_linear else ("packed.codes", "packed.unit")
+    for name, part in itertools.product(names, ("load", "assign", "data")):
+        dtypes = DTYPES if part == "assign" else {layer.state_dict()[name].dtype, torch.float64}  # the rest alike
+        for dtype, (layout, change) in itertools.product(dtypes, LAYOUTS.items()):
             state = layer.state_dict()
             value = state[name] = change(state[name].to(dtype))
             if part == "data" and layout in ("shorter", "longer") and not on:
@@ -1014,14 +1076,16 @@ def test_any_state_dict_gives_the_right_product_or_an_error(kernel, on, act_bits
                 continue
             if y.is_meta:
                 continue
-            codes, unit, bias = (state[key] for key in ("packed.codes", "packed.unit", "bias"))
-            levels = config.table()[unpack_codes(codes.to(torch.uint8), 4, (32, 128)).long()].double()
-            w = levels * unit.double().transpose(1, 2).reshape(32, 2).repeat_interleave(64, 1)
-            expected = F.linear(rounded.double(), w, bias.double())
+            codes, unit = unpack_codes(state["packed.codes"].to(torch.uint8), config.bits, shape), state["packed.unit"]
+            if unit.dim() == 3:
+                unit = unit.transpose(1, 2).reshape(-1, unit.shape[1])
+            w = config.table()[codes.long()].double() * unit.double()[: shape[0]].repeat_interleave(
+                config.group_size, 1
+            )
+            expected = F.linear(rounded.double(), w, state["bias"].double()) if is_linear else w[x]
             assert (y - expected).abs().max() <= 1e-4 * (1 + expected.abs().max()), (name, part, dtype, layout)
             right.add((name, part, layout))
     copied = ("contiguous", "every other", "transposed", "expanded", "negated", "shifted")
-    names = ("packed.codes", "packed.unit", "bias")
     assert right >= set(itertools.product(names, ("load",), copied))
     assert right >= set(itertools.product(names, ("assign", "data"), ("contiguous", "shifted")))
 
@@ -1086,6 +1150,24 @@ def test_forward_derivatives_and_negated_views(kernel):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         cast = copy.deepcopy(layer).to(dtype)
         assert torch.equal(cast(torch._neg_view(x.to(dtype))), cast(-x.to(dtype)))
+
+
+@needs_compiler
+def test_transforms_of_torch_func(kernel):
+    assert kernel()
+    layer = quantize_(nn.Linear(128, 16)).requires_grad_(False)
+    x, direction, bias, w = torch.randn(5, 128), torch.randn(5, 128), torch.randn(3, 16), layer.weight
+
+    def close(actual, expected):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+    close(torch.func.jvp(layer, (x,), (direction,))[1], direction @ w.T)
+    close(torch.func.grad(lambda x: layer(x).sum())(x), w.sum(0).expand(5, -1))
+    close(torch.func.vmap(layer)(x), layer(x))
+    close(torch.func.vmap(lambda b: layer.packed.linear(x, b))(bias), torch.stack([F.linear(x, w, b) for b in bias]))
+    close(torch.func.hessian(lambda x: layer(x).square().sum())(x[0]), 2 * w.T @ w)
+    table, index = quantize_(nn.Embedding(40, 64)), torch.randint(40, (3, 4))
+    assert torch.equal(torch.func.vmap(table)(index), table(index))
 
 
 @every_set

