@@ -66,7 +66,9 @@ def evaluate_last_position(model: GPT, ids: np.ndarray, seed: int, device: str) 
     if model.config.block_size < 64:
         raise ValueError(f"protocol=paper takes a context of 64, this model has {model.config.block_size}")
     rows = dataset.random_windows(ids, 65, 1200, seed).to(device)
-    losses = [F.cross_entropy(model(x[:, :-1], last=True)[:, 0].float(), x[:, -1], reduction="none") for x in rows.split(12)]
+    losses = [
+        F.cross_entropy(model(x[:, :-1], last=True)[:, 0].float(), x[:, -1], reduction="none") for x in rows.split(12)
+    ]
     losses = torch.cat(losses)
     loss = losses.mean().item()
     return {"loss": loss, "perplexity": perplexity(loss), "loss_se": losses.std().item() / len(losses) ** 0.5}
