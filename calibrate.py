@@ -543,13 +543,13 @@ def gptq(w: torch.Tensor, unit: torch.Tensor, config: PoTConfig, moment: torch.T
     target = w.float().t()[order]  # (in, out): the weights of a feature lie side by side
     value, rounded = target.clone(), torch.empty_like(target)  # not rounded yet, and rounded
     # Lists of rows, because each index of a tensor takes longer than the arithmetic of a row.
-    values, choices, units = value.unbind(), rounded.unbind(), units.unbind()
+    values, choices, unit_rows = value.unbind(), rounded.unbind(), units.unbind()
     row, scratch = torch.empty_like(target[0]), torch.empty_like(target[0])
 
     def choose(i):
         if w.dtype != torch.float32:  # the layer stores this dtype
             values[i].copy_(values[i].to(w.dtype))
-        own = units[group[i]]
+        own = unit_rows[group[i]]
         torch.mul(config.round_(torch.div(values[i], own, out=scratch)), own, out=choices[i])
 
     factors, scales = u.unbind(), u.diagonal().tolist()
