@@ -8,7 +8,7 @@
 #        takes it from the hub), and `python data/openwebtext/prepare.py --tokenizer=smollm2 --out=openwebtext-smollm2`
 # Gives: out-smollm2-pot4 with model.safetensors (packed, 72 MB instead of 538 MB) and ckpt.pt (to resume).
 # Takes: GPTQ, then 500 steps of 1,024 tokens, each 26 s on one core with AVX2, and 6.7 GiB. The losses in
-#        results/README.md come from 165 steps (--max_iters=165).
+#        results/README.md come from 165 steps, and with two terms from 205 (--max_iters).
 init_from = "smollm2"
 out_dir = "out-smollm2-pot4"
 dataset = "openwebtext-smollm2"
