@@ -53,19 +53,19 @@ def test_broken_writers_are_noticed():
 def test_calls_of_a_trace():
     """Each process counts its own calls. Paths are whole, whatever they are relative to."""
     trace = """\
-1 openat(AT_FDCWD</work>, "out/a.tmp", O_WRONLY|O_CREAT, 0666) = 3</work/out/a.tmp>
-2 write(3</work/out/b>, ""..., 10) = 10
-1 write(3</work/out/a.tmp>, ""..., 10) = -1 ENOSPC (No space left on device) (INJECTED)
-1 write(3</work/out/a.tmp>, ""..., 10) = 10
-1 rename("out/a.tmp", "/work/out/a") = 0
-1 unlinkat(4</work/out>, "c", 0) = 0
+1 openat(AT_FDCWD</disk>, "out/a.tmp", O_WRONLY|O_CREAT, 0666) = 3</disk/out/a.tmp>
+2 write(3</disk/out/b>, ""..., 10) = 10
+1 write(3</disk/out/a.tmp>, ""..., 10) = -1 ENOSPC (No space left on device) (INJECTED)
+1 write(3</disk/out/a.tmp>, ""..., 10) = 10
+1 rename("out/a.tmp", "/disk/out/a") = 0
+1 unlinkat(4</disk/out>, "c", 0) = 0
 1 +++ exited with 0 +++
 """
-    calls = syscalls.calls_of(trace, "/work")
+    calls = syscalls.calls_of(trace, "/disk")
     expected = [("openat", 1, ["out/a.tmp"]), ("write", 1, ["out/b"]), ("write", 1, ["out/a.tmp"])]
     expected += [("write", 2, ["out/a.tmp"]), ("rename", 1, ["out/a.tmp", "out/a"]), ("unlinkat", 1, ["out/c"])]
-    assert [(c.name, c.number, c.paths) for c in calls] == [(n, k, [f"/work/{p}" for p in ps]) for n, k, ps in expected]
-    problems = syscalls.not_durable(calls, ["/work/out"], ())
-    assert sum("renamed before fsync: /work/out/a.tmp" in p for p in problems) == 1
-    assert sum("no fsync after the last write: /work/out/b" in p for p in problems) == 1
-    assert sum("no fsync of the folder after the last change: /work/out" in p for p in problems) == 1
+    assert [(c.name, c.number, c.paths) for c in calls] == [(n, k, [f"/disk/{p}" for p in ps]) for n, k, ps in expected]
+    problems = syscalls.not_durable(calls, ["/disk/out"], ())
+    assert sum("renamed before fsync: /disk/out/a.tmp" in p for p in problems) == 1
+    assert sum("no fsync after the last write: /disk/out/b" in p for p in problems) == 1
+    assert sum("no fsync of the folder after the last change: /disk/out" in p for p in problems) == 1
