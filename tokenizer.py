@@ -15,7 +15,10 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import datetime
 
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short names; others are org/name
@@ -161,7 +164,9 @@ class FileTokenizer:
         return vocab_size(self.meta)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """special: with what the model expects around a text, such as Llama's first token."""
+        """special: with what the model expects around a text, such as Llama's first token. Raises ValueError for half a
+        surrogate pair, which is no character."""
+        text.encode()
         return self.tokenizer.encode(text, add_special_tokens=special).ids
 
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
@@ -210,6 +215,42 @@ class FileTokenizer:
         """
         if self.template is None:
             raise ValueError(f"{self.folder} has no chat template, so it is no instruct model: leave chat out")
+        try:
+            text = _render(self.template, dict(messages=messages, add_generation_prompt=True, **self.special))
+        except ValueError as e:
+            raise ValueError(f"the chat template of {self.folder} fails ({e})") from None
+        return self.encode(text, special=False)
+
+
+# --- chat templates ---
+
+TEMPLATE_SECONDS, TEMPLATE_BYTES = 5, 1 << 29  # of processor time and of memory
+
+
+def _render(template: str, values: dict) -> str:
+    """The text of a chat template. A template is the program of a stranger: jinja's sandbox keeps it from files, and a
+    process of its own bounds its time and memory. Raises ValueError if it fails."""
+    command = [sys.executable, os.path.abspath(__file__)]
+    work, limit = json.dumps([template, values]).encode(), 6 * TEMPLATE_SECONDS  # others may use the processor, too
+    try:
+        done = subprocess.run(command, input=work, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=limit)
+        text, error = json.loads(done.stdout)
+    except (subprocess.TimeoutExpired, ValueError):  # it was killed, or ended without an answer
+        text, error = "", f"it takes more than {TEMPLATE_SECONDS} s or {TEMPLATE_BYTES >> 20} MiB"
+    if error is not None:
+        raise ValueError(error)
+    return text
+
+
+def _render_from_stdin():
+    """The process of `_render`. Reads [template, values], and writes [text, error or None]."""
+    with suppress(ImportError, ValueError, OSError):  # Windows has no limits, and the limit may be lower already
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CPU, (TEMPLATE_SECONDS, TEMPLATE_SECONDS))
+        resource.setrlimit(resource.RLIMIT_AS, (TEMPLATE_BYTES, TEMPLATE_BYTES))
+    text, error, work = "", None, sys.stdin.buffer.read()
+    try:
         from jinja2 import TemplateError
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -221,12 +262,14 @@ class FileTokenizer:
         jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         jinja.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
         jinja.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-        try:
-            template = jinja.from_string(self.template)
-            text = template.render(messages=messages, add_generation_prompt=True, **self.special)
-        except Exception as e:  # a template is a program, so it may fail in any way
-            raise ValueError(f"the chat template of {self.folder} fails ({type(e).__name__}: {e})") from None
-        return self.encode(text, special=False)
+        template, values = json.loads(work)
+        text = jinja.from_string(template).render(**values)
+        size = len(json.dumps(values["messages"]))
+        if len(text) > 2**20 + size:  # its tokens would take a hundred times the memory
+            text, error = "", f"it makes {len(text):,} characters of a conversation of {size:,}"
+    except Exception as e:  # a program may fail in any way
+        error = " ".join(f"{type(e).__name__}: {str(e)[:500]}".split())
+    print(json.dumps([text, error]))
 
 
 def _read_json(folder, name):
@@ -360,3 +403,7 @@ def local_folder(name: str, files: Iterable[str], required: Iterable[str] = (), 
             f"{place}cannot download {name} from the Hugging Face hub ({type(e).__name__}): check the name and the "
             "network, or pass a folder that holds its config.json and model.safetensors"
         ) from None
+
+
+if __name__ == "__main__":
+    _render_from_stdin()

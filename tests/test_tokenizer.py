@@ -7,6 +7,7 @@ import pytest
 from conftest import CHAT, write_tokenizer
 
 import checkpoint
+import machine
 import tokenizer
 from tokenizer import FileTokenizer, tokenizer_of
 
@@ -66,14 +67,29 @@ def test_chat_template_that_fails_or_is_missing(folder):
 
 
 @pytest.mark.parametrize(
-    "template", ["[" * 100_000, "{{" + "(" * 5000, "{% for i in range(10**9) %}x{% endfor %}", "{{ 1 / 0 }}"]
+    "template",
+    [
+        "{% if x %}" + "[" * 100_000,
+        "{{" + "(" * 5000,
+        "{% for i in range(10**9) %}x{% endfor %}",
+        "{{ 1 / 0 }}",
+        "{{ 'x' * 10**10 }}",
+        "{{ 'x' * 10**8 }}",  # its tokens would take 10 GB
+        "x" * 2_000_000,
+        "{{ '%1000000000d' % 1 }}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",  # for ever
+        "{{ raise_exception('two\nlines') }}",
+        "{{ '\\ud800' }}",
+    ],
 )
 def test_hostile_chat_templates_end_in_one_line(folder, template):
-    """A template is a program of a stranger."""
-    (folder / "chat_template.jinja").write_text("{% if x %}" + template if "[" in template else template)
-    with pytest.raises(ValueError, match="the chat template of .* fails") as e:
-        FileTokenizer(str(folder)).encode_chat(MESSAGES)
-    assert len(str(e.value)) < 600
+    """A template is a program of a stranger. It may not take the memory, or all time."""
+    (folder / "chat_template.jinja").write_text(template)
+    named, before = FileTokenizer(str(folder)), machine.process_memory("VmHWM") or 0
+    with pytest.raises(ValueError, match="the chat template of .* fails|surrogates not allowed") as e:
+        named.encode_chat(MESSAGES)
+    assert len(str(e.value)) < 600 and "\n" not in str(e.value)
+    assert (machine.process_memory("VmHWM") or 0) - before < 100 << 20
 
 
 @pytest.mark.parametrize(
