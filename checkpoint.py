@@ -223,7 +223,7 @@ def keep_tokenizer(folder: str, meta: dict, source: str | None = None) -> None:
         if os.path.isdir(folder) and os.path.samefile(source, folder):
             return
         files = {name: os.path.join(source, name) for name in tokenizer.FILES}
-        files = {name: Path(path).read_bytes() for name, path in files.items() if os.path.exists(path)}
+        files = {name: tokenizer.read_small(path) for name, path in files.items() if os.path.exists(path)}
     elif meta != GPT2:
         raise ValueError(f"{source} has no tokenizer.json to keep in {folder}: copy it there")
     elif os.path.exists(os.path.join(folder, "tokenizer.json")):
@@ -259,6 +259,7 @@ def load_training(folder: str) -> TrainingState:
         has_model = os.path.exists(os.path.join(folder, MODEL))
         content = f"{MODEL} only, without the {TRAINING} of a training run" if has_model else "no checkpoint"
         raise ValueError(f"{folder} holds {content}: pass the out_dir of a training run")
+    tokenizer.require_file(path)
     try:
         state = _unpickle(path)
         info = CheckpointInfo.from_dict(state["info"])
@@ -284,6 +285,7 @@ def load_model(folder: str) -> tuple[GPT, CheckpointInfo]:
     if not os.path.exists(path):
         state = load_training(folder)
         return model_of(state), state.info
+    tokenizer.require_file(path)
     try:
         with safe_open(path, "pt") as f:
             header = json.loads(f.metadata()["nanopot"])
@@ -306,8 +308,10 @@ def load_model(folder: str) -> tuple[GPT, CheckpointInfo]:
 
 def finished_tokenizer(folder: str) -> dict | None:
     """CheckpointInfo.tokenizer of a finished model, whose weights are not read. None if there is none that can be read."""
+    path = os.path.join(folder, MODEL)
     try:
-        with safe_open(os.path.join(folder, MODEL), "pt") as f:
+        tokenizer.require_file(path)
+        with safe_open(path, "pt") as f:
             return CheckpointInfo.from_dict(json.loads(f.metadata()["nanopot"])).tokenizer
     except Exception:  # also a model in Hugging Face's format. load_model says what is wrong
         return None
@@ -425,6 +429,7 @@ def read_log(folder: str) -> list[dict]:
     path = os.path.join(folder, LOG)
     if not os.path.exists(path):
         raise ValueError(f"there is no {path}: pass the out_dir of a training run")
+    tokenizer.require_file(path)
     return [
         entry
         for entry in read_lines(path)
@@ -462,8 +467,7 @@ def _download(name, offline=False):
 
 def _load_huggingface(folder, name):
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            config = json.load(f)
+        config = json.loads(tokenizer.read_small(os.path.join(folder, "config.json")))
         model = GPT.from_huggingface(config, _tensors(folder, huggingface_config(config)))
     except Exception as e:  # json, safetensors and torch raise many kinds for damaged files
         reason = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
@@ -492,9 +496,10 @@ def _tensors(folder, config):
     names = [MODEL]
     if not os.path.exists(os.path.join(folder, MODEL)):
         if os.path.exists(index):
-            with open(index, encoding="utf-8") as f:
-                names = sorted({os.path.basename(name) for name in json.load(f)["weight_map"].values()})
+            weight_map = json.loads(tokenizer.read_small(index))["weight_map"]
+            names = sorted({os.path.basename(name) for name in weight_map.values()})
         elif os.path.exists(old):
+            tokenizer.require_file(old)
             try:
                 tensors = _unpickle(old)
                 _check_count(config, len(tensors))
@@ -504,6 +509,8 @@ def _tensors(folder, config):
                 raise ValueError(f"pytorch_model.bin is damaged or holds more than tensors ({reason})") from None
         else:
             raise ValueError("there is a config.json, but neither model.safetensors nor pytorch_model.bin beside it")
+    for name in names:
+        tokenizer.require_file(os.path.join(folder, name))
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(os.path.join(folder, name), "pt")) for name in names]
         _check_count(config, sum(len(f.keys()) for f in files))

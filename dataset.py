@@ -195,9 +195,10 @@ def load(folder: str, split: str) -> tuple[np.ndarray, dict]:
         hint = f": choose one of {', '.join(known)}" if known else ""
         own = f"or make it from your text with `python data/text/prepare.py --input=FILE --name={os.path.basename(folder)}`"
         raise ValueError(f"no data set {folder}{hint}, {own}")
+    tokenizer.require_file(path)
     again = f"make the data set again{f' with `python {script}`' if os.path.exists(script) else ''}"
     try:
-        meta = json.loads(Path(meta_path).read_text())
+        meta = json.loads(tokenizer.read_small(meta_path))
         digest = meta.pop("digests", {}).get(split)  # older data sets have none
         dtype = token_dtype(meta)
     except (ValueError, TypeError, AttributeError, RecursionError) as e:

@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
 
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short names; others are org/name
@@ -119,12 +119,12 @@ class FileTokenizer:
         self.folder, path = folder, os.path.join(folder, "tokenizer.json")
         if not os.path.exists(path):
             raise ValueError(f"{folder} has no tokenizer.json: copy it there from the model that it comes from")
-        try:
+        file = _read_json(folder, "tokenizer.json")
+        with self._checked("is damaged"):
+            _check_steps(file)
             self.tokenizer = Tokenizer.from_file(path)
-        except BaseException as e:  # tokenizers raises Exception itself, and a panic of Rust, which is none
-            if isinstance(e, KeyboardInterrupt):
-                raise
-            raise ValueError(f"{path} is damaged: {e}") from None
+            _check_ids(file, self.tokenizer)
+        del file
         config = _read_json(folder, "tokenizer_config.json")
         self.special = {key: _content(config.get(key)) or "" for key in ("bos_token", "eos_token", "pad_token")}
         for key, token in self.special.items():
@@ -144,11 +144,21 @@ class FileTokenizer:
             self.template = named[0].get("template") if named else None
         path = os.path.join(folder, "chat_template.jinja")
         if os.path.exists(path):
-            with open(path, encoding="utf-8", errors="replace") as f:
-                self.template = f.read()
+            self.template = read_small(path).decode("utf-8", "replace")
         if not isinstance(self.template, str | None):
             raise ValueError(f"{folder}/tokenizer_config.json is damaged: chat_template must be text")
         self._vocabulary = None
+
+    @contextmanager
+    def _checked(self, what):
+        """tokenizers raises Exception itself, and panics of Rust, which are none. Both become ValueError."""
+        try:
+            yield
+        except BaseException as e:
+            if isinstance(e, (KeyboardInterrupt, SystemExit)):
+                raise
+            reason = " ".join(str(e)[:300].split())
+            raise ValueError(f"{os.path.join(self.folder, 'tokenizer.json')} {what}: {reason}") from None
 
     @property
     def meta(self) -> dict:
@@ -167,12 +177,14 @@ class FileTokenizer:
         """special: with what the model expects around a text, such as Llama's first token. Raises ValueError for half a
         surrogate pair, which is no character."""
         text.encode()
-        return self.tokenizer.encode(text, add_special_tokens=special).ids
+        with self._checked("cannot encode a text"):
+            return self.tokenizer.encode(text, add_special_tokens=special).ids
 
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
         """An end-of-text token follows each. Special tokens inside of one are plain text."""
         self.tokenizer.encode_special_tokens = True
-        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=True)
+        with self._checked("cannot encode a text"):
+            encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=True)
         self.tokenizer.encode_special_tokens = False
         end = [] if self.end_of_text is None else [self.end_of_text]
         return [e.ids + (end if e.ids[-1:] != end else []) for e in encoded]
@@ -198,7 +210,8 @@ class FileTokenizer:
         return tokens, merges, {t["id"] for t in file["added_tokens"] if t["special"]}, pre
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+        with self._checked("cannot decode tokens"):
+            return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of each token as it comes. A token may be a part of a letter."""
@@ -206,7 +219,9 @@ class FileTokenizer:
 
         stream = DecodeStream(skip_special_tokens=False)
         for i in ids:
-            yield stream.step(self.tokenizer, i) or ""
+            with self._checked("cannot decode tokens"):
+                piece = stream.step(self.tokenizer, i) or ""
+            yield piece
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Tokens of a conversation and of the beginning of the answer. messages: {"role", "content"} each.
@@ -272,17 +287,83 @@ def _render_from_stdin():
     print(json.dumps([text, error]))
 
 
+# --- files of a tokenizer ---
+
+
+def _check_steps(file):
+    """Raises ValueError for steps of a tokenizer.json that could take all memory or end the process. They are a
+    stranger's program: 60 steps that double a text make 10^18 letters of one."""
+    if (kind := file.get("model", {}).get("type")) == "Unigram":  # overflows the stack at a long token
+        raise ValueError(f"its model is {kind}; known are those of GPT-2, Llama and Qwen2, which merge pairs")
+    for key in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
+        growth, steps, repeats, waiting = 1, 0, 0, [file.get(key)]
+        while waiting:
+            step = waiting.pop()
+            if isinstance(step, list):
+                waiting += step
+            if not isinstance(step, dict):
+                continue
+            kind, texts = step.get("type"), [step.get(name) for name in ("content", "prepend", "replacement")]
+            if kind == "Precompiled":  # believes sizes that it reads
+                raise ValueError(f"its {key} has a step {kind}, which is of Unigram models")
+            steps += kind is not None
+            repeats += "Sequence" in step  # in the template of a post-processor
+            for factor in [2 if kind == "ByteLevel" else 1, *(len(t) for t in texts if isinstance(t, str) and t)]:
+                growth *= factor
+            waiting += step.values()
+        if growth > 64 or steps > 64 or repeats > 16:
+            raise ValueError(f"its {key} has {steps} steps, which make a text {max(growth, repeats)} times as long")
+
+
+def _check_ids(file, tokenizer):
+    """Raises ValueError for token ids that have no token, or are far beyond the number of tokens, as lists have a place
+    for each id."""
+    ids = [*file["model"]["vocab"].values(), *(token["id"] for token in file.get("added_tokens") or ())]
+    if max(ids, default=0) > 2 * len(ids) + 2**16:
+        raise ValueError(f"it has {len(ids)} tokens, and an id of {max(ids)}")
+    if (count := tokenizer.num_special_tokens_to_add(False)) > 64:
+        raise ValueError(f"it puts {count} tokens around each text")
+    tokenizer.no_padding()  # these serve training on batches; transformers turns them off, too
+    tokenizer.no_truncation()
+    for i in tokenizer.encode("").ids:
+        if tokenizer.id_to_token(i) is None:
+            raise ValueError(f"it puts the token {i} around each text, which is not in its vocabulary")
+
+
+def read_small(path: str) -> bytes:
+    """The content of a file that describes a model or a data set. Raises ValueError for what is no file, and for more
+    than 256 MiB."""
+    require_file(path)
+    if os.path.getsize(path) > 2**28:
+        raise ValueError(f"{path} is larger than 256 MiB, which no such file is")
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def require_file(path: str) -> None:
+    """Raises ValueError if the path is there and is neither a file nor a folder: a pipe or a device has no end."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise ValueError(f"{path} is a pipe or a device, and must be a file")
+
+
 def _read_json(folder, name):
     path = os.path.join(folder, name)
     if not os.path.exists(path):
         return {}
     try:
-        with open(path, encoding="utf-8") as f:
-            content = json.load(f)
-    except (ValueError, RecursionError):
+        content = json.loads(read_small(path).decode(), object_pairs_hook=_unique)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged")
+        raise ValueError(f"{path} is damaged: it is no JSON object")
+    return content
+
+
+def _unique(pairs):
+    """A dict. Readers differ in which value they take of a key that is there twice, so there is none."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise json.JSONDecodeError("a key is there twice", "", 0)
     return content
 
 

@@ -17,6 +17,7 @@ from fuzz import deflate
 from safetensors.torch import load_file, save, save_file
 
 import checkpoint
+import dataset
 from model import GPT, GPTConfig
 from pot import PoTConfig, convert, prepare, quantize_
 from tokenizer import GPT2, FileTokenizer, tokenizer_of
@@ -287,6 +288,33 @@ def test_optimizer_state_cannot_take_much_memory(tmp_path):
     checkpoint.save_training(str(tmp_path), gpt(), INFO, optimizer={"state": moments}, scaler={})
     with pytest.raises(ValueError, match="ckpt.pt is truncated, damaged"):
         checkpoint.load_training(str(tmp_path))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_pipes_in_place_of_files(tmp_path, reference_gpt2):
+    """Nobody writes to the pipe, so a reader would wait for ever."""
+    index = checkpoint.MODEL + ".index.json"
+    for name in (checkpoint.TRAINING, checkpoint.MODEL, "pytorch_model.bin", index, "part.safetensors", "config.json"):
+        folder = tmp_path / name
+        reference_gpt2.save_pretrained(folder)
+        if name in (checkpoint.TRAINING, checkpoint.MODEL):
+            (folder / "config.json").unlink()
+        (folder / checkpoint.MODEL).unlink()
+        if name == "part.safetensors":
+            (folder / index).write_text(json.dumps({"weight_map": {"a": name}}))
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+        assert checkpoint.finished_tokenizer(str(folder)) is None
+        with pytest.raises(ValueError, match=f"{name} is a pipe or a device"):
+            checkpoint.load_model(str(folder))
+    (tmp_path / "data").mkdir()
+    os.mkfifo(tmp_path / "data" / "train.bin")
+    (tmp_path / "data" / "meta.json").write_text("{}")
+    with pytest.raises(ValueError, match="train.bin is a pipe or a device"):
+        dataset.load(str(tmp_path / "data"), "train")
+    os.mkfifo(tmp_path / "data" / checkpoint.LOG)
+    with pytest.raises(ValueError, match="is a pipe or a device"):
+        checkpoint.read_log(str(tmp_path / "data"))
 
 
 def test_kind_of_the_layers(tmp_path):

@@ -1,6 +1,7 @@
 """tokenizer.py against transformers."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -130,6 +131,97 @@ def test_panic_of_the_package_tokenizers_is_an_error(folder, monkeypatch):
     monkeypatch.setattr(tokenizers, "Tokenizer", SimpleNamespace(from_file=from_file))
     with pytest.raises(ValueError, match="tokenizer.json is damaged: range end index"):
         FileTokenizer(str(folder))
+
+
+def replaced(text, times):
+    return {
+        "type": "Sequence",
+        "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": text}] * times,
+    }
+
+
+SPLIT = {"type": "Split", "pattern": {"Regex": "(a|aa)+!b"}, "behavior": "Isolated", "invert": False}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+EXTRA = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+
+def surround(ids, texts=1):
+    """A post-processor that puts tokens and repetitions around a text."""
+    single = [{"SpecialToken": {"id": "A", "type_id": 0}}, *[{"Sequence": {"id": "A", "type_id": 0}}] * texts]
+    special = {"A": {"id": "A", "ids": ids, "tokens": ["A"] * len(ids)}}
+    return {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": special}
+
+
+@pytest.mark.parametrize(
+    "part, value, message",
+    [
+        ("normalizer", replaced("aa", 60), "60 steps|as long"),  # 10^18 letters
+        ("normalizer", replaced("a" * 10**6, 1), "1000000 times as long"),
+        ("normalizer", replaced("a", 99), "100 steps"),
+        (
+            "normalizer",
+            {"type": "Precompiled", "precompiled_charsmap": "////" * 9},
+            "Precompiled",
+        ),  # aborts the process
+        ("normalizer", {"type": "Prepend", "prepend": ""}, "cannot encode a text"),  # panics
+        ("decoder", {"type": "Sequence", "decoders": replaced("aa", 30)["normalizers"]}, "as long"),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [BYTES] * 30}, "as long"),
+        ("pre_tokenizer", SPLIT, "cannot encode a text"),  # tries 2^40 ways, and gives up
+        ("post_processor", surround([2**31]), "not in its vocabulary"),
+        ("post_processor", surround([1] * 65), "65 tokens around"),
+        ("post_processor", surround([1], 17), "17 times"),
+        (
+            "model",
+            {"type": "Unigram", "unk_id": 0, "vocab": [["a" * 10**6, 0], ["a", 0]]},
+            "Unigram",
+        ),  # kills the process
+        ("model", {"type": "WordLevel", "vocab": {"the": 4 * 10**9}, "unk_token": "the"}, "an id of 4000000000"),
+        (
+            "model",
+            {"type": "WordLevel", "vocab": {"the": 0}, "unk_token": "x"},
+            "cannot encode a text: WordLevel error",
+        ),
+        ("added_tokens", [{"id": 2**31, "content": "x", **EXTRA}], "an id of"),
+    ],
+)
+def test_steps_of_a_stranger(folder, part, value, message):
+    """They are a program, too. The package tokenizers believes them."""
+    file = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(file | {part: value}))
+    with pytest.raises(ValueError, match=f"tokenizer.json .*({message})") as e:
+        FileTokenizer(str(folder)).encode("a" * 40)
+    assert len(str(e.value)) < 600 and "\n" not in str(e.value)
+
+
+def test_settings_for_batches_change_nothing(folder):
+    """A tokenizer.json may say that texts are cut, or filled up to a length. A data set would lose its texts."""
+    expected = FileTokenizer(str(folder)).encode_documents(["the sky " * 9, "a"])
+    file = json.loads((folder / "tokenizer.json").read_text())
+    file["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    file["padding"] = {"strategy": {"Fixed": 10**9}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0}
+    file["padding"] |= {"pad_type_id": 0, "pad_token": "x"}
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    assert FileTokenizer(str(folder)).encode_documents(["the sky " * 9, "a"]) == expected
+
+
+@pytest.mark.parametrize("name", tokenizer.FILES)
+def test_pipes_devices_and_huge_files(folder, name):
+    """A pipe has no end. 10^12 bytes of a file with holes take no place on a disk, but in memory."""
+    if not hasattr(os, "mkfifo") or name == "special_tokens_map.json":  # is copied, and not read
+        pytest.skip("no pipes, or nobody reads it")
+    path = folder / name
+    for make in (os.mkfifo, lambda path: os.symlink("/dev/zero", path), lambda path: open(path, "w").truncate(10**12)):
+        path.unlink(missing_ok=True)
+        make(path)
+        with pytest.raises(ValueError, match="is a pipe or a device|is larger than"):
+            FileTokenizer(str(folder))
+        with pytest.raises(ValueError, match="is a pipe or a device|is larger than"):
+            checkpoint.keep_tokenizer(str(folder / "kept"), {"tokenizer": "file"}, str(folder))
+    path.unlink()
+    path.write_text('{"model": 1, "model": 2}')
+    if name.endswith(".json"):
+        with pytest.raises(ValueError, match="damaged"):
+            FileTokenizer(str(folder))
 
 
 def test_stop_tokens(folder):
