@@ -9,6 +9,7 @@ all. GPT-2 is also read from a folder in Hugging Face's format, or from the hub 
 """
 
 import json
+import mmap
 import os
 import stat
 import struct
@@ -303,7 +304,7 @@ def load_model(folder: str) -> tuple[GPT, CheckpointInfo]:
     except (OSError, KernelError):
         raise
     except Exception as e:  # safetensors, json and torch raise many kinds for damaged files
-        raise ValueError(f"{path} is truncated, damaged or not of nanoPoT: {e}") from None
+        raise ValueError(f"{path} is truncated, damaged or not of nanoPoT: {str(e)[:1000]}") from None
 
 
 def finished_tokenizer(folder: str) -> dict | None:
@@ -546,9 +547,15 @@ def _unpickle(path):
         with zipfile.ZipFile(path) as z:
             if sum(part.file_size for part in z.infolist()) > size:
                 raise ValueError("it is compressed")
+            makes_bytes = any(b"bytearray" in z.read(p) for p in z.infolist() if p.filename.endswith(".pkl"))
+    else:
+        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            makes_bytes = content.find(b"bytearray") >= 0
+    if makes_bytes:  # torch allows bytearray(n), which takes n bytes
+        raise ValueError("it makes a bytearray, which no model needs")
     content, total = torch.load(path, map_location="cpu", weights_only=True), 0
     for t in _tensors_in(content):
-        if t.layout != torch.strided or t.is_meta:
+        if t.layout != torch.strided or t.is_meta or t.is_neg() or t.is_conj():
             raise ValueError("it holds a tensor without values of its own")
         total += t.nbytes
     if total > 2 * size:  # a head and the token table may share their values

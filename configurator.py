@@ -221,7 +221,7 @@ def _read_config_file(path, keys):
         raise ValueError(f"no config file {path}: pass an existing .py file, or settings as --key=value")
     try:
         names = runpy.run_path(path)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise ValueError(f"{path} does not run: {e!r}") from None
     values = []
     for key, value in names.items():

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import warnings
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -286,6 +287,31 @@ def test_layers_that_the_tensors_cannot_hold(tmp_path, monkeypatch, n_layer, cou
 def test_optimizer_state_cannot_take_much_memory(tmp_path):
     moments = {0: {"exp_avg": torch.zeros(1).expand(10**9)}}
     checkpoint.save_training(str(tmp_path), gpt(), INFO, optimizer={"state": moments}, scaler={})
+    with pytest.raises(ValueError, match="ckpt.pt is truncated, damaged"):
+        checkpoint.load_training(str(tmp_path))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickle_that_makes_bytes(tmp_path, monkeypatch, zipped):
+    """A file of a few bytes would take any memory."""
+    content = b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R."
+    if zipped:
+        torch.save({}, tmp_path / "empty.pt")
+        with zipfile.ZipFile(tmp_path / "empty.pt") as old, zipfile.ZipFile(tmp_path / "ckpt.pt", "w") as new:
+            for part in old.namelist():
+                new.writestr(part, content if part.endswith("data.pkl") else old.read(part))
+    else:
+        (tmp_path / "ckpt.pt").write_bytes(content)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(ValueError, match="ckpt.pt is truncated, damaged"):
+        checkpoint.load_training(str(tmp_path))
+
+
+def test_negated_views_are_refused(tmp_path):
+    """An optimizer cannot step on them."""
+    state = {name: torch._neg_view(t) for name, t in gpt().state_dict().items()}
+    content = {"info": INFO.to_dict(), "model": state, "optimizer": {}, "scaler": {}}
+    torch.save(content, tmp_path / "ckpt.pt")
     with pytest.raises(ValueError, match="ckpt.pt is truncated, damaged"):
         checkpoint.load_training(str(tmp_path))
 

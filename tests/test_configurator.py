@@ -109,6 +109,7 @@ def test_errors_on_the_command_line(text, message):
         ("compile = 1", "expected True or False"),
         ("max_iters = ", "does not run: SyntaxError"),
         ("max_iters = 1 / 0", "does not run: ZeroDivisionError"),
+        ("import sys; sys.exit(0)", "does not run: SystemExit"),
     ],
 )
 def test_errors_in_config_files(tmp_path, content, message):
