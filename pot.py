@@ -381,9 +381,11 @@ class _FakeQuantizeActivations(torch.autograd.Function):
 
 class _WithUnit(nn.Module):
     """A module with a unit that keeps its dtype in .half() and .bfloat16(), because a cast of the unit would change
-    every weight. It takes the dtype of a state_dict's unit."""
+    every weight. It takes the dtype of a state_dict's unit. The metadata of a state_dict names the grid, because the codes
+    of one grid are other weights in another."""
 
     unit: torch.Tensor
+    config: PoTConfig
 
     def _apply(self, fn, recurse=True):
         before = {n: b for n, b in self._buffers.items() if b is not None and b.is_floating_point() and n != "_like"}
@@ -393,11 +395,23 @@ class _WithUnit(nn.Module):
                 self._buffers[name] = b.to(self._buffers[name].device)
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _grid(self):
+        c = self.config
+        return f"{c.grid}, {c.bits} bits, {c.terms} terms, {len(c.levels())} levels"
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["grid"] = self._grid()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         if prefix + "unit" in state_dict:
             dtype = state_dict[prefix + "unit"].dtype
             self.unit = self.unit.to(dtype if dtype == torch.float16 else torch.float32)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        grid, errors = local_metadata.get("grid", self._grid()), args[-1]
+        if grid != self._grid():
+            errors.append(f"{prefix[:-1]} is of the grid {grid}, and this layer of {self._grid()}")
 
 
 class PoTQuantizer(_WithUnit):

@@ -919,3 +919,20 @@ def test_a_type_checker_accepts_the_public_api_and_finds_a_mistake(tmp_path):
     command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), *map(str, files)]
     lines = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.splitlines()
     assert len(lines) == 2 and "user.py:12: error: Argument 2 to" in lines[0] and "Found 1 error" in lines[1], lines
+
+
+def test_state_dict_of_another_grid_is_refused(tmp_path):
+    """Codes and units of two grids may have one shape. They would be other weights."""
+    configs = [PoTConfig(), PoTConfig(terms=2), PoTConfig(range=5), PoTConfig(grid="uniform")]
+    for make, (a, b) in itertools.product((pot.quantize_, prepare), itertools.product(configs, configs)):
+        source, target = nn.Sequential(nn.Linear(64, 16)), nn.Sequential(nn.Linear(64, 16))
+        make(source, a), make(target, b)
+        torch.save(source.state_dict(), tmp_path / "state.pt")
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        for assign in (False, True):
+            if a == b:
+                target.load_state_dict(state, assign=assign)
+                assert torch.equal(source(torch.ones(64)), target(torch.ones(64)))
+            else:
+                with pytest.raises(RuntimeError, match="is of the grid .*, and this layer of"):
+                    target.load_state_dict(state, assign=assign)
