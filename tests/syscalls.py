@@ -88,8 +88,9 @@ class Call:
 # --- run a script under strace ---
 
 
-def start(writer: Writer, argv: list[str], folder: Path, ready: int, log: str | None) -> None:
-    """Runs the script in this process, which is a fork, and ends the process. log: file for the versions of files."""
+def start(writer: Writer, argv: list[str], folder: Path, loaded: int, go: int, log: str | None) -> None:
+    """Runs the script in this process, which is a fork, and ends the process. loaded, go: pipes; the script is loaded, and
+    waits to go. log: file for the versions of files."""
     os.chdir(folder)
     with open(os.devnull) as null, open(f"{folder}.out", "w") as out:
         os.dup2(null.fileno(), 0)
@@ -120,7 +121,8 @@ def start(writer: Writer, argv: list[str], folder: Path, ready: int, log: str | 
                 module.peak_memory = lambda device: 0
         for name in ("draw_training", "draw_sweep"):  # a picture takes more time than everything else
             setattr(sys.modules.get("extras.plot", script), name, write_picture)
-        os.read(ready, 1)  # until strace is attached
+        os.write(loaded, b"x")
+        os.read(go, 1)  # until strace is attached, so that it counts none of the calls above
         signal.alarm(LIMIT)
         configurator.run(script.main, script.Settings)
     except SystemExit as e:
@@ -146,7 +148,7 @@ def read_versions(source: Path, target: Path) -> list[tuple[str, str]]:
 
 def run(writer: Writer, argv: list[str], folder: Path, fault: list[str] | None = None, log: str | None = None):
     """Runs the script in a fork. fault: options of strace; None: without strace. Returns (status, output, calls)."""
-    (ready, go), file = os.pipe(), Path(f"{folder}.trace")
+    (wait_loaded, loaded), (wait_go, go), file = os.pipe(), os.pipe(), Path(f"{folder}.trace")
     options = ["-y", "-s", "0", "-o", str(file), "-e", f"trace={CALLS}", *(fault or [])]
     file.write_text("")
     if writer.compiler:
@@ -156,13 +158,17 @@ def run(writer: Writer, argv: list[str], folder: Path, fault: list[str] | None =
         (folder / "c++").chmod(0o700)
     pid = os.fork()
     if not pid:
+        os.close(wait_loaded)
         os.close(go)
         try:
             ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER: any process may attach
-            start(writer, argv, folder, ready, log)
+            start(writer, argv, folder, loaded, wait_go, log)
         finally:
             os._exit(99)
-    os.close(ready)
+    os.close(loaded)
+    os.close(wait_go)
+    os.read(wait_loaded, 1)
+    os.close(wait_loaded)
     strace = None
     if fault is not None and not writer.compiler:
         strace = subprocess.Popen(["strace", *options, "-p", str(pid)], stderr=subprocess.PIPE, text=True)
