@@ -58,9 +58,7 @@ class GPTConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
         if not (0 < self.norm_eps < 1e30 and 0 < self.rope_theta < 1e30):  # a float32 can hold them
-            raise ValueError(
-                f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be above 0 and below 1e30"
-            )
+            raise ValueError(f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be in 0 ... 1e30")
         if self.position == "rotary" and self.head_size % 2:
             raise ValueError(f"head_size={self.head_size} must be even, because rotary positions turn pairs")
         if self.rope_scaling is not None:
