@@ -125,7 +125,7 @@ def draw_curves(runs: list[str], path: str) -> None:
         marked = dict(marker=MARKERS[i % 8], ms=4, label=name or os.path.basename(os.path.normpath(folder)))
         for points, style in zip(_losses(entries), (dict(alpha=0.4, lw=1), marked)):
             ax.plot(*zip(*points) if points else ([], []), color=COLOURS[i % 7], **style)
-    ax.set(xlabel="step", ylabel="loss on the text (nats): validation, and training pale")
+    ax.set(xlabel="step", ylabel="loss on the text (nats); pale: training")
     ax.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize=9)
     _save(figure, path)
