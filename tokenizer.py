@@ -151,7 +151,8 @@ class FileTokenizer:
 
     @contextmanager
     def _checked(self, what):
-        """tokenizers raises Exception itself, and panics of Rust, which are none. Both become ValueError."""
+        """The package tokenizers raises plain Exceptions, and panics of Rust, which are BaseExceptions. Both become
+        ValueError."""
         try:
             yield
         except BaseException as e:
@@ -304,7 +305,7 @@ def _check_steps(file):
             if not isinstance(step, dict):
                 continue
             kind, texts = step.get("type"), [step.get(name) for name in ("content", "prepend", "replacement")]
-            if kind == "Precompiled":  # believes sizes that it reads
+            if kind == "Precompiled":  # trusts sizes in the file, and can abort the process
                 raise ValueError(f"its {key} has a step {kind}, which is of Unigram models")
             steps += kind is not None
             repeats += "Sequence" in step  # in the template of a post-processor
@@ -360,7 +361,7 @@ def _read_json(folder, name):
 
 
 def _unique(pairs):
-    """A dict. Readers differ in which value they take of a key that is there twice, so there is none."""
+    """A dict. A key that is there twice is an error, because readers differ in the value that they take."""
     content = dict(pairs)
     if len(content) < len(pairs):
         raise json.JSONDecodeError("a key is there twice", "", 0)
