@@ -411,7 +411,7 @@ class _WithUnit(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         grid, errors = local_metadata.get("grid", self._grid()), args[-1]
         if grid != self._grid():
-            errors.append(f"{prefix[:-1]} is of the grid {grid}, and this layer of {self._grid()}")
+            errors.append(f"{prefix[:-1]} holds codes of the grid {grid}, but this layer has {self._grid()}")
 
 
 class PoTQuantizer(_WithUnit):

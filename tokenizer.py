@@ -313,7 +313,10 @@ def _check_steps(file):
                 growth *= factor
             waiting += step.values()
         if growth > 64 or steps > 64 or repeats > 16:
-            raise ValueError(f"its {key} has {steps} steps, which make a text {max(growth, repeats)} times as long")
+            longer = max(growth, repeats)
+            raise ValueError(
+                f"its {key} has {steps} steps and can make a text {longer} times as long, which is too much"
+            )
 
 
 def _check_ids(file, tokenizer):
@@ -321,7 +324,7 @@ def _check_ids(file, tokenizer):
     for each id."""
     ids = [*file["model"]["vocab"].values(), *(token["id"] for token in file.get("added_tokens") or ())]
     if max(ids, default=0) > 2 * len(ids) + 2**16:
-        raise ValueError(f"it has {len(ids)} tokens, and an id of {max(ids)}")
+        raise ValueError(f"it has {len(ids)} tokens, but an id of {max(ids)}")
     if (count := tokenizer.num_special_tokens_to_add(False)) > 64:
         raise ValueError(f"it puts {count} tokens around each text")
     tokenizer.no_padding()  # these serve training on batches; transformers turns them off, too
@@ -332,17 +335,17 @@ def _check_ids(file, tokenizer):
 
 
 def read_small(path: str) -> bytes:
-    """The content of a file that describes a model or a data set. Raises ValueError for what is no file, and for more
-    than 256 MiB."""
+    """The content of a file that describes a model or a data set. Raises ValueError for a pipe or a device, and for
+    more than 256 MiB."""
     require_file(path)
     if os.path.getsize(path) > 2**28:
-        raise ValueError(f"{path} is larger than 256 MiB, which no such file is")
+        raise ValueError(f"{path} is larger than 256 MiB, the limit of such files")
     with open(path, "rb") as f:
         return f.read()
 
 
 def require_file(path: str) -> None:
-    """Raises ValueError if the path is there and is neither a file nor a folder: a pipe or a device has no end."""
+    """Raises ValueError for a pipe or a device, which may have no end. A path that does not exist is no error here."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise ValueError(f"{path} is a pipe or a device, and must be a file")
 

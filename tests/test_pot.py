@@ -934,5 +934,5 @@ def test_state_dict_of_another_grid_is_refused(tmp_path):
                 target.load_state_dict(state, assign=assign)
                 assert torch.equal(source(torch.ones(64)), target(torch.ones(64)))
             else:
-                with pytest.raises(RuntimeError, match="is of the grid .*, and this layer of"):
+                with pytest.raises(RuntimeError, match="holds codes of the grid .*, but this layer has"):
                     target.load_state_dict(state, assign=assign)
