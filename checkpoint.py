@@ -9,10 +9,11 @@ all. GPT-2 is also read from a folder in Hugging Face's format, or from the hub 
 """
 
 import json
-import mmap
 import os
+import pickletools
 import stat
 import struct
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -59,6 +60,7 @@ class CheckpointInfo:
     @classmethod
     def from_dict(cls, d: dict) -> "CheckpointInfo":
         """Raises KeyError, TypeError or ValueError if d, which came from a file, lacks or garbles a value."""
+        json.dumps(d)  # raises TypeError for what a finished model could not hold
         kinds = {"method": str, "pot": dict | None, "origin": str | None, "step": int}
         kinds |= {"settings": dict, "model_args": dict}
         for values, expected in ((d, kinds), (d["settings"], {"dataset": str | None, "seed": int | None})):
@@ -66,6 +68,9 @@ class CheckpointInfo:
                 # A stranger's text is shown on terminals, which obey escape sequences.
                 if not isinstance(values[key], kind) or not str(values[key]).isprintable():
                     raise TypeError(f"{key} is {values[key]!r}")
+        for key in ("step", "val_loss"):
+            if d.get(key) is not None and not _is_number(d[key]):
+                raise ValueError(f"{key} is no finite number")
         info = cls(
             d["tokenizer"], d["method"], GPTConfig(**d["model_args"]),
             *(PoTConfig(**d[key]) if d.get(key) else None for key in ("pot", "table")), d["origin"], d["step"],
@@ -269,7 +274,8 @@ def load_training(folder: str) -> TrainingState:
     except OSError:
         raise
     except Exception as e:  # torch.load raises a zip error, EOFError, UnpicklingError, KeyError and others
-        raise ValueError(f"{path} is truncated, damaged or no nanoPoT checkpoint ({type(e).__name__})") from None
+        reason = str(e)[:200] if type(e) is ValueError and str(e).isprintable() else type(e).__name__
+        raise ValueError(f"{path} is truncated, damaged or no nanoPoT checkpoint ({reason})") from None
 
 
 def load_model(folder: str) -> tuple[GPT, CheckpointInfo]:
@@ -432,9 +438,7 @@ def read_log(folder: str) -> list[dict]:
         raise ValueError(f"there is no {path}: pass the out_dir of a training run")
     tokenizer.require_file(path)
     return [
-        entry
-        for entry in read_lines(path)
-        if type(entry.get("step")) is int and all(isinstance(value, int | float) for value in entry.values())
+        entry for entry in read_lines(path) if type(entry.get("step")) is int and all(map(_is_number, entry.values()))
     ]
 
 
@@ -521,6 +525,11 @@ def _tensors(folder, config):
 # --- checks ---
 
 
+def _is_number(value):
+    """Whether value is a finite number that a float can hold."""
+    return isinstance(value, int | float) and abs(value) < 2**63
+
+
 def _check_count(config, count):
     """Refuses layers that `count` tensors cannot hold, and tensors that the layers cannot use, before any is read or
     built. A layer has two norms and four matrices, which may be in parts and have biases."""
@@ -540,19 +549,38 @@ def _with_kind(info, packed):
     return info
 
 
+# The names in a pickle of tensors in dicts, lists and tuples; and the opcodes that make other things.
+_REBUILDS = ("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter")
+_NUMBERS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+_NAMES = (*_REBUILDS, "collections OrderedDict", *(f"torch {kind}Storage" for kind in _NUMBERS))
+_FOREIGN = (
+    "STACK_GLOBAL INST OBJ NEWOBJ NEWOBJ_EX EXT1 EXT2 EXT4 PERSID EMPTY_SET ADDITEMS FROZENSET BYTEARRAY8".split()
+)
+
+
 def _unpickle(path):
-    """The content of a file of torch.save. Raises ValueError if it takes more memory than the file has bytes."""
+    """The content of a file of torch.save. Raises ValueError if it makes more than tensors in dicts, lists and tuples, or
+    takes more memory than the file has bytes."""
     size = os.path.getsize(path)
-    if zipfile.is_zipfile(path):  # torch.save compresses nothing
-        with zipfile.ZipFile(path) as z:
-            if sum(part.file_size for part in z.infolist()) > size:
-                raise ValueError("it is compressed")
-            makes_bytes = any(b"bytearray" in z.read(p) for p in z.infolist() if p.filename.endswith(".pkl"))
-    else:
-        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            makes_bytes = content.find(b"bytearray") >= 0
-    if makes_bytes:  # torch allows bytearray(n), which takes n bytes
-        raise ValueError("it makes a bytearray, which no model needs")
+    with open(path, "rb") as f:
+        if f.read(4) == b"PK\x03\x04":
+            with zipfile.ZipFile(f) as z:
+                parts = z.infolist()
+                if sum(part.file_size for part in parts) > size:  # torch.save compresses nothing
+                    raise ValueError("it is compressed")
+                if z.comment or min(part.header_offset for part in parts):  # torch may see another zip file in it
+                    raise ValueError("it is a zip file beside something else")
+                for part in parts:
+                    if part.filename.lower().endswith(".pkl"):
+                        with z.open(part) as content:
+                            _check_pickle(content, size)
+        else:  # the format before PyTorch 1.6: five pickles, then the values
+            f.seek(0)
+            if tarfile.is_tarfile(f):
+                raise ValueError("it is a tar file")
+            f.seek(0)
+            for _ in range(5):
+                _check_pickle(f, size)
     content, total = torch.load(path, map_location="cpu", weights_only=True), 0
     for t in _tensors_in(content):
         if t.layout != torch.strided or t.is_meta or t.is_neg() or t.is_conj():
@@ -561,6 +589,51 @@ def _unpickle(path):
     if total > 2 * size:  # a head and the token table may share their values
         raise ValueError("its tensors have more elements than their storage")
     return content
+
+
+def _check_pickle(file, size):
+    """Reads a pickle to its end and makes nothing of it. Raises ValueError if it makes more than tensors, dicts, lists and
+    tuples, or if a value holds more than 10 * size others. torch allows set(x), too, which takes 200 bytes for each
+    element of x, and x may be a tensor that repeats a single number."""
+    stack, outer, memo = [], [], {}  # values: (name, number of values in it). outer: the stacks below marks
+    for op, arg, _ in pickletools.genops(file):
+        if op.name == "MARK":
+            outer.append(stack)
+            stack = []
+            continue
+        count, last = len(op.stack_before), []
+        if pickletools.markobject in op.stack_before:
+            count, last, stack = op.stack_before.index(pickletools.markobject), stack, outer.pop()
+        if count > len(stack):
+            raise ValueError("its pickle is damaged")
+        values = stack[len(stack) - count :] + last
+        del stack[len(stack) - count :]
+        names = [name for name, _ in values[:2]]
+        rebuilds = op.name == "REDUCE" and names[0] in _REBUILDS
+        allowed = {
+            "GLOBAL": arg in _NAMES,
+            "REDUCE": names[1] in ("TUPLE", "TUPLE3")
+            if rebuilds
+            else names == ["collections OrderedDict", "EMPTY_TUPLE"],
+            "BUILD": names == ["EMPTY_DICT", "EMPTY_DICT"],
+        }
+        if not allowed.get(op.name, op.name not in _FOREIGN):
+            raise ValueError(f"it makes more than tensors: {arg or ', '.join(names) or op.name!r}"[:100])
+        name = op.name
+        if name == "GLOBAL":
+            name = arg
+        elif name == "REDUCE" and not rebuilds:
+            name = "EMPTY_DICT"
+        elif name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD", "MEMOIZE"):
+            name = names[0]
+        value = name, 1 + sum(n for _, n in values)
+        if value[1] > 10 * size:
+            raise ValueError("its values hold each other too many times")
+        if "GET" in op.name:
+            value = memo[arg]
+        stack += [value] * len(op.stack_after)
+        if "PUT" in op.name or op.name == "MEMOIZE":
+            memo[len(memo) if arg is None else arg] = stack[-1]
 
 
 def _tensors_in(content) -> Iterator[torch.Tensor]:

@@ -243,7 +243,8 @@ def set_up(s: Settings, lock: checkpoint.Lock) -> Job | None:
             source = os.path.join("data", s.dataset) if s.init_from == "scratch" else s.init_from
             checkpoint.keep_tokenizer(s.out_dir, meta, source)
         elif s.keep == "best" and checkpoint.exists(os.path.join(s.out_dir, "best")):
-            job.best_loss = checkpoint.load_model(os.path.join(s.out_dir, "best"))[1].val_loss
+            best = checkpoint.load_model(os.path.join(s.out_dir, "best"))[1].val_loss
+            job.best_loss = math.inf if best is None else best
         job.log = Log(s, info.step, wandb) if s.max_iters else None
         if compare:
             job.log(f"float model  validation loss {float_loss:.4f}", step=0, float_loss=float_loss)

@@ -33,15 +33,23 @@ def main(s: Settings):
     missing = [name for name in ("transformers", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"a GGUF file needs more packages: pip install {' '.join(missing)}")
+    import gguf
     import torch
     import transformers
 
     folder, name = os.path.split(os.path.abspath(s.gguf))
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, dtype=torch.float32, output_loading_info=True
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except Exception as e:  # of gguf, transformers and numpy, by what is damaged or unknown
         raise ValueError(f"transformers cannot read {s.gguf} ({type(e).__name__}: {e})") from None
+    # transformers fills a missing tensor with random numbers, and leaves out those that it does not know.
+    given = sum(t.name != "rope_freqs.weight" for t in gguf.GGUFReader(s.gguf).tensors)
+    used = len(list(model.parameters()))
+    if given != used or any(loading[key] for key in ("missing_keys", "mismatched_keys", "unexpected_keys")):
+        raise ValueError(f"{s.gguf} is damaged or of an unknown kind: it holds {given} tensors, and the model has {used}")
     kind = model.config.model_type
     if kind not in HUGGINGFACE:
         raise ValueError(f"{s.gguf} holds a model of the type {kind}: known are {', '.join(HUGGINGFACE)}")

@@ -312,6 +312,30 @@ def test_files_that_gguf_cannot_import(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("change", ["missing", "unknown"])
+def test_gguf_with_other_tensors(tmp_path, monkeypatch, change):
+    """transformers would fill a missing tensor with random numbers, and leave out an unknown one."""
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    from extras import import_gguf
+
+    _, run = save_other(tmp_path, "llama grouped", None)
+    add = gguf.GGUFWriter.add_tensor
+
+    def add_other(self, name, tensor, **kinds):
+        if name == "blk.0.attn_q.weight":
+            name = "blk.0.attn_x.weight"
+            if change == "unknown":
+                add(self, "blk.0.attn_q.weight", tensor, **kinds)
+        add(self, name, tensor, **kinds)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", add_other)
+    export.main(export.Settings(run, str(tmp_path / "model.gguf")))
+    with pytest.raises(ValueError, match="holds .* tensors, and the model has"):
+        import_gguf.main(import_gguf.Settings(str(tmp_path / "model.gguf"), str(tmp_path / "back")))
+    assert not (tmp_path / "back").exists()
+
+
 def test_models_that_gguf_cannot_hold(workdir, tmp_path, qat_run):
     pytest.importorskip("gguf")
     path = str(tmp_path / "model.gguf")
