@@ -15,6 +15,7 @@ import stat
 import struct
 import tarfile
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -71,6 +72,8 @@ class CheckpointInfo:
         for key in ("step", "val_loss"):
             if d.get(key) is not None and not _is_number(d[key]):
                 raise ValueError(f"{key} is no finite number")
+        if d["step"] < 0:
+            raise ValueError("its step is negative")
         info = cls(
             d["tokenizer"], d["method"], GPTConfig(**d["model_args"]),
             *(PoTConfig(**d[key]) if d.get(key) else None for key in ("pot", "table")), d["origin"], d["step"],
@@ -105,7 +108,11 @@ def write(path: str, save: Callable[[str], object], stale: str | None = None) ->
 
     Raises OSError; then the old file is untouched.
     """
-    folder, tmp = os.path.dirname(path) or ".", path + ".tmp"
+    folder = os.path.dirname(path) or "."
+    # Runs are alone in their folders, so their large files may have a name that the next write replaces after a kill. Of
+    # other files there may be two writers.
+    alone = os.path.basename(path) in (MODEL, TRAINING)
+    tmp = f"{path}.tmp" if alone else f"{path}.{threading.get_native_id()}.tmp"
     os.makedirs(folder, exist_ok=True)
     try:
         with open(tmp, "wb") as f:

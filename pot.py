@@ -357,18 +357,24 @@ def fake_quantize_activations(x: torch.Tensor) -> torch.Tensor:
     q = round(x / scale) + zero_point in 0 ... 255, half to even. The range of a token is widened to contain 0, so that
     0 stays 0. The gradient is the identity.
     """
+    if _in_transform(x) or _has_derivative(x):  # torch.func and forward-mode derivatives know no autograd.Function
+        return x + (_round_activations(x) - x).detach()
     return _FakeQuantizeActivations.apply(x)
+
+
+def _round_activations(x):
+    f = x.float()
+    low, high = f.amin(-1, keepdim=True).clamp(max=0), f.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
+    zero_point = (-low / scale).round()
+    q = ((f / scale).round() + zero_point).clamp(0, 255)
+    return ((q - zero_point) * scale).to(x.dtype)
 
 
 class _FakeQuantizeActivations(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        f = x.float()
-        low, high = f.amin(-1, keepdim=True).clamp(max=0), f.amax(-1, keepdim=True).clamp(min=0)
-        scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
-        zero_point = (-low / scale).round()
-        q = ((f / scale).round() + zero_point).clamp(0, 255)
-        return ((q - zero_point) * scale).to(x.dtype)
+        return _round_activations(x)
 
     @staticmethod
     def backward(ctx, grad):
@@ -584,9 +590,15 @@ def _has_derivative(x):
     return not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None
 
 
-def _in_transform():
-    """Does torch.func's grad, jvp or vmap run? Its tensors have no memory that the kernel could read."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+def _in_transform(*tensors):
+    """Does torch.func, a trace or a mode of torch look at every operation, or is a tensor a wrapper of others? Then the
+    kernel cannot replace operations, or finds no memory to read."""
+    return not torch.compiler.is_compiling() and (
+        torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python) for t in tensors)
+    )
 
 
 class PackedWeight(_WithUnit):
@@ -686,8 +698,8 @@ class PackedWeight(_WithUnit):
                 )
             if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
                 raise TypeError(f"an index of {index.dtype}: rows are looked up by integers")
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or _in_transform()
-        if self.on_kernel and not traced:
+        traced = _in_transform(*(() if index is None else (index,)))
+        if self.on_kernel and not (traced or torch.compiler.is_compiling()):
             return pot_kernel.unpack(self.kernel_weight(), index).to(self.dtype)
         codes, unit, bits, rows = self.codes, self.unit, self.config.bits, self.out_features
         if unit.dim() == 3:  # tiles
@@ -704,7 +716,7 @@ class PackedWeight(_WithUnit):
                 codes = unpack_codes(codes[flat], bits, (rows, self.in_features))
         else:
             codes = unpack_codes(codes, bits, self.shape)
-        if _in_transform():  # vmap has no out=
+        if traced:  # vmap has no out=
             blocks = [(self._table[c.int()] * u).to(self.dtype).flatten(1) for u, c in row_blocks(unit, codes)]
             out = torch.cat(blocks)
         else:
@@ -723,7 +735,7 @@ class PackedWeight(_WithUnit):
             not (self.on_kernel or self.on_triton) or x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
             or x.is_nested or x.layout != torch.strided or x.shape[-1:] != (self.in_features,)
             or bias is not None and (bias.shape != (self.out_features,) or not bias.is_floating_point())
-            or torch.jit.is_tracing() or _in_transform()
+            or _in_transform(*tensors)
             or any(t.device != self.codes.device or _has_derivative(t) for t in tensors)
         ):  # fmt: skip
             return F.linear(fake_quantize_activations(x) if self.config.act_bits else x, self(), bias)

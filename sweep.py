@@ -188,7 +188,10 @@ def is_row(row):
         if row["config"] is not None:
             PoTConfig(**row["config"])
         kinds = METHODS if row["config"] else ("float", "control")
-        return row["kind"] in kinds and all(math.isfinite(row[key]) for key in NUMBERS)
+        numbers = NUMBERS | ({"kl", "top1_agreement"} & set(row))
+        shown = all(str(value).isprintable() for value in row.values())  # terminals obey escape sequences
+        sizes = all(abs(row[key]) < 2**53 for key in numbers)
+        return row["kind"] in kinds and shown and sizes and ("kl" in row) == ("top1_agreement" in row)
     except (TypeError, ValueError, OverflowError):  # of PoTConfig, or of a number beyond float
         return False
 
@@ -227,11 +230,15 @@ def make_row(s, method, config, seed, name):
 def tokens_seen(info):
     """Tokens of training and calibration, by a float model or after it. None if that is not known, as of GPT-2."""
     settings = info.settings
-    if "batch_size" not in settings:
+    try:
+        calibration = int(settings["calibrate_tokens"]) if info.pot else 0
+        length = int(settings["block_size"] or min(info.model_args.block_size, WINDOW))
+        return (
+            info.step * int(settings["batch_size"]) * int(settings["gradient_accumulation_steps"]) * length
+            + calibration
+        )
+    except (KeyError, TypeError, ValueError):
         return None
-    calibration = settings["calibrate_tokens"] if info.pot else 0
-    length = settings["block_size"] or min(info.model_args.block_size, WINDOW)
-    return info.step * settings["batch_size"] * settings["gradient_accumulation_steps"] * length + calibration
 
 
 def write(s, rows):

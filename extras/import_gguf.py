@@ -9,6 +9,7 @@ file; quantized weights become float32 numbers of the same value.
 
 import importlib.util
 import os
+import struct
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from dataclasses import dataclass
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import checkpoint  # noqa: E402
 from configurator import run  # noqa: E402
-from model import HUGGINGFACE  # noqa: E402
+from model import GPT, huggingface_config, huggingface_names  # noqa: E402
+
+VALUES = 2**20  # most values in a header; the largest vocabularies take 800,000
 
 
 @dataclass
@@ -33,26 +36,23 @@ def main(s: Settings):
     missing = [name for name in ("transformers", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"a GGUF file needs more packages: pip install {' '.join(missing)}")
-    import gguf
     import torch
     import transformers
 
+    check_header(s.gguf)
     folder, name = os.path.split(os.path.abspath(s.gguf))
     try:
+        config = transformers.AutoConfig.from_pretrained(folder, gguf_file=name).to_dict()
+        check_tensors(s.gguf, config)
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=name, dtype=torch.float32, output_loading_info=True
         )
+        if names := [name for key in ("missing_keys", "mismatched_keys", "unexpected_keys") for name in loading[key]]:
+            raise ValueError(f"{len(names)} tensors are missing or of another shape, such as {names[0]}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except Exception as e:  # of gguf, transformers and numpy, by what is damaged or unknown
-        raise ValueError(f"transformers cannot read {s.gguf} ({type(e).__name__}: {e})") from None
-    # transformers fills a missing tensor with random numbers, and leaves out those that it does not know.
-    given = sum(t.name != "rope_freqs.weight" for t in gguf.GGUFReader(s.gguf).tensors)
-    used = len(list(model.parameters()))
-    if given != used or any(loading[key] for key in ("missing_keys", "mismatched_keys", "unexpected_keys")):
-        raise ValueError(f"{s.gguf} is damaged or of an unknown kind: it holds {given} tensors, and the model has {used}")
-    kind = model.config.model_type
-    if kind not in HUGGINGFACE:
-        raise ValueError(f"{s.gguf} holds a model of the type {kind}: known are {', '.join(HUGGINGFACE)}")
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:500]
+        raise ValueError(f"{s.gguf} cannot be read ({reason})") from None
     # The weights are plain float tensors by now. transformers still refuses to save what it took from a GGUF file.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -68,8 +68,56 @@ def main(s: Settings):
         checkpoint.publish(path, s.out)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(
-        f"{s.out}: {kind} of {millions:.1f} M parameters, vocabulary of {len(tokenizer):,}: {sorted(os.listdir(s.out))}"
+        f"{s.out}: {config['model_type']} of {millions:.1f} M parameters, vocabulary of {len(tokenizer):,}: {sorted(os.listdir(s.out))}"
     )
+
+
+def check_header(path: str):
+    """Raises ValueError for a header that would take gguf, which makes a Python object of every value, minutes."""
+    sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by its type
+    text, array, values = 8, 9, 0
+
+    def numbers(kinds):
+        return struct.unpack(f"<{kinds}", f.read(struct.calcsize(f"<{kinds}")))
+
+    try:
+        with open(path, "rb") as f:
+            magic, version, tensors, pairs = numbers("4sIQQ")
+            if magic != b"GGUF" or version not in (2, 3):
+                raise ValueError(f"{path} is no GGUF file of version 2 or 3")
+            for _ in range(min(pairs, VALUES + 1)):
+                f.seek(numbers("Q")[0], os.SEEK_CUR)  # the key
+                (kind,), count = numbers("I"), 1
+                if kind == array:
+                    kind, count = numbers("IQ")
+                values += count
+                if max(values, tensors, pairs) > VALUES:
+                    raise ValueError(f"{path} has more than {VALUES:,} values in its header, which no model needs")
+                if kind == text:
+                    for _ in range(count):
+                        f.seek(numbers("Q")[0], os.SEEK_CUR)
+                else:
+                    f.seek(count * sizes[kind], os.SEEK_CUR)
+    except (struct.error, KeyError, OSError, OverflowError) as e:
+        raise ValueError(f"{path} is truncated or damaged: its header cannot be read ({type(e).__name__})") from None
+
+
+def check_tensors(path: str, config: dict):
+    """Raises ValueError if the tensors of the file are not those of the model that it describes. transformers would build
+    the model first, fill missing tensors with random numbers, and leave out unknown ones."""
+    import gguf
+
+    shape = huggingface_config(config)
+    tensors = [t for t in gguf.GGUFReader(path).tensors if t.name != "rope_freqs.weight"]
+    if shape.n_layer > len(tensors):
+        raise ValueError(f"it holds {len(tensors)} tensors, and says that it has {shape.n_layer} layers")
+    parameters = dict(GPT.meta(shape).named_parameters())
+    needed = sum(len(huggingface_names(config["model_type"], name)) for name in parameters)
+    if len(tensors) != needed:
+        raise ValueError(f"it holds {len(tensors)} tensors, and its model has {needed}")
+    weights, needed = sum(int(t.n_elements) for t in tensors), sum(p.numel() for p in parameters.values())
+    if weights != needed:
+        raise ValueError(f"it holds {weights} weights, and its model has {needed}")
 
 
 if __name__ == "__main__":

@@ -253,6 +253,9 @@ def linear(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.
         raise ValueError("8-bit activations per row need the weight's row_sums")
     rows = x.resolve_neg().reshape(-1, weight.columns)
     rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    end = rows.storage_offset() + (len(rows) - 1) * rows.stride(0) + weight.columns
+    if len(rows) and rows.untyped_storage().nbytes() < end * rows.itemsize:
+        raise ValueError("x has more elements than memory: its storage was resized")
     y = rows.new_empty(len(rows), weight.rows)
     bias_pointer = None if bias is None else address("bias", bias, (weight.rows,), torch.float32)
     _loaded().pot_linear(

@@ -410,9 +410,9 @@ class Model {
         const bool rotary = args["position"].equals("rotary"), bias = is_true("bias");
         if (gpt.n_head % gpt.n_kv_head || !(gpt.rms || args["norm"].equals("layer"))) fail("bad n_kv_head or norm");
         if (!args["rope_scaling"].is_null()) fail("it has Llama 3's rotary scaling, which only sample.py knows");
-        const auto floats = [&](const string& name, int64_t n) {
-            return static_cast<const float*>(data(name, "F32", 4, {n}));
-        };
+        // Each tensor is looked for in the whole header: a few seconds at most.
+        if (int64_t(header_.text.size()) > (1 << 26) / gpt.n_layer) fail("its header is too long for its layers");
+        const auto floats = [&](const string& name, int64_t n) { return (const float*)data(name, "F32", 4, {n}); };
         const auto norm = [&](const string& name) {
             const float* weight = floats(name + ".weight", gpt.n_embd);
             return GptNorm{weight, bias && !gpt.rms ? floats(name + ".bias", gpt.n_embd) : nullptr};

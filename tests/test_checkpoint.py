@@ -7,6 +7,7 @@ import math
 import os
 import stat
 import tarfile
+import threading
 import warnings
 import zipfile
 from dataclasses import replace
@@ -385,11 +386,12 @@ def test_everything_that_checkpoints_hold_is_read(tmp_path, zipped):
         {"val_loss": math.nan},
         {"val_loss": 10**400},
         {"step": 10**400},
+        {"step": -1},
     ],
 )
 def test_info_that_no_finished_model_could_hold(change):
     assert checkpoint.CheckpointInfo.from_dict(INFO.to_dict()).step == INFO.step
-    with pytest.raises((TypeError, ValueError), match="JSON serializable|no finite number"):
+    with pytest.raises((TypeError, ValueError), match="JSON serializable|no finite number|negative"):
         checkpoint.CheckpointInfo.from_dict(INFO.to_dict() | change)
 
 
@@ -538,6 +540,24 @@ def test_odd_lines_of_a_log(tmp_path):
     lines = [json.dumps(good[0]), *odd, json.dumps(good[1])]
     (tmp_path / "log.jsonl").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
     assert checkpoint.read_log(str(tmp_path)) == good
+
+
+def test_two_writers_of_a_result(tmp_path):
+    """The file is always of one of them."""
+    path, done = str(tmp_path / "eval.json"), []
+
+    def work(letter):
+        for size in range(1, 60):
+            checkpoint.write_json(path, {"value": letter * 5000 * (size % 7)})
+            done.append(set(json.loads((tmp_path / "eval.json").read_text())["value"]))
+
+    threads = [threading.Thread(target=work, args=(letter,)) for letter in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == 118 and all(len(letters) <= 1 for letters in done)
+    assert os.listdir(tmp_path) == ["eval.json"]
 
 
 # --- GPT-2 in Hugging Face's format ---

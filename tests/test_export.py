@@ -1,5 +1,6 @@
 """extras/export.py: transformers and the package gguf load the same weights as nanoPoT."""
 
+import math
 import os
 import resource
 import shutil
@@ -304,7 +305,7 @@ def test_files_that_gguf_cannot_import(tmp_path):
     from extras import import_gguf
 
     (tmp_path / "damaged.gguf").write_bytes(b"GGUF")
-    for file, message in ((tmp_path / "nowhere.gguf", "no file"), (tmp_path / "damaged.gguf", "cannot read")):
+    for file, message in ((tmp_path / "nowhere.gguf", "no file"), (tmp_path / "damaged.gguf", "cannot be read")):
         with pytest.raises(ValueError, match=message):
             import_gguf.main(import_gguf.Settings(str(file), str(tmp_path / "out")))
     with pytest.raises(ValueError, match="exists already"):
@@ -331,9 +332,43 @@ def test_gguf_with_other_tensors(tmp_path, monkeypatch, change):
 
     monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", add_other)
     export.main(export.Settings(run, str(tmp_path / "model.gguf")))
-    with pytest.raises(ValueError, match="holds .* tensors, and the model has"):
+    with pytest.raises(ValueError, match="tensors are missing|holds .* tensors, and its model has"):
         import_gguf.main(import_gguf.Settings(str(tmp_path / "model.gguf"), str(tmp_path / "back")))
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    "method, value, message",
+    [
+        ("add_block_count", 1000, "holds 21 tensors, and says that it has 1000 layers"),
+        ("add_context_length", 0, "block_size=0"),
+        ("add_rope_freq_base", math.nan, "rope_theta=nan"),
+        ("add_feed_forward_length", 2**20, "weights, and its model has"),
+        ("add_quantization_version", [0] * 2**20, "values in its header"),
+    ],
+)
+def test_gguf_header_that_would_take_memory_or_minutes(tmp_path, monkeypatch, method, value, message):
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    import transformers
+
+    from extras import import_gguf
+
+    def add(self, *_):
+        if isinstance(value, list):
+            self.add_array("general.large", value)
+        else:
+            original(self, value)
+
+    _, run = save_other(tmp_path, "llama grouped", None)
+    original = getattr(gguf.GGUFWriter, method)
+    monkeypatch.setattr(gguf.GGUFWriter, method, add)
+    export.main(export.Settings(run, str(tmp_path / "model.gguf")))
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was built")
+    )
+    with pytest.raises(ValueError, match=message):
+        import_gguf.main(import_gguf.Settings(str(tmp_path / "model.gguf"), str(tmp_path / "back")))
 
 
 def test_models_that_gguf_cannot_hold(workdir, tmp_path, qat_run):

@@ -1170,6 +1170,44 @@ def test_transforms_of_torch_func(kernel):
     assert torch.equal(torch.func.vmap(table)(index), table(index))
 
 
+@needs_compiler
+def test_transforms_of_torch_func_with_8_bit_inputs(kernel):
+    """Rounding an input has the gradient of the identity."""
+    assert kernel()
+    x, direction = torch.randn(5, 128), torch.randn(5, 128)
+    layer = quantize_(nn.Linear(128, 16), PoTConfig(act_bits=8)).requires_grad_(False)
+    expected = F.linear(fake_quantize_activations(x), layer.weight, layer.bias)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), expected, rtol=1e-4, atol=1e-4)
+    gradient = torch.func.grad(lambda x: layer(x).sum())(x)
+    torch.testing.assert_close(gradient, layer.weight.sum(0).expand(5, -1), rtol=1e-4, atol=1e-4)
+    tangent = torch.func.jvp(layer, (x,), (direction,))[1]
+    torch.testing.assert_close(tangent, direction @ layer.weight.T, rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_tensors_without_memory_of_their_own(kernel):
+    """Fake tensors, wrappers and traces of operations do not reach the kernel, which reads and writes memory."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    assert kernel()
+    x, index = torch.randn(3, 128), torch.tensor([1, 0, 39])
+    layer, table = quantize_(nn.Linear(128, 16)).requires_grad_(False), quantize_(nn.Embedding(40, 64))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(x)).shape == (3, 16)
+        assert table(mode.from_tensor(index)).shape == (3, 64)
+    assert layer(mode.from_tensor(x)).shape == (3, 16)
+    torch.testing.assert_close(layer(TwoTensor(x, x + 1)).b, layer(x + 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(make_fx(layer)(x)(x + 1), layer(x + 1), rtol=1e-4, atol=1e-4)
+    assert torch.equal(make_fx(table)(index)(index + 0), table(index))
+    assert torch.equal(make_fx(table)(torch.zeros_like(index))(index), table(index))
+    resized = torch.randn(3, 128)
+    resized.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="more elements than memory"):
+        layer(resized)
+
+
 @every_set
 def test_sums_of_a_wide_group_exceed_32_bits(kernel, name):
     assert kernel(name)

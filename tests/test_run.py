@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -254,6 +255,20 @@ def test_other_tokenizers_are_refused(program, trained, tmp_path):
         error = call(program, "encode", tmp_path, texts=["a"], ok=False)
         kind = "added token of a kind that is not known" if key == "added_tokens" else "is no tokenizer of GPT-2's"
         assert kind in error
+
+
+def test_a_header_that_would_take_minutes(program, tmp_path):
+    """Each tensor of each layer is looked for in the whole header."""
+    shape = replace(fuzz_run.LLAMA, n_layer=64, n_head=1, n_kv_head=None, n_embd=16, n_inner=16)
+    fuzz_run.write_model(tmp_path / "model", shape, PoTConfig(group_size=16))
+    assert call(program, "encode", tmp_path / "model", texts=["a"])
+    path = tmp_path / "model" / checkpoint.MODEL
+    data = path.read_bytes()
+    (n,) = struct.unpack("<Q", data[:8])
+    header = data[8 : 8 + n].rstrip()[:-1] + b',"long":"' + b"x" * 2**20 + b'"}'
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + n :])
+    assert "its header is too long for its layers" in call(program, "encode", tmp_path / "model", texts=["a"], ok=False)
 
 
 # --- sampling, stop tokens and the command line ---

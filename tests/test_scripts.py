@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ def test_best_model_is_kept_beside_the_last(workdir, sh, float_run, monkeypatch)
     )
     sh(f"{command} --max_iters=4 --out_dir=out-four")
     expected = checkpoint.load_model(str(workdir / "out-four"))[0].state_dict()
-    losses = iter([3.0, 3.0, 1.0, 2.0, 1.5])  # float, before QAT, steps 4, 8 and 12
+    losses = iter([3.0, 3.0, 1.0, 2.0, 1.5, 9.0])  # float, before QAT, steps 4, 8, 12 and 16
     monkeypatch.setattr(train, "validate", lambda job: next(losses))
     done = sh(f"{command} --max_iters=8 --out_dir=out-keep --keep=best")
     assert re.search(r"^lowest, in best/ +1.0000$", done.stdout, re.MULTILINE)
@@ -106,6 +107,10 @@ def test_best_model_is_kept_beside_the_last(workdir, sh, float_run, monkeypatch)
         str(workdir / "out-keep")
     ).info.step == 12
     assert not all(torch.equal(last.state_dict()[k], v) for k, v in expected.items())
+    best = str(workdir / "out-keep" / "best")
+    checkpoint.save_model(best, model, replace(checkpoint.load_model(best)[1], val_loss=None))  # of another program
+    sh("train.py --init_from=resume --out_dir=out-keep --max_iters=16")
+    assert checkpoint.load_model(best)[1].val_loss == 9.0
     monkeypatch.undo()
     assert sh("sample.py --ckpt=out-keep/best --prompt=the --max_new_tokens=3").stdout
     assert "keep=first must be last or best" in sh(f"{command} --keep=first --out_dir=x", ok=False).stderr

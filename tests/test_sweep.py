@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,8 +187,10 @@ def test_odd_rows_and_large_losses(sweep_run, tmp_path):
         "bytes": 10**400,
     }
     wrong |= {"kind": "float"}  # rows[-1] has a config
+    wrong |= {"papers": "\x1b[2J", "weights": "\x1b", "loss": -1e308, "kl": math.nan}
     odd += [json.dumps(rows[-1] | {key: value}) for key, value in wrong.items()]
     odd += [json.dumps(rows[-1] | {"config": config}) for config in ({"bits": 99}, {"x": 1}, None)]
+    odd.append(json.dumps({key: value for key, value in rows[-1].items() if key != "top1_agreement"} | {"kl": 1}))
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([*odd, json.dumps(missing | {"name": "y"}), json.dumps(rows[1]), '{"na']))
     assert sweep.read(path) == {rows[1]["name"]: rows[1]}
@@ -195,6 +198,16 @@ def test_odd_rows_and_large_losses(sweep_run, tmp_path):
         row["loss"] = 1e9
     sweep.write(sweep.Settings(results=str(tmp_path / "sweep")), rows)
     assert "| 1000000000.0000 | inf |" in (tmp_path / "sweep.md").read_text()
+
+
+def test_tokens_of_a_model_of_others():
+    """Its settings may be anything."""
+    info = SimpleNamespace(settings={"batch_size": 2}, pot=None, step=3, model_args=SimpleNamespace(block_size=8))
+    assert sweep.tokens_seen(info) is None
+    info.settings |= {"gradient_accumulation_steps": 4, "block_size": "x"}
+    assert sweep.tokens_seen(info) is None
+    info.settings |= {"block_size": None}
+    assert sweep.tokens_seen(info) == 3 * 2 * 4 * 8
 
 
 def test_float_model_per_seed():
