@@ -5,6 +5,7 @@ the files and 32 KiB. Files made to take memory come first. After anything else 
 the seed that repeats it.
 
     python tests/fuzz_run.py --mutations=2000 --seed=0
+    python tests/fuzz_run.py --guided=600    # seconds in which libFuzzer looks for new branches; needs clang++
 """
 
 import functools
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -44,6 +46,7 @@ NATIVE = "-mcpu=native" if os.uname().machine in ("arm64", "aarch64") else "-mar
 class Settings:
     mutations: int = 2000
     seed: int = 0
+    guided: int = 0  # seconds that libFuzzer takes instead
 
 
 @functools.cache
@@ -157,6 +160,8 @@ def write_bombs(folder: Path) -> list[Path]:
 
 
 def main(s: Settings):
+    if s.guided:
+        return guide(s)
     program, counts = build(*SANITIZE), {0: 0, 2: 0}
     with tempfile.TemporaryDirectory() as temporary:
         bombs = write_bombs(Path(temporary))
@@ -177,6 +182,32 @@ def main(s: Settings):
                 f"memory of {most:.2f} times the files at most",
                 flush=True,
             )
+
+
+def guide(s: Settings):
+    """Lets libFuzzer change model.safetensors and tokenizer.json, guided by the branches of run.cpp that they reach."""
+    flags = ("-O1", "-g1", "-DGUIDED", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all", NATIVE)
+    program = build(*flags, compiler="clang++")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, corpus = Path(temporary), Path(temporary) / "corpus"
+        corpus.mkdir()
+        configs = PoTConfig(group_size=16), PoTConfig(terms=2, granularity="channel"), PoTConfig(bits=3, group_size=8)
+        for i, (shape, config) in enumerate(zip((GPT2, LLAMA, LLAMA), configs)):
+            place = folder / ("model", "tokenizer", "third")[i]
+            write_model(place, replace(shape, n_layer=1, n_head=1, n_kv_head=None, n_embd=16, n_inner=16), config)
+            for name in (checkpoint.MODEL, "tokenizer.json"):
+                (corpus / f"{name}-{i}").write_bytes(name[:1].encode() + (place / name).read_bytes())
+        words = {word for path in corpus.iterdir() for word in re.findall(rb"[a-zA-Z_0-9.]{2,40}", path.read_bytes())}
+        (folder / "words").write_text("".join(f'"{word.decode()}"\n' for word in sorted(words)))
+        command = [program, str(corpus), f"-dict={folder}/words", f"-max_total_time={s.guided}", f"-seed={s.seed + 1}"]
+        command += ["-max_len=40000", "-timeout=20", "-rss_limit_mb=1000", "-malloc_limit_mb=64", "-close_fd_mask=3"]
+        command += ["-print_final_stats=1", f"-artifact_prefix={ROOT}/"]
+        environment = ENV | {"GUIDED_FOLDER": temporary}
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", env=environment)
+        lines = done.stderr.splitlines()
+        if done.returncode:
+            raise ValueError("an input does not end as it should: " + "\n".join(lines[-40:]))
+        print("\n".join(line for line in lines if "INITED" in line or "DONE" in line or line.startswith("stat::")))
 
 
 def write_mutant(originals: list[Path], folder: Path, seed: int) -> Path:

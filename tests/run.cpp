@@ -1,14 +1,57 @@
 // run.cpp and its parts for test_run.py and fuzz_run.py: run PART [...]. Texts on standard input have their number of
 // bytes and a line end before them. One program serves all tests, because a build takes longer than they do.
+//
+// -DGUIDED makes a program of libFuzzer instead, for fuzz_run.py --guided.
+
+#include <memory>
+#include <sys/mman.h>
+#include <unistd.h>
+#include <vector>
+
+#if defined(GUIDED)
+namespace {
+std::vector<std::unique_ptr<char[]>> contents;  // of files, each of exactly its size: the sanitizer sees accesses beyond
+
+void* read_exactly(int file, size_t size) {
+    contents.emplace_back(new char[size]);
+    return read(file, contents.back().get(), size) == ssize_t(size) ? contents.back().get() : MAP_FAILED;
+}
+}  // namespace
+#define mmap(place, size, protection, flags, file, offset) read_exactly(file, size)
+#endif
 
 #define POT_SHIFT_ONLY
 #define main run
 #include "../pot_kernel/run.cpp"
 #undef main
 
+#include <fstream>
 #include <iostream>
 #include <malloc.h>
 #include <new>
+
+namespace {
+int run_folder(const string& folder) {
+    string words[] = {"run", "--ckpt=" + folder, "--max_new_tokens=3", "--threads=1"};
+    char* pointers[] = {&words[0][0], &words[1][0], &words[2][0], &words[3][0]};
+    return run(4, pointers);
+}
+}  // namespace
+
+#if defined(GUIDED)
+// The first byte chooses a file of the model, the others are its content.
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+    static const string folder = std::getenv("GUIDED_FOLDER");
+    if (!size) return -1;
+    const bool model = data[0] == 'm';
+    const string place = folder + (model ? "/model" : "/tokenizer");
+    std::ofstream(place + (model ? "/model.safetensors" : "/tokenizer.json"), std::ios::binary)
+        .write(reinterpret_cast<const char*>(data) + 1, std::streamsize(size - 1));
+    contents.clear();
+    run_folder(place);
+    return 0;
+}
+#else
 
 namespace {
 size_t bytes = 0, peak = 0;  // of memory that `new` allocated
@@ -32,10 +75,8 @@ void operator delete(void* p, size_t) noexcept { operator delete(p); }
 // Runs the program for each folder of standard input. Writes its status and its memory to standard error.
 int fuzz() {
     for (string folder; std::getline(std::cin, folder);) {
-        string words[] = {"run", "--ckpt=" + folder, "--max_new_tokens=3", "--threads=1"};
-        char* pointers[] = {&words[0][0], &words[1][0], &words[2][0], &words[3][0]};
         const size_t before = peak = bytes;
-        const int status = run(4, pointers);
+        const int status = run_folder(folder);
         std::fprintf(stderr, "done %d %zu\n", status, peak - before);
     }
     return 0;
@@ -73,3 +114,4 @@ int main(int count, char** words) {
         }
     }
 }
+#endif
