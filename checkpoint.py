@@ -8,6 +8,7 @@ Both hold a CheckpointInfo. Both are written to a temporary file and renamed, so
 all. GPT-2 is also read from a folder in Hugging Face's format, or from the hub by name.
 """
 
+import io
 import json
 import os
 import pickletools
@@ -16,7 +17,6 @@ import struct
 import tarfile
 import tempfile
 import threading
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -571,16 +571,13 @@ def _unpickle(path):
     size = os.path.getsize(path)
     with open(path, "rb") as f:
         if f.read(4) == b"PK\x03\x04":
-            with zipfile.ZipFile(f) as z:
-                parts = z.infolist()
-                if sum(part.file_size for part in parts) > size:  # torch.save compresses nothing
-                    raise ValueError("it is compressed")
-                if z.comment or min(part.header_offset for part in parts):  # torch may see another zip file in it
-                    raise ValueError("it is a zip file beside something else")
-                for part in parts:
-                    if part.filename.lower().endswith(".pkl"):
-                        with z.open(part) as content:
-                            _check_pickle(content, size)
+            reader = torch._C.PyTorchFileReader(str(path))  # zipfile may read a hostile file in another way
+            names = reader.get_all_records()
+            if sum(map(reader.get_record_size, names)) > size:  # torch.save compresses nothing
+                raise ValueError("it is compressed")
+            for name in names:
+                if name.lower().endswith(".pkl"):
+                    _check_pickle(io.BytesIO(reader.get_record(name)), size)
         else:  # the format before PyTorch 1.6: five pickles, then the values
             f.seek(0)
             if tarfile.is_tarfile(f):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import stat
+import struct
 import tarfile
 import threading
 import warnings
@@ -333,17 +334,31 @@ def test_pickle_that_takes_memory_or_time(tmp_path, monkeypatch, zipped, name):
 
 
 def test_files_that_two_readers_read_in_two_ways(tmp_path, monkeypatch):
-    """The zip file that Python sees is not what torch loads: it follows pickles, or another zip file, or is within a
-    tar file."""
-    torch.save({}, tmp_path / "good.pt")
-    good, pickles = (tmp_path / "good.pt").read_bytes(), b"N." * 3 + pickle_of(PICKLES["bytes"]) + b"N."
+    """What torch loads is not in the zip file that Python sees: it is in front of it, or in another directory of the same
+    file, or in a tar file."""
+    bad = pickle_of(PICKLES["bytes"])
+
+    def zip_of(content):
+        """Its files, and the directory behind them."""
+        data = io.BytesIO()
+        with zipfile.ZipFile(data, "w") as new:
+            for name, part in (("a/data.pkl", content), ("a/byteorder", b"little"), ("a/version", b"3\n")):
+                new.writestr(name, part)
+        return data.getvalue()[: new.start_dir], data.getvalue()[new.start_dir : -22], data.getvalue()[-22:]
+
+    files, directory, end = zip_of(b"}.".ljust(len(bad)))
+    bad_files, bad_directory, _ = zip_of(bad)
+    end_of_two = end[:16] + struct.pack("<IH", len(bad_files), 0)  # zipfile takes the last directory, torch this place
+    two = bad_files + bad_directory + files + directory + end_of_two
+    with zipfile.ZipFile(io.BytesIO(two)) as z:
+        assert z.read("a/data.pkl").startswith(b"}.")
     with tarfile.open(tmp_path / "tar.pt", "w") as tar:
-        info = tarfile.TarInfo("N." * 5)
-        tar.addfile(info)
+        tar.addfile(tarfile.TarInfo("N." * 5))
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was loaded"))
-    for content in (pickles + good, good + good, good[:4] + pickles + good, (tmp_path / "tar.pt").read_bytes()):
+    in_front = b"N." * 3 + bad + b"N." + files + directory + end
+    for content in (in_front, two, (tmp_path / "tar.pt").read_bytes()):
         (tmp_path / "ckpt.pt").write_bytes(content)
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="more than tensors|tar file"):
             checkpoint._unpickle(tmp_path / "ckpt.pt")
 
 
