@@ -560,6 +560,7 @@ def _with_kind(info, packed):
 _REBUILDS = ("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter")
 _NUMBERS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _NAMES = (*_REBUILDS, "collections OrderedDict", *(f"torch {kind}Storage" for kind in _NUMBERS))
+_OPCODES = 500_000  # most of a pickle; a tensor takes about 30
 _FOREIGN = (
     "STACK_GLOBAL INST OBJ NEWOBJ NEWOBJ_EX EXT1 EXT2 EXT4 PERSID EMPTY_SET ADDITEMS FROZENSET BYTEARRAY8".split()
 )
@@ -600,7 +601,9 @@ def _check_pickle(file, size):
     tuples, or if a value holds more than 10 * size others. torch allows set(x), too, which takes 200 bytes for each
     element of x, and x may be a tensor that repeats a single number."""
     stack, outer, memo = [], [], {}  # values: (name, number of values in it). outer: the stacks below marks
-    for op, arg, _ in pickletools.genops(file):
+    for i, (op, arg, _) in enumerate(pickletools.genops(file)):
+        if i > _OPCODES:
+            raise ValueError(f"its pickle has more than {_OPCODES:,} opcodes, which no model needs")
         if op.name == "MARK":
             outer.append(stack)
             stack = []

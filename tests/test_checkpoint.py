@@ -312,6 +312,7 @@ PICKLES = {
     "attributes": f"ccollections\nOrderedDict\n)R{REPEATED}b",
     "text": "c_codecs\nencode\n(V00\nVhex\ntR",
     "memo": "c__builtin__\nset\nq\x05h\x05" + REPEATED + "\x85R",
+    "opcodes": "N0" * 300_000 + "N",
     "key": "}K\x00" + "".join("q\x01h\x01\x86" for _ in range(60)) + "K\x01s",
 }
 
@@ -329,7 +330,10 @@ def test_pickle_that_takes_memory_or_time(tmp_path, monkeypatch, zipped, name):
     else:
         (tmp_path / "ckpt.pt").write_bytes(b"N." * 3 + content + b"N.")
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was loaded"))
-    with pytest.raises(ValueError, match="ckpt.pt is truncated.*(more than tensors|hold each other too many times)"):
+    with pytest.raises(
+        ValueError,
+        match="ckpt.pt is truncated.*(more than tensors|hold each other too many times|more than 500,000 opcodes)",
+    ):
         checkpoint.load_training(str(tmp_path))
 
 
