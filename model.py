@@ -86,7 +86,9 @@ class KVCache:
             self.layers[layer] = [x.new_empty(batch, heads, self.capacity, size, dtype=self.dtype) for x in (k, v)]
         end = self.length + k.shape[2]
         for kept, new in zip(self.layers[layer], (k, v)):
-            kept[:, :, self.length : end] = new
+            kept.narrow(2, self.length, k.shape[2]).copy_(
+                new
+            )  # a slice beyond the end would be empty and take anything
         exact = self.length == 0 and self.dtype in (None, k.dtype)  # k and v are all there is, and kept as they are
         return [k, v] if exact else [kept[:, :, :end].to(k.dtype) for kept in self.layers[layer]]
 
@@ -342,12 +344,12 @@ class GPT(nn.Module):
         """idx (B, T) -> logits (B, T, vocab_size), or (B, 1, vocab_size) of the last position if last.
         With targets (B, T) -> (logits, mean loss in nats).
 
-        With a KVCache, idx continues the tokens of the cache. Raises ValueError beyond block_size.
+        With a KVCache, idx continues the tokens of the cache. Raises ValueError beyond block_size or the cache.
         """
-        past = 0 if cache is None else cache.length
-        T = idx.shape[1]
-        if past + T > self.config.block_size:
-            raise ValueError(f"{past + T} tokens do not fit into the context of {self.config.block_size}: pass fewer")
+        past, room = (0, self.config.block_size) if cache is None else (cache.length, cache.capacity)
+        T, room = idx.shape[1], min(room, self.config.block_size)
+        if past + T > room:
+            raise ValueError(f"{past + T} tokens do not fit into the context or cache of {room}: pass fewer")
         pos = torch.arange(past, past + T, device=idx.device)
         x, rotary = self.transformer.wte(idx), None
         if self.config.position == "learned":

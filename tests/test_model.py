@@ -119,6 +119,18 @@ def test_top_k_one_is_greedy():
     assert torch.equal(top_1, greedy)
 
 
+def test_full_cache_takes_no_token():
+    """Not even a single one, which would fit into an empty slice by broadcasting."""
+    model, idx, cache = gpt(), torch.arange(6), KVCache(4)
+    model(idx[None, :4], cache=cache)
+    with pytest.raises(ValueError, match="5 tokens do not fit into the context or cache of 4"):
+        model(idx[None, 4:5], cache=cache)
+    cache.capacity = 16  # but its tensors are of 4
+    with pytest.raises(RuntimeError, match="exceeds dimension size"):
+        model(idx[None, 4:5], cache=cache)
+    assert cache.length == 4
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_logits_of_the_last_position(cached):
     model, x = gpt(), torch.randint(0, 65, (2, 16))
@@ -164,5 +176,5 @@ def test_invalid_config(bad):
 
 
 def test_input_longer_than_the_context():
-    with pytest.raises(ValueError, match="17 tokens do not fit into the context of 16"):
+    with pytest.raises(ValueError, match="17 tokens do not fit into the context or cache of 16"):
         gpt()(torch.zeros(1, 17, dtype=torch.long))
