@@ -7,8 +7,8 @@
 # Needs: the model in smollm2/ (extras/import_gguf.py says how to get it, --init_from=HuggingFaceTB/SmolLM2-135M-Instruct
 #        takes it from the hub), and `python data/openwebtext/prepare.py --tokenizer=smollm2 --out=openwebtext-smollm2`
 # Gives: out-smollm2-pot4 with model.safetensors (packed, 72 MB instead of 538 MB) and ckpt.pt (to resume).
-# Takes: GPTQ, then 500 steps of 1,024 tokens, each 26 s on one core with AVX2, and 6.7 GiB. The losses in
-#        results/README.md come from 165 steps, and with two terms from 205 (--max_iters).
+# Takes: GPTQ, then 500 steps of 1,024 tokens, each 25 s on one core with AVX2, and 6.7 GiB. The losses in
+#        results/README.md come from 190 steps, and with two terms from 205 at 1e-4 (--max_iters, --learning_rate).
 init_from = "smollm2"
 out_dir = "out-smollm2-pot4"
 dataset = "openwebtext-smollm2"
@@ -24,7 +24,7 @@ distill = 1.0
 block_size = 512
 batch_size = 2
 max_iters = 500
-learning_rate = 1e-4
+learning_rate = 3e-4
 warmup_iters = 20
 weight_decay = 0.0
 eval_interval = 100

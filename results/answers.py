@@ -35,7 +35,7 @@ def main(*folders: str):
         "",
         "Always the most likely token, at most 80 tokens. The questions were chosen before any",
     ]
-    lines += ["answer was read. " + ", ".join(f"{key}: {value}" for key, value in origin.items())]
+    lines += ["answer was read.", ""] + [f"- {key}: {value}" for key, value in origin.items()]
     for question in QUESTIONS:
         lines += ["", f"## {question}"]
         for folder in folders:

@@ -751,7 +751,7 @@ def test_errors_of_hostile_folders_are_short_and_give_no_bad_advice(tmp_path, re
     (tmp_path / "model.safetensors.index.json").unlink()
     (tmp_path / "model.safetensors").touch()
     save_pickle_with_code(tmp_path)
-    with pytest.raises(ValueError, match="holds more than tensors .UnpicklingError.") as e:
+    with pytest.raises(ValueError, match="holds more than tensors .it makes more than tensors") as e:
         checkpoint.load_model(str(tmp_path))
     assert "weights_only" not in str(e.value) and "\n" not in str(e.value)
 
