@@ -109,8 +109,8 @@ def write(path: str, save: Callable[[str], object], stale: str | None = None) ->
     Raises OSError; then the old file is untouched.
     """
     folder = os.path.dirname(path) or "."
-    # Runs are alone in their folders, so their large files may have a name that the next write replaces after a kill. Of
-    # other files there may be two writers.
+    # A run is alone in its folder. So its temporary files have a fixed name, and the next write replaces those that a kill
+    # left. Other files may have two writers at once.
     alone = os.path.basename(path) in (MODEL, TRAINING)
     tmp = f"{path}.tmp" if alone else f"{path}.{threading.get_native_id()}.tmp"
     os.makedirs(folder, exist_ok=True)
@@ -556,7 +556,7 @@ def _with_kind(info, packed):
     return info
 
 
-# The names in a pickle of tensors in dicts, lists and tuples; and the opcodes that make other things.
+# Pickles of tensors in dicts, lists and tuples: the names in them, most opcodes, and opcodes that make other things.
 _REBUILDS = ("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter")
 _NUMBERS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _NAMES = (*_REBUILDS, "collections OrderedDict", *(f"torch {kind}Storage" for kind in _NUMBERS))

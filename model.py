@@ -86,9 +86,7 @@ class KVCache:
             self.layers[layer] = [x.new_empty(batch, heads, self.capacity, size, dtype=self.dtype) for x in (k, v)]
         end = self.length + k.shape[2]
         for kept, new in zip(self.layers[layer], (k, v)):
-            kept.narrow(2, self.length, k.shape[2]).copy_(
-                new
-            )  # a slice beyond the end would be empty and take anything
+            kept.narrow(2, self.length, k.shape[2]).copy_(new)  # an error beyond the end, where a slice is empty
         exact = self.length == 0 and self.dtype in (None, k.dtype)  # k and v are all there is, and kept as they are
         return [k, v] if exact else [kept[:, :, :end].to(k.dtype) for kept in self.layers[layer]]
 
