@@ -34,6 +34,7 @@ from pot import (
     PoTEmbedding,
     PoTQuantizer,
     PreparedLayer,
+    check_parameter,
     check_weight,
     compute_unit,
     is_prepared,
@@ -89,6 +90,7 @@ def calibrate(
         raise ValueError("there is no batch to calibrate on: pass some text, 16k tokens are usual")
     users: dict[PoTQuantizer, list[PreparedLayer]] = {}
     for layer, name in names.items():
+        check_parameter(name or type(layer).__name__, layer)
         check_weight(name or type(layer).__name__, weight_matrix(layer), layer.quantizer.config)
         users.setdefault(layer.quantizer, []).append(layer)
     shared = {q: layers for q, layers in users.items() if len(layers) > 1 or isinstance(layers[0], PoTEmbedding)}

@@ -57,10 +57,10 @@ except ImportError:  # this file was copied alone
 
 __version__ = "0.1.0"
 __all__ = [
-    "FakeQuantize", "PackedPoTEmbedding", "PackedPoTLinear", "PackedWeight", "PoTConfig", "PoTConv1D", "PoTEmbedding",
-    "PoTLinear", "PoTQuantizer", "allow_int8_activations", "check_weight", "compute_unit", "convert", "fake_quantize",
-    "fake_quantize_activations", "is_prepared", "load_packed", "pack_codes", "packed_state", "prepare", "quantize_",
-    "row_blocks", "sqnr", "unpack_codes", "weight_matrix",
+    "FakeQuantize", "PackedPoTEmbedding", "PackedPoTLinear", "PackedWeight", "PoTConfig", "PoTConv1D",
+    "PoTEmbedding", "PoTLinear", "PoTQuantizer", "allow_int8_activations", "check_parameter", "check_weight",
+    "compute_unit", "convert", "fake_quantize", "fake_quantize_activations", "is_prepared", "load_packed",
+    "pack_codes", "packed_state", "prepare", "quantize_", "row_blocks", "sqnr", "unpack_codes", "weight_matrix",
 ]  # fmt: skip
 
 # -----------------------------------------------------------------------------
@@ -707,7 +707,7 @@ class PackedWeight(_WithUnit):
         if index is not None:
             flat = index.flatten().long()
             # F.embedding checks the range. Behind the last row a tile has padding.
-            unit, rows = F.embedding(flat, unit.expand(rows, -1)), len(flat)
+            unit, rows = F.embedding(flat, unit.expand(rows, -1)), flat.numel()  # len() would fix it in a graph
             if bits in _TILE_COLUMNS:  # a block of one row, 16 times
                 lanes = codes.unflatten(1, (-1, 16, 4))[flat // 16, :, flat % 16]
                 codes = F.pad(lanes.unsqueeze(2), (0, 0, 0, 15)).flatten(1)
@@ -849,6 +849,15 @@ def weight_matrix(module: nn.Module) -> torch.Tensor:
     return w.t() if _is_conv1d(module) else w
 
 
+def check_parameter(name: str, module: nn.Module) -> None:
+    """Raises ValueError for a layer whose weight hooks compute before each call: a change of it would be lost."""
+    if "weight" not in module._parameters:
+        raise ValueError(
+            f"{name}: its weight is computed before each call (weight_norm, spectral_norm or pruning): make it a Parameter "
+            "first, for instance by torch.nn.utils.remove_weight_norm or prune.remove"
+        )
+
+
 def check_weight(name: str, w: torch.Tensor, config: PoTConfig) -> None:
     """Raises ValueError for a weight (out, in) that config cannot quantize. name is for the message."""
     if not w.is_floating_point() or w.numel() == 0:
@@ -890,6 +899,7 @@ def prepare(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn: Filter
             raise ValueError(
                 f"{shown}: an embedding with max_norm rescales its table while it runs: leave it out by filter_fn"
             )
+        check_parameter(shown, module)
         w = weight_matrix(module)
         if id(module.weight) not in quantizers:
             check_weight(shown, w, layer_config)
@@ -934,6 +944,7 @@ def convert(model: nn.Module) -> nn.Module:
     packed, layers = {}, {}
     for name, module in model.named_modules():
         if is_prepared(module):
+            check_parameter(name or type(module).__name__, module)
             w, q = weight_matrix(module), module.quantizer
             key = id(q), id(module.weight)  # both, because a tie may have been cut since
             shared = key in packed
@@ -970,6 +981,7 @@ def quantize_(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn: Filt
 
 def packed_state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
     """Converted model -> (tensors by name, metadata for json). A shared tensor is in `tensors` once, then in aliases."""
+    _register_shared(model)
     tensors, aliases = {}, {}
     names: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -997,6 +1009,15 @@ def packed_state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
             }
     written = [asdict(c) | {"layout": _layout(c.bits)} for c in configs]
     return tensors, {"configs": written, "layers": layers, "aliases": aliases}
+
+
+def _register_shared(model):
+    # The layer that a shared weight is registered in may have left the model. The next layer takes it then.
+    registered = set(model.modules())
+    for module in model.modules():
+        if isinstance(module, (PackedPoTLinear, PackedPoTEmbedding)) and module.packed not in registered:
+            registered.add(module.packed)
+            module._modules["packed"] = vars(module).pop("packed")
 
 
 def load_packed(model: nn.Module, tensors: dict[str, torch.Tensor], metadata: dict) -> nn.Module:

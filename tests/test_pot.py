@@ -13,8 +13,10 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.nn.utils.prune
 
 import pot
+from calibrate import calibrate
 from model import GPT, GPTConfig
 from pot import PackedWeight, PoTConfig, PoTEmbedding, PoTLinear, PoTQuantizer, convert, fake_quantize, prepare
 
@@ -502,6 +504,14 @@ def test_tied_weights_are_counted_once():
     assert metadata["aliases"]["lm_head.packed.codes"] == "transformer.wte.packed.codes"
 
 
+def test_packed_state_is_whole_though_the_first_user_of_a_weight_is_gone():
+    model = pot.quantize_(tiny_gpt())
+    expected = pot.packed_state(model.lm_head)[0]
+    model.transformer.wte = nn.Embedding(65, 64)  # the shared weight was registered here
+    tensors, metadata = pot.packed_state(model)
+    assert torch.equal(tensors["lm_head.packed.codes"], expected["packed.codes"]) and not metadata["aliases"]
+
+
 def test_tied_gradient_is_the_sum_of_both_uses():
     torch.manual_seed(0)
     model, x = tiny_gpt(), torch.randint(0, 65, (2, 8))
@@ -581,6 +591,22 @@ def test_subclasses_are_not_prepared():
     model = nn.MultiheadAttention(64, 2)  # reads out_proj.weight without calling out_proj
     with pytest.warns(UserWarning, match="no layer was quantized"):
         assert prepare(model) == []
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.prune.identity])
+def test_weights_that_hooks_compute_are_refused(wrap):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+    arguments = ("weight",) if wrap is nn.utils.prune.identity else ()
+    wrap(model[1], *arguments)
+    with pytest.raises(ValueError, match="1: its weight is computed before each call"):
+        prepare(model)
+    assert type(model[0]) is nn.Linear
+    model = nn.Sequential(nn.Linear(64, 64))
+    prepare(model)
+    wrap(model[0], *arguments)
+    for change in (convert, lambda model: calibrate(model, [torch.randn(8, 64)])):
+        with pytest.raises(ValueError, match="0: its weight is computed before each call"):
+            change(model)
 
 
 def test_torchaos_filter_chooses_the_same_layers():
@@ -840,6 +866,16 @@ def test_export():
     x = torch.randint(0, 65, (2, 16))
     for model in prepared_and_packed():
         exported = torch.export.export(model, (x,)).module()
+        assert torch.allclose(exported(x), model(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 5])  # tiles and a bit stream
+def test_export_for_any_number_of_rows(bits):
+    model = pot.quantize_(nn.Sequential(nn.Embedding(20, 64), nn.Linear(64, 8)), PoTConfig(bits=bits))
+    size = {0: torch.export.Dim("batch")}
+    exported = torch.export.export(model, (torch.arange(6),), dynamic_shapes=(size,)).module()
+    for rows in (2, 20):
+        x = torch.arange(rows).flip(0)
         assert torch.allclose(exported(x), model(x), atol=1e-6)
 
 
