@@ -8,6 +8,7 @@ Both hold a CheckpointInfo. Both are written to a temporary file and renamed, so
 all. GPT-2 is also read from a folder in Hugging Face's format, or from the hub by name.
 """
 
+import errno
 import io
 import json
 import os
@@ -141,7 +142,10 @@ def check_json(path: str) -> None:
     """Raises ValueError unless path is the name of a .json file, so that no model is overwritten, and can be written."""
     if not path.endswith(".json"):
         raise ValueError(f"json={path} must be the name of a .json file, which is replaced if it exists")
+    if os.path.isdir(path):
+        raise ValueError(f"json={path} is a folder, and must be the name of a file")
     check_writable(os.path.dirname(path))
+    check_writable(f"{path}.{threading.get_native_id()}.tmp")  # its name may be too long
 
 
 def sync(path: str) -> None:
@@ -162,6 +166,13 @@ def check_writable(folder: str) -> None:
     """Raises ValueError if no file can be written to the folder, or if the folder cannot be made. Makes nothing."""
     place = os.path.abspath(folder)
     while not os.path.lexists(place):
+        try:
+            os.lstat(place)
+        except OSError as e:
+            if e.errno == errno.ENAMETOOLONG:
+                raise ValueError(
+                    f"{folder} cannot be written to, because its name is too long: choose another"
+                ) from None
         place = os.path.dirname(place)
     if not os.path.isdir(place):
         raise ValueError(f"{folder} cannot be written to, because {place} is no folder: choose another")
@@ -291,7 +302,7 @@ def load_model(folder: str) -> tuple[GPT, CheckpointInfo]:
 
     The tensors of a packed model are read into memory. Those of a finished float model are its mapped file, copied where
     they are written to: while they are in use, replace the file, as save_model does, instead of writing into it. Raises
-    ValueError for a checkpoint that is missing, damaged or cannot be downloaded.
+    ValueError for a checkpoint that is missing, damaged, replaced at that moment, or cannot be downloaded.
     """
     if is_foreign(folder):
         return _load_huggingface(_download(folder), folder)
@@ -301,7 +312,7 @@ def load_model(folder: str) -> tuple[GPT, CheckpointInfo]:
         return model_of(state), state.info
     tokenizer.require_file(path)
     try:
-        with safe_open(path, "pt") as f:
+        with open(path, "rb") as file, safe_open(path, "pt") as f:
             header = json.loads(f.metadata()["nanopot"])
             info, packed = CheckpointInfo.from_dict(header), header["packed"]
             _check_count(info.model_args, len(f.keys()))
@@ -312,9 +323,11 @@ def load_model(folder: str) -> tuple[GPT, CheckpointInfo]:
             if len(dtypes) > 1 or not dtypes <= {"float32", "float16", "bfloat16"}:
                 raise ValueError(f"it holds or mixes weights of {' and '.join(sorted(dtypes))}")
             if packed["layers"]:
-                tensors = _read_aligned(path, tensors)
+                tensors = _read_aligned(file, tensors)
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # it was opened twice
+                raise ReplacedError(f"{path} was replaced while it was read: try again")
             return load_packed(GPT.meta(info.model_args), tensors, packed).eval(), info
-    except (OSError, KernelError):
+    except (OSError, KernelError, ReplacedError):
         raise
     except Exception as e:  # safetensors, json and torch raise many kinds for damaged files
         raise ValueError(f"{path} is truncated, damaged or not of nanoPoT: {str(e)[:1000]}") from None
@@ -331,22 +344,25 @@ def finished_tokenizer(folder: str) -> dict | None:
         return None
 
 
-def _read_aligned(path, tensors):
-    """The tensors of a safetensors file, read into large pages, each from the start of a cache line on. The kernel reads
+class ReplacedError(ValueError):
+    """A file was replaced while it was read."""
+
+
+def _read_aligned(f, tensors):
+    """The tensors of a safetensors file f, read into large pages, each from the start of a cache line on. The kernel reads
     them faster than a mapped file, which has pages of 4 KiB."""
     starts, size = {}, 0
     for name, t in tensors.items():
         starts[name], size = size, size + t.nbytes + -t.nbytes % 64
     memory, aligned = machine.large_pages(size), {}
-    with open(path, "rb") as f:
-        (length,) = struct.unpack("<Q", f.read(8))
-        header = json.loads(f.read(length))
-        for name, t in tensors.items():
-            f.seek(8 + length + header[name]["data_offsets"][0])
-            part = memory[starts[name] : starts[name] + t.nbytes]
-            if f.readinto(part.numpy()) != t.nbytes:
-                raise ValueError(f"it ends within {name}")
-            aligned[name] = part.view(t.dtype).view(t.shape)
+    (length,) = struct.unpack("<Q", f.read(8))
+    header = json.loads(f.read(length))
+    for name, t in tensors.items():
+        f.seek(8 + length + header[name]["data_offsets"][0])
+        part = memory[starts[name] : starts[name] + t.nbytes]
+        if f.readinto(part.numpy()) != t.nbytes:
+            raise ValueError(f"it ends within {name}")
+        aligned[name] = part.view(t.dtype).view(t.shape)
     return aligned
 
 

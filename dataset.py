@@ -182,37 +182,48 @@ def write_documents(folder: str, documents: Iterable[str], name: str = "gpt2") -
 HELD_OUT = 500_000  # tokens of val and of test
 
 
-def load(folder: str, split: str) -> tuple[np.ndarray, dict]:
-    """(token ids, meta) of a split. The ValueError for a missing data set names the command that makes it."""
-    path, meta_path = os.path.join(folder, f"{split}.bin"), os.path.join(folder, "meta.json")
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+def load(folder: str, *splits: str) -> tuple:
+    """(token ids of each split, ..., meta). The ValueError for a missing data set names the command that makes it.
+
+    meta.json is read once, and the ids come from the very files whose digests were compared, so that a data set that is
+    replaced meanwhile is an error, or does not matter.
+    """
+    meta_path = os.path.join(folder, "meta.json")
+    paths = [os.path.join(folder, f"{split}.bin") for split in splits]
+    if unknown := [split for split in splits if split not in SPLITS]:
+        raise ValueError(f"unknown split {unknown[0]!r}: choose one of {', '.join(SPLITS)}")
     script = os.path.join(folder, "prepare.py")
-    if not os.path.exists(path) or not os.path.exists(meta_path):
+    if not all(map(os.path.exists, [*paths, meta_path])):
         if os.path.exists(script):
             raise ValueError(f"the data set {folder} is not there yet: make it with `python {script}`")
         known = sorted(d for d in _subfolders("data") if os.path.exists(f"data/{d}/prepare.py"))
         hint = f": choose one of {', '.join(known)}" if known else ""
         own = f"or make it from your text with `python data/text/prepare.py --input=FILE --name={os.path.basename(folder)}`"
         raise ValueError(f"no data set {folder}{hint}, {own}")
-    tokenizer.require_file(path)
+    for path in paths:
+        tokenizer.require_file(path)
     again = f"make the data set again{f' with `python {script}`' if os.path.exists(script) else ''}"
     try:
         meta = json.loads(tokenizer.read_small(meta_path))
-        digest = meta.pop("digests", {}).get(split)  # older data sets have none
+        digests = meta.pop("digests", {})  # older data sets have none
+        digests = [digests.get(split) for split in splits]
         dtype = token_dtype(meta)
     except (ValueError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{meta_path} is damaged ({type(e).__name__}): {again}") from None
-    if os.path.getsize(path) % np.dtype(dtype).itemsize:
-        raise ValueError(f"{path} is cut short: {again}")
-    with open(path, "rb") as f:
-        if digest is not None and digest != hashlib.file_digest(f, _digest).hexdigest():
-            raise ValueError(f"{path} is not the file that {meta_path} was written for: {again}")
-    small = os.path.getsize(path) < 2**20
-    ids = np.fromfile(path, dtype=dtype) if small else np.memmap(path, dtype=dtype, mode="r")
-    if len(ids) and ids.max() >= vocab_size(meta):
-        raise ValueError(f"{path} holds the token {ids.max()}, unknown to {meta_path}: {again}")
-    return ids, meta
+    loaded = []
+    for path, digest in zip(paths, digests):
+        with open(path, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            if size % np.dtype(dtype).itemsize:
+                raise ValueError(f"{path} is cut short: {again}")
+            if digest is not None and digest != hashlib.file_digest(f, _digest).hexdigest():
+                raise ValueError(f"{path} is not the file that {meta_path} was written for: {again}")
+            f.seek(0)
+            ids = np.fromfile(f, dtype=dtype) if size < 2**20 else np.memmap(f, dtype=dtype, mode="r")
+        if len(ids) and ids.max() >= vocab_size(meta):
+            raise ValueError(f"{path} holds the token {ids.max()}, unknown to {meta_path}: {again}")
+        loaded.append(ids)
+    return *loaded, meta
 
 
 def _subfolders(folder):

@@ -114,7 +114,8 @@ def load_reference(s, info, folder, device):
     if name is None or name == folder:
         return None
     model, reference_info = checkpoint.load_model(name)
-    if reference_info.tokenizer != info.tokenizer:
+    same_size = reference_info.model_args.vocab_size == info.model_args.vocab_size  # a vocabulary may have padding
+    if reference_info.tokenizer != info.tokenizer or not same_size:
         raise ValueError(f"{name} has another vocabulary than {folder}: pass another --reference")
     return model.to(device)
 

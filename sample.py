@@ -90,6 +90,8 @@ def main(s: Settings):
         converse(tokenizer, prompt, write)
         return
     ids = tokenizer.encode(prompt)
+    if not ids:  # a tokenizer may leave out white space
+        raise ValueError(f"the prompt {prompt!r} has no tokens in the vocabulary of {s.ckpt}: pass another --prompt")
     for _ in range(s.num_samples):
         if getattr(sys.stdout, "broken", False):  # nobody reads it
             return

@@ -150,6 +150,10 @@ def plan_of(s, methods):
         seeds += [seed for seed in row_seeds if seed not in seeds]
     if not plan:
         raise ValueError('nothing to do: pass a config with weights, such as [{"bits": 4}]')
+    names = [name_of(s, method, config, seed) for method, config, _, seed in plan]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise ValueError(f"weights: {plan[i][1]!r} with seed {plan[i][3]} is there twice, and would say nothing new")
     floats = [("float", seed) for seed in (seeds[:1] if same_float else seeds)]
     floats += [("control", seed) for seed in seeds if "qat" in methods]
     return [(method, None, None, seed) for method, seed in floats] + plan

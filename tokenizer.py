@@ -345,9 +345,10 @@ def read_small(path: str) -> bytes:
 
 
 def require_file(path: str) -> None:
-    """Raises ValueError for a pipe or a device, which may have no end. A path that does not exist is no error here."""
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise ValueError(f"{path} is a pipe or a device, and must be a file")
+    """Raises ValueError for a folder, and for a pipe or a device, which may have no end. A path that does not exist is no
+    error here."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is {'a folder' if os.path.isdir(path) else 'a pipe or a device'}, and must be a file")
 
 
 def _read_json(folder, name):

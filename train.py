@@ -193,8 +193,7 @@ def set_up(s: Settings, lock: checkpoint.Lock) -> Job | None:
         keep_freed_memory()
     if rank == 0 and os.path.isdir(s.out_dir):
         lock.acquire()  # before reading the folder
-    data, meta = dataset.load(os.path.join("data", s.dataset), "train")
-    val, _ = dataset.load(os.path.join("data", s.dataset), "val")
+    data, val, meta = dataset.load(os.path.join("data", s.dataset), "train", "val")
     torch.manual_seed(s.seed)
     model, info, state = build(s, meta)
     block_size = min(model.config.block_size, WINDOW) if s.block_size is None else s.block_size

@@ -102,9 +102,13 @@ def draw_training(entries: list[dict], title: str, path: str) -> None:
     for e in entries:
         if "float_loss" in e:
             ax.axhline(e["float_loss"], color="black", lw=0.8, ls=":", label="validation, float model before training")
-    ax.set(xlabel="step", ylabel="loss on the text (nats)", title=title)
+    ax.set(xlabel="step", ylabel="loss on the text (nats)", title=_plain(title))
     ax.legend()
     _save(figure, path)
+
+
+def _plain(name):
+    return name.replace("$", r"\$")  # matplotlib reads what is between two as a formula
 
 
 def _losses(entries):
@@ -122,7 +126,7 @@ def draw_curves(runs: list[str], path: str) -> None:
     for i, given in enumerate(runs):
         name, _, folder = given.rpartition("=")
         entries = checkpoint.read_log(folder)
-        marked = dict(marker=MARKERS[i % 8], ms=4, label=name or os.path.basename(os.path.normpath(folder)))
+        marked = dict(marker=MARKERS[i % 8], ms=4, label=_plain(name or os.path.basename(os.path.normpath(folder))))
         for points, style in zip(_losses(entries), (dict(alpha=0.4, lw=1), marked)):
             ax.plot(*zip(*points) if points else ([], []), color=COLOURS[i % 7], **style)
     ax.set(xlabel="step", ylabel="loss on the text (nats); pale: training")

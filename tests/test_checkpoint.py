@@ -152,6 +152,21 @@ def test_damaged_packed_files(tmp_path, packed, old, new):
         checkpoint.load_model(str(tmp_path))
 
 
+def test_packed_file_that_is_replaced_while_it_is_read(tmp_path, packed, monkeypatch):
+    content, _ = packed
+    (tmp_path / "model.safetensors").write_bytes(content)
+    (tmp_path / "new").write_bytes(content)
+    read_aligned = checkpoint._read_aligned
+
+    def replace_first(*arguments):
+        os.replace(tmp_path / "new", tmp_path / "model.safetensors")
+        return read_aligned(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_read_aligned", replace_first)
+    with pytest.raises(ValueError, match="model.safetensors was replaced while it was read: try again"):
+        checkpoint.load_model(str(tmp_path))
+
+
 def test_flipped_code_changes_one_weight(tmp_path, packed):
     content, _ = packed
     (tmp_path / "model.safetensors").write_bytes(content)

@@ -1,6 +1,7 @@
 """dataset.py and the scripts data/*/prepare.py."""
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
@@ -90,6 +91,27 @@ def test_files_of_two_data_sets(tmp_path):
     assert meta.pop("digests").keys() == set(dataset.SPLITS)
     (tmp_path / "a" / "meta.json").write_text(json.dumps(meta))  # as older data sets have it
     assert dataset.load(str(tmp_path / "a"), "val")[1] == meta
+
+
+@pytest.mark.parametrize("digest", [1, 2])
+def test_data_set_that_is_replaced_while_it_is_read(tmp_path, monkeypatch, digest):
+    texts = [dict.fromkeys(dataset.SPLITS, text) for text in ("abc", "xyz")]  # the same ids, in other vocabularies
+    dataset.write_chars(str(tmp_path), texts[0] | {"val": "cba"})
+    file_digest, calls = hashlib.file_digest, []
+
+    def replace(*arguments):
+        calls.append(file_digest(*arguments))
+        if len(calls) == digest:
+            dataset.write_chars(str(tmp_path), texts[1])
+        return calls[-1]
+
+    monkeypatch.setattr(hashlib, "file_digest", replace)
+    try:
+        train, val, meta = dataset.load(str(tmp_path), "train", "val")
+    except ValueError as e:
+        assert "val.bin is not the file that" in str(e) and digest == 1
+    else:
+        assert (train.tolist(), val.tolist(), meta["chars"]) == ([0, 1, 2], [2, 1, 0], "abc") and digest == 2
 
 
 def test_two_processes_write_one_data_set(tmp_path):

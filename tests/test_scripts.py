@@ -23,7 +23,10 @@ from conftest import TINY
 import checkpoint
 import configurator
 import dataset
+import eval
 import pot
+import sample
+import tokenizer
 
 
 def rows_of(workdir, done):
@@ -953,6 +956,10 @@ def test_models_that_do_not_fit_are_refused_before_the_first_step(workdir, sh, m
         ("train.py --dataset=tiny --out_dir=latin.txt/x", "latin.txt/x cannot be written to"),
         ("eval.py --ckpt={float} --json={float}/model.safetensors", "must be the name of a .json file"),
         ("eval.py --ckpt={float} --json=latin.txt/x.json", "cannot be written to"),
+        ("eval.py --ckpt={float} --json=folder.json", "json=folder.json is a folder"),
+        ("eval.py --ckpt={float} --json=" + 246 * "x" + ".json", "its name is too long: choose another"),
+        ("train.py --dataset=tiny --out_dir=" + 256 * "x", "its name is too long: choose another"),
+        ("eval.py --ckpt=folder.json", "folder.json/model.safetensors is a folder, and must be a file"),
         ("sample.py --ckpt={float} --temperature=nan", "temperature must be at least 0"),
         ("train.py --dataset=tiny --batch_size=0 --out_dir=x", "batch_size=0 must be at least 1"),
         ("train.py --dataset=tiny --device=tpu --out_dir=x", "device=tpu cannot be used"),
@@ -1008,6 +1015,7 @@ def test_errors(workdir, float_run, qat_run, monkeypatch, capsys, command, messa
         (workdir / "data" / "short" / "val.bin").write_bytes(bytes(40))
         (workdir / "data" / "void" / "train.bin").write_bytes(b"")
         (workdir / "latin.txt").write_bytes("Käse".encode("latin-1"))
+        (workdir / "folder.json" / "model.safetensors").mkdir(parents=True)
         (workdir / "packed").mkdir()
         (workdir / "packed" / "model.safetensors").write_bytes((workdir / qat_run / "model.safetensors").read_bytes())
         (workdir / "truncated").mkdir()
@@ -1111,3 +1119,26 @@ def test_resume_applies_optimizer_settings(workdir, sh, float_run):
     sh(f"train.py {TINY} --init_from=resume --out_dir=out-decay --max_iters=40 --weight_decay=0.7 --beta1=0.5")
     groups = checkpoint.load_training(str(folder)).optimizer["param_groups"]
     assert [g["weight_decay"] for g in groups] == [0.7, 0.0] and groups[0]["betas"] == (0.5, 0.95)
+
+
+def test_prompt_without_tokens(workdir, float_run, monkeypatch):
+    monkeypatch.chdir(workdir)
+    monkeypatch.setattr(tokenizer.CharTokenizer, "encode", lambda *_: [])  # as a tokenizer that strips white space
+    with pytest.raises(ValueError, match=r"the prompt '\\n' has no tokens in the vocabulary of out-float"):
+        sample.main(sample.Settings(ckpt=str(float_run)))
+
+
+def test_reference_with_another_padding_of_the_vocabulary(workdir, float_run, qat_run, monkeypatch):
+    monkeypatch.chdir(workdir)
+    info = checkpoint.load_model(str(qat_run))[1]
+    info = replace(info, model_args=replace(info.model_args, vocab_size=96))
+    with pytest.raises(ValueError, match="out-float has another vocabulary than padded: pass another --reference"):
+        eval.load_reference(eval.Settings(reference=str(float_run)), info, "padded", "cpu")
+
+
+def test_folder_whose_name_looks_like_a_formula(workdir, float_run, monkeypatch):
+    from extras.plot import draw_training
+
+    entries = checkpoint.read_log(str(workdir / float_run))
+    draw_training(entries, r"out-$\frac{$", str(workdir / "formula.png"))
+    assert (workdir / "formula.png").stat().st_size > 1000

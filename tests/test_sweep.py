@@ -234,6 +234,12 @@ def test_bad_settings(sh, sweep_run, change, message):
     assert message in sh(f"sweep.py sweep_tiny.py {change}", ok=False).stderr
 
 
+def test_same_weights_twice():
+    s = sweep.Settings(weights=[{"bits": 4}, {"bits": 3}, {"bits": 4, "eps": 0.5}], seeds="1", max_iters=2)
+    with pytest.raises(ValueError, match="PoTConfig.*bits=4.* with seed 1 is there twice"):
+        sweep.plan_of(s, ["rtn", "qat"])
+
+
 def test_rows_of_another_finetuning_config_are_not_mixed(workdir, sh, sweep_run):
     path = workdir / "finetune.py"
     before = path.read_text()
