@@ -153,7 +153,9 @@ def plan_of(s, methods):
     names = [name_of(s, method, config, seed) for method, config, _, seed in plan]
     for i, name in enumerate(names):
         if name in names[:i]:
-            raise ValueError(f"weights: {plan[i][1]!r} with seed {plan[i][3]} is there twice, and would say nothing new")
+            raise ValueError(
+                f"weights: {plan[i][1]!r} with seed {plan[i][3]} is there twice, and would say nothing new"
+            )
     floats = [("float", seed) for seed in (seeds[:1] if same_float else seeds)]
     floats += [("control", seed) for seed in seeds if "qat" in methods]
     return [(method, None, None, seed) for method, seed in floats] + plan

@@ -236,6 +236,13 @@ def _describe(model, config):
         kinds = "both prepared and packed layers: convert all" if prepared else "no prepared layer: call prepare first"
         raise ValueError(f"the model has {kinds}")
     modules = dict(model.named_modules())
+    registered = set(modules.values())
+    for name in quantized:
+        if getattr(modules[name], "packed", None) not in registered | {None}:
+            raise ValueError(
+                f"{name} shares its packed weight with a layer that has left the model: replace layers of the float model, "
+                "and quantize it then"
+            )
     for target, source in (type(model)._tied_weights_keys or {}).items():
         pair = [getattr(modules.get(key.rpartition(".")[0]), "packed", None) for key in (target, source)]
         if None not in pair and pair[0] is not pair[1] and getattr(model.config, "tie_word_embeddings", False):

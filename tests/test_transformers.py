@@ -217,6 +217,15 @@ def test_models_made_in_memory(folders, tmp_path):
     assert torch.equal(logits(load(tmp_path / "apart")), logits(apart))
 
 
+def test_packed_model_whose_table_was_replaced_is_not_saved(tmp_path):
+    model = llama(True)
+    pot.quantize_(model)
+    attach_quantizer(model)
+    model.set_input_embeddings(torch.nn.Embedding(80, 64))  # the weight of the head was registered in the old one
+    with pytest.raises(ValueError, match="lm_head shares its packed weight with a layer that has left the model"):
+        model.save_pretrained(tmp_path)
+
+
 def test_bad_config_is_refused(folders):
     with pytest.raises(ValueError, match="choose one of"):
         PoTQuantizationConfig(bits=9)
