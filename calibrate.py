@@ -13,12 +13,13 @@ powers of two as it does on integers.
 Here a layer also makes up for the errors of the layers before it: it sees the inputs of the quantized model and aims at
 the outputs of the float model (as in GPTAQ, arXiv 2504.02692), but only as far as that helps on text kept aside.
 
-Sections: calibrate, passes through the model, GPTQ of one layer.
+Sections: calibrate, passes through the model, GPTQ of one layer, training block by block.
 """
 
 import contextlib
 import copy
 import graphlib
+import math
 import queue
 import sys
 import threading
@@ -41,7 +42,7 @@ from pot import (
     weight_matrix,
 )
 
-__all__ = ["calibrate", "show_progress"]
+__all__ = ["calibrate", "show_progress", "train_blocks"]
 
 # Share of the mean square added to the diagonal of a second moment. This text may hardly use a feature that other text
 # uses, and the moment needs an inverse.
@@ -55,7 +56,7 @@ SWEEPS = 2  # of coordinate descent after GPTQ; more lower the error by less tha
 def show_progress(done: int, total: int) -> None:
     """Writes how many sets of layers are done to standard error, in one line, if that is a terminal."""
     if sys.stderr.isatty():
-        line = f"calibrate: {done} of {total} sets of layers"
+        line = f"calibrate: {done} of {total} sets of layers or blocks"
         print(line, end="\r" if done < total else "\n", file=sys.stderr, flush=True)
 
 
@@ -584,3 +585,127 @@ def damped(moment: torch.Tensor, share: float) -> torch.Tensor:
 
 def _double(x):
     return x.double() if x.device.type != "mps" else x.cpu().double()  # mps has no float64
+
+
+# -----------------------------------------------------------------------------
+# Training block by block
+
+WARMUP = 10  # steps of linear warm-up for each block; a cosine to zero follows
+LIGHT = 0.1  # a token's error counts relative to what the block changes there, or to this share of the median change
+
+
+def train_blocks(
+    model: nn.Module,
+    reference: nn.Module,
+    blocks: Iterable[nn.Module],
+    batches: Iterable,
+    learning_rate: float = 2e-3,
+    progress: Callable[[int, int], None] | None = show_progress,
+) -> list[tuple[float, float]]:
+    """Trains the blocks of a prepared model, best after `calibrate`, one after the other, in place. Each learns to give
+    the outputs of the same block in the float model, though its inputs come from the quantized blocks before it (BRECQ,
+    arXiv 2102.05426; EfficientQAT, arXiv 2407.11062). This takes far fewer tokens than training the whole model.
+
+    reference: the float model that model was made of, before prepare; blocks: consecutive blocks of model, each the
+    input of the next: block(x, ...) -> x, tensors (B, T, width); batches: as in calibrate, each makes a step of AdamW,
+    1,024 tokens are good. An eighth of the batches is kept aside. A block whose error there would grow stays as it was.
+    Memory holds the inputs and outputs of a block for all batches.
+
+    Returns for each block (before, after): squared distance of the outputs from the float model's, relative to the square
+    of what the float block adds, on the batches kept aside. Raises ValueError if the blocks are not called in this order, or
+    give no tensor.
+    """
+    blocks, batches = list(blocks), list(batches)
+    names = {m: name for name, m in model.named_modules()}
+    twins = dict(reference.named_modules())
+    floats = [twins[names[block]] for block in blocks]
+    aside = max(1, len(batches) // 8)
+    training = [m for m in (*model.modules(), *reference.modules()) if m.training]
+    model.eval(), reference.eval()
+    try:
+        with torch.no_grad():
+            xs, rest = zip(*(_block_inputs(model, blocks, batch) for batch in batches))
+            ys, float_rest = zip(*(_block_inputs(reference, floats, batch) for batch in batches))
+        xs, ys, errors = list(xs), list(ys), []
+        for k, (block, twin) in enumerate(zip(blocks, floats)):
+            calls = list(zip(xs, (r[k] for r in rest)))
+            with torch.no_grad():
+                outputs = [_run(twin, y, r[k]) for y, r in zip(ys, float_rest)]
+            errors.append(_train_block(block, calls, outputs, ys, aside, learning_rate))
+            with torch.no_grad():
+                xs, ys = [_run(block, *call) for call in calls], outputs
+            if progress:
+                progress(k + 1, len(blocks))
+        return errors
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _run(block, x, rest):
+    args, kwargs = rest
+    return block(x, *args, **kwargs)
+
+
+def _train_block(block, calls, aims, float_inputs, aside, learning_rate):
+    """Trains a block on all calls (x, other arguments) but the first `aside`. aims, float_inputs: outputs and inputs of
+    the float block. Returns the mean loss of the calls kept aside, before and after."""
+    changes = [(aim - x).float().square().mean(-1) for aim, x in zip(aims, float_inputs)]
+    lightest = LIGHT * torch.cat([change.flatten() for change in changes]).median()
+
+    def loss(i):
+        error = (_run(block, *calls[i]) - aims[i]).float().square().mean(-1)  # of each token
+        return (error / changes[i].clamp(min=lightest)).mean()
+
+    @torch.no_grad()
+    def loss_aside():
+        return torch.stack([loss(i) for i in range(aside)]).mean().item()
+
+    before, weights = loss_aside(), [p for p in block.parameters() if p.requires_grad]
+    kept = [p.detach().clone() for p in weights]
+    optimizer, steps = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.0), len(calls) - aside
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            decay = (1 + math.cos(math.pi * step / steps)) / 2
+            group["lr"] = learning_rate * min(1, (step + 1) / WARMUP) * decay
+        with torch.enable_grad():
+            loss(aside + step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = loss_aside()
+    if after < before:  # not NaN
+        return before, after
+    with torch.no_grad():
+        for p, old in zip(weights, kept):
+            p.copy_(old)
+    return before, before
+
+
+def _block_inputs(model, blocks, batch):
+    """(input of the first block, [other arguments of each block]) of a forward pass without the blocks' own work."""
+    inputs, rest = [], []
+
+    def record(block):
+        def forward(x, *args, **kwargs):
+            if block is not blocks[len(rest)] or not isinstance(x, torch.Tensor):
+                raise ValueError(
+                    "the blocks must be called one after the other, in the given order, with a tensor first"
+                )
+            inputs.append(x)
+            rest.append((args, kwargs))
+            if len(rest) == len(blocks):
+                raise _Stop
+            return x
+
+        return forward
+
+    for block in blocks:
+        block.forward = record(block)
+    try:
+        _call(model, batch)
+        raise ValueError("the model did not call all blocks: pass its blocks, in the order of execution")
+    except _Stop:
+        return inputs[0], rest
+    finally:
+        for block in blocks:
+            del block.forward

@@ -32,6 +32,10 @@ def evaluate(
         raise ValueError(f"{len(ids)} tokens cannot be evaluated: pass at least 2")
     if not 1 <= block_size <= model.config.block_size:
         raise ValueError(f"block_size={block_size} must be at least 1 and fit the model's {model.config.block_size}")
+    if reference is not None and block_size > reference.config.block_size:
+        raise ValueError(
+            f"block_size={block_size} must fit the reference's context, {reference.config.block_size}, too"
+        )
     training = model.training
     model.eval()
     loss = kl = same = 0.0

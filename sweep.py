@@ -37,7 +37,7 @@ OPTIONAL = {"shared": dict, "kl": int | float, "top1_agreement": int | float}
 # holds the others.
 SHARED = ("init_from", "calibrate_tokens", "split", "tokens", "protocol")
 SHARED_TRAINING = (
-    *("dataset", "calibrate_tokens", "distill", "last_position", "block_size", "dropout", "dtype"),
+    *("dataset", "calibrate_tokens", "block_tokens", "distill", "last_position", "block_size", "dropout", "dtype"),
     *("batch_size", "gradient_accumulation_steps", "learning_rate", "min_lr", "warmup_iters"),
     *("weight_decay", "beta1", "beta2", "grad_clip"),
 )  # fmt: skip
@@ -278,9 +278,9 @@ def write(s, rows):
     if s.left_out:
         lines += ["", s.left_out]
     text = "\n".join(lines) + "\n"
-    print(text)
     checkpoint.write_json(s.results + ".json", {"table": table, "rows": rows, **provenance()})
-    checkpoint.write(s.results + ".md", lambda path: Path(path).write_text(text))
+    checkpoint.write(s.results + ".md", lambda path: Path(path).write_text(text, encoding="utf-8"))
+    print(text)
     draw_sweep(table, s.results + ".png")
     print(f"written to {s.results}.json, .md and .png")
 

@@ -32,6 +32,7 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import dataset
-from calibrate import calibrate
+from calibrate import calibrate, train_blocks
 from checkpoint import CheckpointInfo
 from configurator import check_minimum, run
 from machine import free_memory, keep_freed_memory, peak_memory, pick_device, provenance
@@ -76,6 +77,8 @@ class Settings:
     table: PoTConfig | None = None
     # with pot_ keys: tokens of the training split for GPTQ; 0: round to the nearest levels
     calibrate_tokens: int = 0
+    # with pot_ keys: tokens of the training split that train block after block towards the float model, after GPTQ
+    block_tokens: int = 0
     # with pot_ keys: share of the float model's predictions in the loss; the rest is the text's
     distill: float = 0.0
 
@@ -134,7 +137,17 @@ def main(s: Settings):
 def check(s: Settings):
     """Raises ValueError for settings that make no sense."""
     check_minimum(s, batch_size=1, gradient_accumulation_steps=1, block_size=1, eval_interval=1, log_interval=1)
-    check_minimum(s, eval_tokens=2, max_iters=0, calibrate_tokens=0, seed=0, warmup_iters=0, learning_rate=0, min_lr=0)
+    check_minimum(
+        s,
+        eval_tokens=2,
+        max_iters=0,
+        calibrate_tokens=0,
+        block_tokens=0,
+        seed=0,
+        warmup_iters=0,
+        learning_rate=0,
+        min_lr=0,
+    )
     check_minimum(s, weight_decay=0, grad_clip=0, beta1=0, beta2=0)
     for key in ("beta1", "beta2"):
         if getattr(s, key) >= 1:
@@ -362,30 +375,48 @@ def refuse_checkpoint(folder):
 
 
 def quantize(model: GPT, s: Settings, data: np.ndarray, device: str, quiet: bool = False) -> str:
-    """Prepares a float model in place, and calibrates it by GPTQ if calibrate_tokens asks for it, on random windows of
-    data (token ids). Returns the name of the method. Raises ValueError as prepare and calibrate do."""
+    """Prepares a float model in place. Then comes GPTQ if calibrate_tokens asks for it, and the training of blocks if
+    block_tokens does, on random windows of data (token ids). Returns the name of the method. Raises ValueError as
+    prepare, calibrate and train_blocks do."""
+    reference, method, start = copy.deepcopy(model) if s.block_tokens else None, ["PTQ"], time.time()
     checkpoint.prepare_gpt(model, s.pot, s.table)
-    if not s.calibrate_tokens:
-        return "PTQ"
-    start = time.time()
-    check_size("the tokens of GPTQ take", 16 * s.calibrate_tokens, "calibrate_tokens")
-    length = min(model.config.block_size, WINDOW, len(data), s.calibrate_tokens)
-    x = dataset.random_windows(data, length, max(1, s.calibrate_tokens // length), s.seed)
-    batches = x.to(device).split(max(1, LOGITS // (length * model.config.vocab_size)))
 
-    def progress(done, total):
+    def windows(key, length, seed):
+        tokens = getattr(s, key)
+        check_size(f"the tokens of {key} take", 16 * tokens, key)
+        length = min(model.config.block_size, length, len(data), tokens)
+        return dataset.random_windows(data, length, max(1, tokens // length), seed).to(device)
+
+    def progress(name, done, total):
         seconds = time.time() - start
-        line = f"GPTQ on {x.numel():,} tokens of {s.dataset}: {done}/{total} sets of layers, "
         if not quiet and done == total:
-            print(f"{line}{seconds:.0f} s", file=sys.stderr)
+            print(f"{name}: {done}/{total}, {seconds:.0f} s", file=sys.stderr)
         elif not quiet and sys.stderr.isatty():
-            print(f"{line}{seconds * (total - done) / done:.0f} s left  ", end="\r", file=sys.stderr)
+            print(f"{name}: {done}/{total}, {seconds * (total - done) / done:.0f} s left  ", end="\r", file=sys.stderr)
 
-    errors = calibrate(model, batches, progress).values()
-    if not quiet:
-        before, after = (statistics.mean(e) for e in zip(*errors))
-        print(f"GPTQ: mean relative output error of the layers {before:.5f} -> {after:.5f}", flush=True)
-    return f"PTQ, GPTQ on {x.numel():,} tokens"
+    def report(name, errors):
+        if not quiet:
+            before, after = (statistics.mean(e) for e in zip(*errors))
+            print(f"{name} {before:.5f} -> {after:.5f}", flush=True)
+
+    if s.calibrate_tokens:
+        x = windows("calibrate_tokens", WINDOW, s.seed)
+        batches = x.split(max(1, LOGITS // (x.shape[1] * model.config.vocab_size)))
+        name = f"GPTQ on {x.numel():,} tokens"
+        errors = calibrate(model, batches, partial(progress, f"{name} of {s.dataset}, sets of layers"))
+        report("GPTQ: mean relative output error of the layers", errors.values())
+        method.append(name)
+    if s.block_tokens:
+        x, start = windows("block_tokens", BLOCK_STEP // 2, s.seed + 1), time.time()
+        name = f"blocks trained on {x.numel():,} tokens"
+        batches = x.split(max(1, BLOCK_STEP // x.shape[1]))
+        errors = train_blocks(model, reference, model.transformer.h, batches, progress=partial(progress, name))
+        report("mean relative output error of the blocks", errors)
+        method.append(name)
+    return ", ".join(method)
+
+
+BLOCK_STEP = 1024  # tokens of a step that trains a block
 
 
 def prepare_steps(job: Job, state: checkpoint.TrainingState | None):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import calibrate as calibrate_module
 import pot
-from calibrate import calibrate
+from calibrate import calibrate, train_blocks
 from model import GPT, GPTConfig
 from pot import PoTConfig, PoTEmbedding, compute_unit, convert, prepare
 
@@ -695,3 +695,89 @@ def test_layer_names_of_nanopot_gpt():
         "0.mlp.c_fc",
         "0.mlp.c_proj",
     ]
+
+
+# --- training block by block ---
+
+
+def blocks_and_text():
+    torch.manual_seed(0)
+    reference = GPT(GPTConfig(block_size=32, vocab_size=65, n_layer=3, n_head=2, n_embd=64)).eval()
+    model = copy.deepcopy(reference)
+    prepare(model, PoTConfig(bits=3))
+    text = torch.randint(65, (96, 32), generator=torch.Generator().manual_seed(1))
+    return model, reference, text
+
+
+def hidden_states(model, x):
+    """Input and output of each block in a forward pass of the whole model."""
+    states = []
+    hooks = [
+        block.register_forward_hook(lambda _, args, out: states.append((args[0], out))) for block in model.transformer.h
+    ]
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return states
+
+
+def test_trained_blocks_are_closer_to_the_float_model():
+    model, reference, text = blocks_and_text()
+    calibrate(model, text[:16].split(8), None)
+    rounded, batches, new = copy.deepcopy(model), list(text[:64].split(4)), text[64:]
+    model.train()
+    errors = train_blocks(model, reference, model.transformer.h, batches, progress=None)
+    assert model.training and all(p.grad is None for p in model.parameters())
+    with torch.no_grad():
+        aim = reference(new)
+        before, after = ((m.eval()(new) - aim).square().mean().item() for m in (rounded, model))
+    assert after < 0.95 * before
+    # The errors that it reports, from forward passes of the whole models.
+    aside = batches[: len(batches) // 8]
+    changes = [[] for _ in errors]
+    for batch in batches:
+        for change, (x, out) in zip(changes, hidden_states(reference, batch)):
+            change.append((out - x).square().mean(-1))
+    for k, (_, reported) in enumerate(errors):
+        lightest, losses = 0.1 * torch.cat(changes[k]).median(), []
+        for i, batch in enumerate(aside):
+            out, aim = (hidden_states(m, batch)[k][1] for m in (model, reference))
+            losses.append(((out - aim).square().mean(-1) / changes[k][i].clamp(min=lightest)).mean().item())
+        assert reported == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+        assert reported < errors[k][0]
+
+
+def test_block_that_training_makes_worse_stays_as_it_was():
+    model, reference, text = blocks_and_text()
+    before = copy.deepcopy(model.state_dict())
+    errors = train_blocks(model, reference, model.transformer.h, text.split(8), learning_rate=100.0, progress=None)
+    assert all(a == b for a, b in errors)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_train_blocks_in_another_order_or_without_a_call():
+    model, reference, text = blocks_and_text()
+    with pytest.raises(ValueError, match="must be called one after the other, in the given order"):
+        train_blocks(model, reference, list(model.transformer.h)[::-1], [text])
+    for m in (model, reference):
+        m.extra = nn.Identity()
+    with pytest.raises(ValueError, match="did not call all blocks"):
+        train_blocks(model, reference, [*model.transformer.h, model.extra], [text])
+    assert model(text[:1]).shape == (1, 32, 65)  # the blocks work again
+
+
+def test_train_blocks_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=65)
+    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+    model = copy.deepcopy(reference)
+    prepare(model)
+    text = torch.randint(65, (48, 16))
+    batches = [{"input_ids": x, "use_cache": False} for x in text[:40].split(4)]
+    with torch.no_grad():
+        aim = reference(text[40:]).logits
+        before = (model(text[40:]).logits - aim).square().mean()
+        train_blocks(model, reference, model.model.layers, batches, progress=None)
+        assert (model(text[40:]).logits - aim).square().mean() < before

@@ -555,15 +555,18 @@ def test_loss_of_the_last_position_alone():
 
 
 def test_calibrated_training_starts_from_gptq(workdir, sh, float_run):
-    tokens = "--pot_bits=3 --calibrate_tokens=1000"
+    tokens = "--pot_bits=3 --calibrate_tokens=1000 --block_tokens=16000"
     done = sh(f"train.py --dataset=tiny --init_from={float_run} --out_dir=out-gptq0 {tokens} --max_iters=0")
     assert "mean relative output error of the layers" in done.stdout
     # With a learning rate of 0, QAT ends with the weights that it starts from.
     start = f"train.py --dataset=tiny --init_from={float_run} --batch_size=4 --max_iters=1 --learning_rate=0"
     sh(f"{start} --out_dir=out-gptq1 {tokens}")
-    sh(f"train.py --dataset=tiny --init_from={float_run} --out_dir=out-rtn {tokens} --calibrate_tokens=0 --max_iters=0")
+    sh(
+        f"train.py --dataset=tiny --init_from={float_run} --out_dir=out-rtn {tokens} --calibrate_tokens=0 --block_tokens=0 --max_iters=0"
+    )
     rows = rows_of(workdir, sh(f"eval.py --ckpt={float_run},out-rtn,out-gptq0"))
-    assert [r["method"] for r in rows] == ["float", "PTQ", "PTQ, GPTQ on 992 tokens"]
+    method = "PTQ, GPTQ on 992 tokens, blocks trained on 16,000 tokens"
+    assert [r["method"] for r in rows] == ["float", "PTQ", method]
     assert rows[0]["loss"] < rows[2]["loss"] < rows[1]["loss"]
     ptq, qat = (checkpoint.load_model(str(workdir / f"out-gptq{i}"))[0].state_dict() for i in (0, 1))
     assert all(torch.equal(ptq[k], v) for k, v in qat.items())
