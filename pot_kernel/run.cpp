@@ -27,9 +27,7 @@
 #include <sys/stat.h>
 
 namespace {
-
 using std::string, std::string_view, std::to_string;
-
 [[noreturn]] void fail(const string& message) { throw std::runtime_error(message); }
 
 // Calls use(text of the file), and adds the path to an error that it raises. The file stays mapped until the program
@@ -105,7 +103,6 @@ struct Json {  // a value within a JSON text, whose syntax is checked where it i
     static Json parse(string_view document) { return take(&document); }
     bool is_null() const { return text.empty() || text == "null"; }
     size_t count() const { return each([](Json, Json) {}); }
-
     bool equals(string_view value) const {  // a text without escapes
         return text.size() == value.size() + 2 && text[0] == '"' && text.substr(1, value.size()) == value;
     }
@@ -332,13 +329,16 @@ class Tokenizer {
         std::vector<int64_t> parts;  // tokens
         for (const char c : word)
             if (byte_ids_[uint8_t(c)] >= 0) parts.push_back(byte_ids_[uint8_t(c)]);
-        for (size_t at = 0;;) {
-            uint32_t best = UINT32_MAX;
-            for (size_t i = 0; i + 1 < parts.size(); i++)
-                if (const uint32_t rank = rank_of(parts[i], parts[i + 1]); rank < best) best = rank, at = i;
-            if (best == UINT32_MAX) break;
+        std::vector<uint32_t> ranks;  // of each part and the next; all are kept, because a word may be long
+        for (size_t i = 0; i + 1 < parts.size(); i++) ranks.push_back(rank_of(parts[i], parts[i + 1]));
+        for (;;) {
+            const auto best = std::min_element(ranks.begin(), ranks.end());
+            if (best == ranks.end() || *best == UINT32_MAX) break;
+            const size_t at = size_t(best - ranks.begin());
             parts[at] = find(string(token(parts[at])) + string(token(parts[at + 1])));
             parts.erase(parts.begin() + int64_t(at) + 1);
+            ranks.erase(best);
+            for (size_t i = at - (at > 0); i <= at && i < ranks.size(); i++) ranks[i] = rank_of(parts[i], parts[i + 1]);
         }
         ids->insert(ids->end(), parts.begin(), parts.end());
     }
