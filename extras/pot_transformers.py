@@ -291,6 +291,7 @@ def _untie(model):
 def _add_methods(model):
     model.save_pretrained = functools.partial(_save_pretrained, model)
     model.num_parameters = functools.partial(_num_parameters, model)
+    model.resize_token_embeddings = functools.partial(_resize_token_embeddings, model)
 
 
 def _save_pretrained(model, save_directory, *args, **kwargs):
@@ -299,6 +300,18 @@ def _save_pretrained(model, save_directory, *args, **kwargs):
     path = os.path.join(save_directory, "README.md")
     if not model.config.quantization_config.prepared and not os.path.exists(path):
         model_card(model).save(path)
+
+
+def _resize_token_embeddings(model, new_num_tokens=None, *args, **kwargs):
+    """PreTrainedModel.resize_token_embeddings would put new layers in place of the quantized ones."""
+    table = model.get_input_embeddings()
+    rows = table.packed.out_features if isinstance(table, PackedPoTEmbedding) else table.num_embeddings
+    if new_num_tokens not in (None, rows):
+        raise ValueError(
+            f"the token table has {rows} rows, and the model is quantized: resize the float model to {new_num_tokens} rows, "
+            "and quantize it then"
+        )
+    return table
 
 
 def _num_parameters(model, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:

@@ -226,6 +226,16 @@ def test_packed_model_whose_table_was_replaced_is_not_saved(tmp_path):
         model.save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("change", [lambda model: model, convert])
+def test_quantized_model_is_not_resized(change):
+    model = llama(False)
+    prepare(model)
+    attach_quantizer(change(model))
+    assert model.resize_token_embeddings(80) is model.get_input_embeddings()
+    with pytest.raises(ValueError, match="has 80 rows, and the model is quantized: resize the float model to 96 rows"):
+        model.resize_token_embeddings(96)
+
+
 def test_bad_config_is_refused(folders):
     with pytest.raises(ValueError, match="choose one of"):
         PoTQuantizationConfig(bits=9)
