@@ -75,10 +75,15 @@ def main(s: Settings):
 def check_header(path: str):
     """Raises ValueError for a header that would take gguf, which makes a Python object of every value, minutes."""
     sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by its type
-    text, array, values = 8, 9, 0
+    text, array, values, size = 8, 9, 0, os.path.getsize(path)
 
     def numbers(kinds):
         return struct.unpack(f"<{kinds}", f.read(struct.calcsize(f"<{kinds}")))
+
+    def skip(count):
+        if count > size:
+            raise EOFError
+        f.seek(count, os.SEEK_CUR)
 
     try:
         with open(path, "rb") as f:
@@ -86,7 +91,7 @@ def check_header(path: str):
             if magic != b"GGUF" or version not in (2, 3):
                 raise ValueError(f"{path} is no GGUF file of version 2 or 3")
             for _ in range(min(pairs, VALUES + 1)):
-                f.seek(numbers("Q")[0], os.SEEK_CUR)  # the key
+                skip(numbers("Q")[0])  # the key
                 (kind,), count = numbers("I"), 1
                 if kind == array:
                     kind, count = numbers("IQ")
@@ -95,10 +100,10 @@ def check_header(path: str):
                     raise ValueError(f"{path} has more than {VALUES:,} values in its header, which no model needs")
                 if kind == text:
                     for _ in range(count):
-                        f.seek(numbers("Q")[0], os.SEEK_CUR)
+                        skip(numbers("Q")[0])
                 else:
-                    f.seek(count * sizes[kind], os.SEEK_CUR)
-    except (struct.error, KeyError, OSError, OverflowError) as e:
+                    skip(count * sizes[kind])
+    except (struct.error, KeyError, EOFError) as e:
         raise ValueError(f"{path} is truncated or damaged: its header cannot be read ({type(e).__name__})") from None
 
 

@@ -4,6 +4,7 @@ import math
 import os
 import resource
 import shutil
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -369,6 +370,16 @@ def test_gguf_header_that_would_take_memory_or_minutes(tmp_path, monkeypatch, me
     )
     with pytest.raises(ValueError, match=message):
         import_gguf.main(import_gguf.Settings(str(tmp_path / "model.gguf"), str(tmp_path / "back")))
+
+
+@pytest.mark.parametrize("length", [2**31, 2**63])
+def test_gguf_header_with_lengths_beyond_the_file(tmp_path, length):
+    from extras import import_gguf
+
+    path = tmp_path / "model.gguf"
+    path.write_bytes(struct.pack("<4sIQQQ", b"GGUF", 3, 1, 1, length) + bytes(100))
+    with pytest.raises(ValueError, match="model.gguf is truncated or damaged: its header cannot be read"):
+        import_gguf.check_header(str(path))
 
 
 def test_models_that_gguf_cannot_hold(workdir, tmp_path, qat_run):
