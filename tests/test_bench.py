@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+import bench
+
 
 def test_speed(workdir, sh, monkeypatch):
     def compile(self, **kwargs):
@@ -14,6 +16,8 @@ def test_speed(workdir, sh, monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile)
     monkeypatch.setattr("bench.check_read", lambda read, reference: None)  # a timing, which other processes disturb
+    peak = bench.peak_bytes
+    monkeypatch.setattr("bench.peak_bytes", lambda kind, *args: peak(kind, *args) if kind in ("float32", "pot4") else 1)
     settings = torch.get_float32_matmul_precision(), torch.backends.quantized.engine
     done = sh("bench.py --ckpt=gpt2 --rounds=2 --new_tokens=4 --prompt_tokens=20 --vocab_multiple=64 --json=speed.json")
     assert settings == (torch.get_float32_matmul_precision(), torch.backends.quantized.engine)
@@ -136,8 +140,6 @@ def test_llama_cpp(workdir, tmp_path, sh, monkeypatch):
 
 def test_gguf_of_a_llama(tmp_path):
     gguf = pytest.importorskip("gguf")
-    import bench
-
     torch.manual_seed(0)
     model = bench.build(bench.Settings(model="smollm2-135m", n_layer=1))
     bench.write_gguf(gguf, model, tmp_path / "F32.gguf")
@@ -160,8 +162,6 @@ def test_gguf_of_a_llama(tmp_path):
 
 def test_batches_and_prompt_are_what_the_figures_say(monkeypatch):
     """Counts the tokens that a way reads while it is timed."""
-    import bench
-
     calls = []
     way = bench.Way.__new__(bench.Way)
     way.format, way.decoder = "float32", None
@@ -177,8 +177,6 @@ def test_batches_and_prompt_are_what_the_figures_say(monkeypatch):
 
 
 def test_missing_onednn_path_is_left_out(workdir, sh, monkeypatch):
-    import bench
-
     def reorder(module):
         raise RuntimeError("bf16 path needs the cpu support\nof a newer processor")
 
@@ -194,24 +192,18 @@ def test_missing_onednn_path_is_left_out(workdir, sh, monkeypatch):
 
 
 def test_wrong_logits_are_not_timed(sh, monkeypatch):
-    import bench
-
     monkeypatch.setitem(bench.WAYS["bfloat16"], "eager", 1e-9)
     done = sh("bench.py --ckpt=gpt2 --compile=False --new_tokens=4 --prompt_tokens=20", ok=False)
     assert "bfloat16 eager: its logits are off by" in done.stderr
 
 
 def test_shapes():
-    import bench
-
     config = bench.build(bench.Settings(model="gpt2-medium", n_layer=1, vocab_multiple=64)).config
     assert (config.n_layer, config.n_head, config.n_embd, config.vocab_size) == (1, 16, 1024, 50304)
     assert config.block_size == 1024 and bench.build(bench.Settings(n_layer=None)).config.n_layer == 12
 
 
 def test_rows(workdir, sh, monkeypatch):
-    import bench
-
     monkeypatch.setattr("bench.COPIES", 100_000)
     command = "bench.py --what=rows --ckpt=gpt2 --rounds=2"
     done = sh(command)
@@ -261,8 +253,6 @@ def test_errors(sh, qat_run, command, message):
 
 
 def test_a_slow_read_is_refused():
-    import bench
-
     bench.check_read([9e9, 10e9, 11e9], [10e9, 10e9, 11e9])
     with pytest.raises(ValueError, match="reads memory at 9.0 GB/s, torch.sum at 30.0 GB/s"):
         bench.check_read([9e9, 9e9], [30e9, 30e9])

@@ -596,7 +596,7 @@ def test_a_terminal_sees_one_line_of_progress(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")  # standard error is no terminal
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     calibrate(net, [x])
-    line = "calibrate: {} of 2 sets of layers"
+    line = "calibrate: {} of 2 sets of layers or blocks"
     assert capsys.readouterr().err == f"{line.format(1)}\r{line.format(2)}\n"
     calibrate(net, [x], lambda *_: None)
     assert capsys.readouterr() == ("", "")

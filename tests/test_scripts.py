@@ -955,7 +955,7 @@ def test_models_that_do_not_fit_are_refused_before_the_first_step(workdir, sh, m
         ("train.py --dataset=tiny --init_from={float} --gradient_accumulation_steps=1000000000000 --out_dir=x",
          "the steps need at least"),
         ("train.py --dataset=tiny --init_from={float} --pot_bits=4 --calibrate_tokens=1000000000000 --out_dir=x",
-         "the tokens of GPTQ take"),
+         "the tokens of calibrate_tokens take"),
         ("train.py --dataset=tiny --out_dir=latin.txt/x", "latin.txt/x cannot be written to"),
         ("eval.py --ckpt={float} --json={float}/model.safetensors", "must be the name of a .json file"),
         ("eval.py --ckpt={float} --json=latin.txt/x.json", "cannot be written to"),
