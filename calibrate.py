@@ -603,7 +603,7 @@ def train_blocks(
 ) -> list[tuple[float, float]]:
     """Trains the blocks of a prepared model, best after `calibrate`, one after the other, in place. Each learns to give
     the outputs of the same block in the float model, though its inputs come from the quantized blocks before it (BRECQ,
-    arXiv 2102.05426; EfficientQAT, arXiv 2407.11062). This takes far fewer tokens than training the whole model.
+    arXiv 2102.05426; EfficientQAT, arXiv 2407.11062). A step needs neither the head nor the other blocks.
 
     reference: the float model that model was made of, before prepare; blocks: consecutive blocks of model, each the
     input of the next: block(x, ...) -> x, tensors (B, T, width); batches: as in calibrate, each makes a step of AdamW,
