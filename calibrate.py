@@ -54,7 +54,7 @@ SWEEPS = 2  # of coordinate descent after GPTQ; more lower the error by less tha
 
 
 def show_progress(done: int, total: int) -> None:
-    """Writes how many sets of layers are done to standard error, in one line, if that is a terminal."""
+    """Writes how many sets of layers or blocks are done to standard error, in one line, if that is a terminal."""
     if sys.stderr.isatty():
         line = f"calibrate: {done} of {total} sets of layers or blocks"
         print(line, end="\r" if done < total else "\n", file=sys.stderr, flush=True)
@@ -601,20 +601,25 @@ def train_blocks(
     learning_rate: float = 1e-3,
     progress: Callable[[int, int], None] | None = show_progress,
 ) -> list[tuple[float, float]]:
-    """Trains the blocks of a prepared model, best after `calibrate`, one after the other, in place. Each learns to give
-    the outputs of the same block in the float model, though its inputs come from the quantized blocks before it (BRECQ,
-    arXiv 2102.05426; EfficientQAT, arXiv 2407.11062). A step needs neither the head nor the other blocks.
+    """Trains the blocks of a prepared model one after the other, in place, best after `calibrate`. Each learns the outputs
+    of the same block in the float model. Its own inputs come from the quantized blocks before it (BRECQ, arXiv
+    2102.05426; EfficientQAT, arXiv 2407.11062). A step needs neither the head nor the other blocks.
 
-    reference: the float model that model was made of, before prepare; blocks: consecutive blocks of model, each the
-    input of the next: block(x, ...) -> x, tensors (B, T, width); batches: as in calibrate, each makes a step of AdamW,
-    1,024 tokens are good. An eighth of the batches is kept aside. A block whose error there would grow stays as it was.
-    Memory holds the inputs and outputs of a block for all batches.
+    reference: a copy of the float model, made before prepare.
+    blocks: consecutive blocks of model. Each is called as block(x, ...), x (B, T, width), and its output, of the same
+    shape, is the x of the next.
+    batches: as in calibrate, at least 2. Each makes a step of AdamW; about 1,024 tokens are good. An eighth of them is
+    kept aside. A block whose error there would grow stays as it was. Memory holds the inputs and outputs of a block for
+    all batches.
+    progress(done, total) is called after each block; None shows nothing.
 
-    Returns for each block (before, after): mean over the tokens kept aside of the squared distance from the float model's
-    output, relative to the squared output. Raises ValueError if the blocks are not called in this order, or
-    give no tensor.
+    Returns for each block (before, after): squared distance from the float model's output, relative to the squared output,
+    mean over the tokens kept aside. Raises ValueError if there are fewer than 2 batches, and if the blocks are not called
+    in this order or give no tensor.
     """
     blocks, batches = list(blocks), list(batches)
+    if len(batches) < 2:
+        raise ValueError(f"{len(batches)} batches are too few: pass at least 2, because one is kept aside")
     names = {m: name for name, m in model.named_modules()}
     twins = dict(reference.named_modules())
     floats = [twins[names[block]] for block in blocks]
@@ -643,7 +648,10 @@ def train_blocks(
 
 def _run(block, x, rest):
     args, kwargs = rest
-    return block(x, *args, **kwargs)
+    out = block(x, *args, **kwargs)
+    if not isinstance(out, torch.Tensor):
+        raise ValueError(f"a block gives a {type(out).__name__}, and must give a tensor, the input of the next block")
+    return out
 
 
 def _train_block(block, calls, aims, aside, learning_rate):

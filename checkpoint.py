@@ -324,7 +324,7 @@ def load_model(folder: str) -> tuple[GPT, CheckpointInfo]:
                 raise ValueError(f"it holds or mixes weights of {' and '.join(sorted(dtypes))}")
             if packed["layers"]:
                 tensors = _read_aligned(file, tensors)
-            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # it was opened twice
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # two openings may see two files
                 raise ReplacedError(f"{path} was replaced while it was read: try again")
             return load_packed(GPT.meta(info.model_args), tensors, packed).eval(), info
     except (OSError, KernelError, ReplacedError):

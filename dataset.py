@@ -185,8 +185,8 @@ HELD_OUT = 500_000  # tokens of val and of test
 def load(folder: str, *splits: str) -> tuple:
     """(token ids of each split, ..., meta). The ValueError for a missing data set names the command that makes it.
 
-    meta.json is read once, and the ids come from the very files whose digests were compared, so that a data set that is
-    replaced meanwhile is an error, or does not matter.
+    If the data set is replaced meanwhile, this gives the old one, or raises ValueError: meta.json is read once, and each
+    file is opened once.
     """
     meta_path = os.path.join(folder, "meta.json")
     paths = [os.path.join(folder, f"{split}.bin") for split in splits]

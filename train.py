@@ -137,17 +137,8 @@ def main(s: Settings):
 def check(s: Settings):
     """Raises ValueError for settings that make no sense."""
     check_minimum(s, batch_size=1, gradient_accumulation_steps=1, block_size=1, eval_interval=1, log_interval=1)
-    check_minimum(
-        s,
-        eval_tokens=2,
-        max_iters=0,
-        calibrate_tokens=0,
-        block_tokens=0,
-        seed=0,
-        warmup_iters=0,
-        learning_rate=0,
-        min_lr=0,
-    )
+    check_minimum(s, eval_tokens=2, max_iters=0, calibrate_tokens=0, block_tokens=0, seed=0)
+    check_minimum(s, warmup_iters=0, learning_rate=0, min_lr=0)
     check_minimum(s, weight_decay=0, grad_clip=0, beta1=0, beta2=0)
     for key in ("beta1", "beta2"):
         if getattr(s, key) >= 1:
@@ -156,6 +147,10 @@ def check(s: Settings):
         raise ValueError(f"unknown dtype {s.dtype!r}: choose auto, bfloat16, float16 or float32")
     if s.keep not in ("last", "best"):
         raise ValueError(f"keep={s.keep} must be last or best")
+    if 0 < s.block_tokens < 2 * BLOCK_STEP:
+        raise ValueError(
+            f"block_tokens={s.block_tokens} must be 0, or at least {2 * BLOCK_STEP}: about 100,000 are good"
+        )
     if not 0 <= s.distill <= 1:
         raise ValueError(f"distill={s.distill} must be from 0 to 1")
     if s.distill and s.init_from == "scratch":
@@ -374,6 +369,9 @@ def refuse_checkpoint(folder):
         raise ValueError(f"{folder} holds a checkpoint already: {hint}choose another --out_dir, or delete the folder")
 
 
+BLOCK_STEP = 1024  # tokens of a step that trains a block
+
+
 def quantize(model: GPT, s: Settings, data: np.ndarray, device: str, quiet: bool = False) -> str:
     """Prepares a float model in place. Then comes GPTQ if calibrate_tokens asks for it, and the training of blocks if
     block_tokens does, on random windows of data (token ids). Returns the name of the method. Raises ValueError as
@@ -414,9 +412,6 @@ def quantize(model: GPT, s: Settings, data: np.ndarray, device: str, quiet: bool
         report("mean relative output error of the blocks", errors)
         method.append(name)
     return ", ".join(method)
-
-
-BLOCK_STEP = 1024  # tokens of a step that trains a block
 
 
 def prepare_steps(job: Job, state: checkpoint.TrainingState | None):

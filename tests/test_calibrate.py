@@ -755,12 +755,26 @@ def test_block_that_training_makes_worse_stays_as_it_was():
 def test_train_blocks_in_another_order_or_without_a_call():
     model, reference, text = blocks_and_text()
     with pytest.raises(ValueError, match="must be called one after the other, in the given order"):
-        train_blocks(model, reference, list(model.transformer.h)[::-1], [text])
+        train_blocks(model, reference, list(model.transformer.h)[::-1], [text, text])
     for m in (model, reference):
         m.extra = nn.Identity()
     with pytest.raises(ValueError, match="did not call all blocks"):
-        train_blocks(model, reference, [*model.transformer.h, model.extra], [text])
+        train_blocks(model, reference, [*model.transformer.h, model.extra], [text, text])
     assert model(text[:1]).shape == (1, 32, 65)  # the blocks work again
+    with pytest.raises(ValueError, match="1 batches are too few: pass at least 2"):
+        train_blocks(model, reference, model.transformer.h, [text])
+
+
+def test_train_blocks_that_give_no_tensor():
+    class Block(nn.Linear):
+        def forward(self, x):
+            return (super().forward(x),)
+
+    reference = nn.Sequential(nn.Embedding(9, 64), Block(64, 64))
+    model = copy.deepcopy(reference)
+    prepare(model)
+    with pytest.raises(ValueError, match="a block gives a tuple, and must give a tensor"):
+        train_blocks(model, reference, [model[1]], [torch.arange(9), torch.arange(9)])
 
 
 def test_train_blocks_of_transformers():

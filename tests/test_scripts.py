@@ -935,6 +935,8 @@ def test_models_that_do_not_fit_are_refused_before_the_first_step(workdir, sh, m
          "out-qat holds a checkpoint already"),
         ("train.py --dataset=tiny --init_from={float} --pot_bits=4 --calibrate_tokens=-5 --out_dir=x",
          "calibrate_tokens=-5 must be at least 0"),
+        ("train.py --dataset=tiny --init_from={float} --pot_bits=4 --block_tokens=2047 --out_dir=x",
+         "block_tokens=2047 must be 0, or at least 2048"),
         ("eval.py --ckpt={float} --pot_bits=4", "unknown key --pot_bits"),
         ("train.py --dataset=foreign --out_dir=x", "train.bin holds the token 500"),
         ("train.py --dataset=cut --out_dir=x", "train.bin is cut short"),
