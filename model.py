@@ -287,8 +287,6 @@ class GPT(nn.Module):
         for name, tensor in tensors.items():
             if name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")):
                 continue  # constants in old files
-            if name == "lm_head.weight" and shape.tie:
-                continue  # the token table again
             name = name if name.startswith((root, "lm_head.")) else root + name
             if not tensor.is_floating_point() or name in given:
                 raise ValueError(f"its tensor {name} is {tensor.dtype} or there twice")
@@ -309,6 +307,9 @@ class GPT(nn.Module):
                 if part.shape != (height, *expected.shape[1:]):
                     raise ValueError(f"its tensor {source} is of another shape")
             state[name] = (torch.cat(parts) if len(parts) > 1 else parts[0]).float().contiguous()
+        head = given.pop("lm_head.weight", None) if shape.tie else None
+        if head is not None and not torch.equal(head.float(), state["transformer.wte.weight"]):
+            raise ValueError("its lm_head.weight is not the token table: set tie_word_embeddings to false")
         if given:
             raise ValueError(f"its tensor {next(iter(given))} is unknown")
         model.load_state_dict(state, strict=False, assign=True)

@@ -34,7 +34,7 @@ using std::string, std::string_view, std::to_string;
 // ends. An optional file may be missing.
 template <class Use>
 void read_file(const string& path, bool optional, const Use& use) {
-    const int file = open(path.c_str(), O_RDONLY);
+    const int file = open(path.c_str(), O_RDONLY | O_NONBLOCK);  // never waits at a pipe
     if (file < 0 && optional && errno == ENOENT) return;
     struct stat status;
     if (file < 0 || fstat(file, &status) != 0) fail(path + ": " + std::strerror(errno));

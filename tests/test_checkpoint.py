@@ -739,6 +739,10 @@ WTE = "transformer.wte.weight"
         (lambda f: edit_config(f, n_embd=10**12), "is no model that can be read"),
         (lambda f: drop(f, WTE, {WTE: torch.zeros(50257, 64, dtype=torch.int32)}), "wte.weight is torch.int32"),
         (lambda f: drop(f, WTE, {WTE: torch.zeros(50257, 64), "wte.weight": torch.zeros(1)}), "or there twice"),
+        (
+            lambda f: drop(f, WTE, {WTE: torch.zeros(50257, 64), "lm_head.weight": torch.ones(50257, 64)}),
+            "lm_head.weight is not the token table",
+        ),
         (replace_file_by_folder, "is no model that can be read"),
         (lambda f: (f / "config.json").write_text("[" * 99999), "is no model that can be read"),
         (lambda f: (f / "config.json").write_text("{"), "is no model that can be read"),

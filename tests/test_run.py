@@ -336,6 +336,12 @@ def test_bad_settings_and_foreign_files(run, models, tmp_path):
     assert "is not packed: quantize" in run(f"--ckpt={tmp_path}", status=2)[1]
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert "it is no safetensors file" in run(f"--ckpt={tmp_path}", status=2)[1]
+    for name in ("model.safetensors", "tokenizer.json"):  # nobody writes to the pipe
+        pipe = tmp_path / f"pipe-{name}"
+        shutil.copytree(models / "llama", pipe)
+        (pipe / name).unlink(missing_ok=True)
+        os.mkfifo(pipe / name)
+        assert f"{pipe / name}: " in run(f"--ckpt={pipe}", status=2)[1]
     for config in (PoTConfig(bits=8, grid="uniform"), PoTConfig(act_bits=8)):
         checkpoint.save_model(str(tmp_path), quantize_(GPT(shape), config), replace(info, pot=config))
         assert run(f"--ckpt={tmp_path}", status=2)[1].startswith("run: error: ")
