@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 
 import machine
 import tokenizer
+from configurator import CONTROL
 from model import GPT, GPTConfig, huggingface_config, rotary_frequencies
 from pot import PackedPoTEmbedding, PackedPoTLinear, PoTConfig, load_packed, packed_state, prepare
 from pot_kernel import KernelError
@@ -68,7 +69,7 @@ class CheckpointInfo:
         for values, expected in ((d, kinds), (d["settings"], {"dataset": str | None, "seed": int | None})):
             for key, kind in expected.items():
                 # A stranger's text is shown on terminals, which obey escape sequences.
-                if not isinstance(values[key], kind) or not str(values[key]).isprintable():
+                if not isinstance(values[key], kind) or CONTROL.search(str(values[key])):
                     raise TypeError(f"{key} is {values[key]!r}")
         for key in ("step", "val_loss"):
             if d.get(key) is not None and not _is_number(d[key]):
@@ -292,7 +293,7 @@ def load_training(folder: str) -> TrainingState:
     except OSError:
         raise
     except Exception as e:  # torch.load raises a zip error, EOFError, UnpicklingError, KeyError and others
-        reason = str(e)[:200] if type(e) is ValueError and str(e).isprintable() else type(e).__name__
+        reason = str(e)[:200] if type(e) is ValueError and not CONTROL.search(str(e)) else type(e).__name__
         raise ValueError(f"{path} is truncated, damaged or no nanoPoT checkpoint ({reason})") from None
 
 

@@ -24,6 +24,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from typing import TypeVar
 
 T = TypeVar("T")
+# Control characters, which terminals obey, line separators, and bytes that are not UTF-8.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def run(main: Callable[[T], object], settings: type[T]) -> None:
@@ -43,7 +45,8 @@ def run(main: Callable[[T], object], settings: type[T]) -> None:
                 if type(e) is RuntimeError and not re.search("alloc|memory|overflow", message, re.IGNORECASE):
                     raise
                 message = f"{type(e).__name__}: {message or 'not enough memory'}; are all sizes as you mean them?"
-            message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+            message = re.sub("[ \t\r\n]+", " ", message.strip())
+            message = CONTROL.sub(lambda match: repr(match[0])[1:-1], message)
             message = message if len(message) <= 1000 else f"{message[:1000]} ..."
             print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
             sys.exit(2)
@@ -106,6 +109,13 @@ def check_minimum(settings: object, **least: float) -> None:
     for key, value in least.items():
         if getattr(settings, key) is not None and not getattr(settings, key) >= value:
             raise ValueError(f"{key}={getattr(settings, key)} must be at least {value}")
+
+
+def check_names(settings: object, *keys: str) -> None:
+    """Raises ValueError for a name with a control character. Results keep the name, and terminals show it."""
+    for key in keys:
+        if CONTROL.search(getattr(settings, key) or ""):
+            raise ValueError(f"{key}={getattr(settings, key)!r} holds a control character: choose another name")
 
 
 def _keys(cls, prefix=""):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import checkpoint
 import train
-from configurator import check_minimum, configure, run
+from configurator import CONTROL, check_minimum, check_names, configure, run
 from eval import Settings as EvalSettings
 from eval import check, measure
 from machine import keep_freed_memory, pick_device, provenance
@@ -68,6 +68,7 @@ class Settings:
 
 def main(s: Settings):
     check_minimum(s, max_iters=0, calibrate_tokens=1, tokens=2)
+    check_names(s, "out_dir", "init_from")
     methods = [m for m in s.methods.split(",") if m]
     if unknown := [m for m in methods if m not in METHODS]:
         raise ValueError(f"methods={s.methods}: there is no {unknown[0]}, choose among {', '.join(METHODS)}")
@@ -195,7 +196,7 @@ def is_row(row):
             PoTConfig(**row["config"])
         kinds = METHODS if row["config"] else ("float", "control")
         numbers = NUMBERS | ({"kl", "top1_agreement"} & set(row))
-        shown = all(str(value).isprintable() for value in row.values())  # terminals obey escape sequences
+        shown = not any(CONTROL.search(str(value)) for value in row.values())
         sizes = all(abs(row[key]) < 2**53 for key in numbers)
         return row["kind"] in kinds and shown and sizes and ("kl" in row) == ("top1_agreement" in row)
     except (TypeError, ValueError, OverflowError):  # of PoTConfig, or of a number beyond float

@@ -45,7 +45,7 @@ import checkpoint
 import dataset
 from calibrate import calibrate, train_blocks
 from checkpoint import CheckpointInfo
-from configurator import check_minimum, run
+from configurator import check_minimum, check_names, run
 from machine import free_memory, keep_freed_memory, peak_memory, pick_device, provenance
 from metrics import LOGITS, WINDOW, evaluate, perplexity
 from model import GPT, GPTConfig
@@ -140,6 +140,7 @@ def check(s: Settings):
     check_minimum(s, eval_tokens=2, max_iters=0, calibrate_tokens=0, block_tokens=0, seed=0)
     check_minimum(s, warmup_iters=0, learning_rate=0, min_lr=0)
     check_minimum(s, weight_decay=0, grad_clip=0, beta1=0, beta2=0)
+    check_names(s, "out_dir", "init_from", "dataset")
     for key in ("beta1", "beta2"):
         if getattr(s, key) >= 1:
             raise ValueError(f"{key}={getattr(s, key)} must be below 1")

@@ -485,6 +485,10 @@ def test_strange_text_and_dtypes(tmp_path):
         checkpoint.save_model(str(tmp_path), gpt(), replace(INFO, **{key: value}))
         with pytest.raises(ValueError, match=f"{key} is '"):
             checkpoint.load_model(str(tmp_path))
+    for name in ("日本\u3000語", "no-break\u00a0space", "\U0001f468\u200d\U0001f469", "soft\u00adhyphen"):
+        info = replace(INFO, origin=name, settings=INFO.settings | {"dataset": name})
+        checkpoint.save_model(str(tmp_path), gpt(), info)
+        assert checkpoint.load_model(str(tmp_path))[1].origin == name
     checkpoint.save_model(str(tmp_path), gpt().to(torch.float8_e4m3fn), INFO)
     with pytest.raises(ValueError, match="weights of float8_e4m3fn"):
         checkpoint.load_model(str(tmp_path))

@@ -127,6 +127,7 @@ def test_errors_in_config_files(tmp_path, content, message):
         (RuntimeError("[alloc_cpu.cpp:1] can't allocate memory:\nyou tried"), "can't allocate memory: you tried"),
         (RuntimeError("Storage size calculation overflowed"), "size calculation overflowed"),
         (ValueError("\x1b[31mred"), r"error: \\x1b\[31mred"),
+        (ValueError("no folder 日本\u3000語"), "error: no folder 日本\u3000語"),
         (OSError(28, "No space left on device", "out"), "No space left on device: out"),
         (RuntimeError("our mistake"), None),
     ],

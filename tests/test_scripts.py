@@ -937,6 +937,8 @@ def test_models_that_do_not_fit_are_refused_before_the_first_step(workdir, sh, m
          "calibrate_tokens=-5 must be at least 0"),
         ("train.py --dataset=tiny --init_from={float} --pot_bits=4 --block_tokens=2047 --out_dir=x",
          "block_tokens=2047 must be 0, or at least 2048"),
+        ("train.py --dataset=tiny --init_from={float} --pot_bits=4 --out_dir=x\x1b", "holds a control character"),
+        ("train.py --dataset=tiny\x9b --out_dir=x", "holds a control character: choose another name"),
         ("eval.py --ckpt={float} --pot_bits=4", "unknown key --pot_bits"),
         ("train.py --dataset=foreign --out_dir=x", "train.bin holds the token 500"),
         ("train.py --dataset=cut --out_dir=x", "train.bin is cut short"),

@@ -194,6 +194,8 @@ def test_odd_rows_and_large_losses(sweep_run, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([*odd, json.dumps(missing | {"name": "y"}), json.dumps(rows[1]), '{"na']))
     assert sweep.read(path) == {rows[1]["name"]: rows[1]}
+    path.write_text(json.dumps(rows[1] | {"ckpt": "日本\u3000語"}))
+    assert len(sweep.read(path)) == 1
     for row in rows:
         row["loss"] = 1e9
     sweep.write(sweep.Settings(results=str(tmp_path / "sweep")), rows)
