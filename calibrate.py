@@ -614,12 +614,14 @@ def train_blocks(
     progress(done, total) is called after each block; None shows nothing.
 
     Returns for each block (before, after): squared distance from the float model's output, relative to the squared output,
-    mean over the tokens kept aside. Raises ValueError if there are fewer than 2 batches, and if the blocks are not called
-    in this order or give no tensor.
+    mean over the tokens kept aside. Raises ValueError if there are fewer than 2 batches, if a block is there twice, and if
+    the blocks are not called in this order or give no tensor.
     """
     blocks, batches = list(blocks), list(batches)
     if len(batches) < 2:
         raise ValueError(f"{len(batches)} batches are too few: pass at least 2, because one is kept aside")
+    if len(set(blocks)) < len(blocks):
+        raise ValueError("a block is there twice, and cannot learn the outputs of two: pass each block once")
     names = {m: name for name, m in model.named_modules()}
     twins = dict(reference.named_modules())
     floats = [twins[names[block]] for block in blocks]
@@ -706,6 +708,7 @@ def _block_inputs(model, blocks, batch):
 
         return forward
 
+    own = [vars(block).get("forward") for block in blocks]  # of a library that wraps a block, such as accelerate
     for block in blocks:
         block.forward = record(block)
     try:
@@ -714,5 +717,7 @@ def _block_inputs(model, blocks, batch):
     except _Stop:
         return inputs[0], rest
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, own):
             del block.forward
+            if forward is not None:
+                block.forward = forward

@@ -763,6 +763,20 @@ def test_train_blocks_in_another_order_or_without_a_call():
     assert model(text[:1]).shape == (1, 32, 65)  # the blocks work again
     with pytest.raises(ValueError, match="1 batches are too few: pass at least 2"):
         train_blocks(model, reference, model.transformer.h, [text])
+    with pytest.raises(ValueError, match="a block is there twice"):
+        train_blocks(model, reference, [*model.transformer.h, model.transformer.h[0]], [text, text])
+
+
+def test_train_blocks_keeps_a_forward_of_a_block_itself():
+    """accelerate puts such a forward on blocks that it moves between devices."""
+    model, reference, text = blocks_and_text()
+    block, calls = model.transformer.h[0], []
+    forward = block.forward
+    block.forward = lambda *args: calls.append(1) or forward(*args)
+    train_blocks(model, reference, model.transformer.h, text.split(8), progress=None)
+    calls.clear()
+    model(text[:1])
+    assert calls == [1]
 
 
 def test_train_blocks_that_give_no_tensor():
