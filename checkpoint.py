@@ -235,22 +235,33 @@ def save_model(folder: str, model: GPT, info: CheckpointInfo) -> int:
     return os.path.getsize(path)
 
 
+def tokenizer_folder(meta: dict, source: str | None) -> str | None:
+    """The folder with the tokenizer.json that meta describes, from `source`: a folder or a name on the hub. None if it
+    needs none, or if GPT-2's comes from tiktoken. Raises ValueError if the source has none."""
+    folder = (
+        None if source is None or meta.get("tokenizer") == "char" else tokenizer.local_folder(source, tokenizer.FILES)
+    )
+    if folder is not None and os.path.exists(os.path.join(folder, "tokenizer.json")):
+        return folder
+    if meta != GPT2 and meta.get("tokenizer") != "char":
+        raise ValueError(f"{source} has no tokenizer.json: copy it there, from the model that it comes from")
+    return None
+
+
 def keep_tokenizer(folder: str, meta: dict, source: str | None = None) -> None:
     """Puts the tokenizer that meta describes beside a checkpoint or a data set, from `source`: a folder or a name on the
     hub. GPT-2's comes from tiktoken if the source has none, and is left out if there is no network.
 
     Raises OSError if it cannot be written, and ValueError if the source has none.
     """
+    source = tokenizer_folder(meta, source)
     if meta.get("tokenizer") == "char":
         return
-    source = None if source is None else tokenizer.local_folder(source, tokenizer.FILES)
-    if source is not None and os.path.exists(os.path.join(source, "tokenizer.json")):
+    if source is not None:
         if os.path.isdir(folder) and os.path.samefile(source, folder):
             return
         files = {name: os.path.join(source, name) for name in tokenizer.FILES}
         files = {name: tokenizer.read_small(path) for name, path in files.items() if os.path.exists(path)}
-    elif meta != GPT2:
-        raise ValueError(f"{source} has no tokenizer.json to keep in {folder}: copy it there")
     elif os.path.exists(os.path.join(folder, "tokenizer.json")):
         return
     else:
@@ -419,6 +430,16 @@ def prepare_gpt(model: GPT, pot: PoTConfig, table: PoTConfig | None) -> None:
     """pot.prepare with another config for the embeddings and the head, if table is given. Raises ValueError as it does."""
     tables = ("transformer.wte", "transformer.wpe", "lm_head")
     prepare(model, pot, lambda module, name: table if table and name in tables else True)
+
+
+def load_reference(name: str, info: CheckpointInfo, folder: str) -> GPT:
+    """The float model `name`, which the model of a folder, which info describes, is compared with or learns from. Raises
+    ValueError as load_model does, and for another vocabulary."""
+    model, reference = load_model(name)
+    same_size = reference.model_args.vocab_size == info.model_args.vocab_size  # a vocabulary may have padding
+    if reference.tokenizer != info.tokenizer or not same_size:
+        raise ValueError(f"{name} has another vocabulary than {folder}, so {folder} does not come from it")
+    return model
 
 
 def make_decoder(model: GPT) -> Decoder | None:

@@ -49,6 +49,10 @@ def main(s: Settings):
     check(s, folders)
     path = s.json or os.path.join("." if checkpoint.is_foreign(folders[-1]) else folders[-1], "eval.json")
     checkpoint.check_json(path)
+    for folder in folders[1:]:  # first, because the folders before it may take long
+        info = checkpoint.load_model(folder)[1]
+        load_tokens(s, info, folder)
+        load_reference(s, info, folder, "cpu")
     rows = []
     for folder in folders:
         model, info = checkpoint.load_model(folder)
@@ -78,8 +82,7 @@ def check(s, folders):
 
 def measure(s: Settings, model: GPT, info: CheckpointInfo, folder: str, device: str) -> dict:
     """A row of the table: the model of a folder, converted."""
-    name = s.text or s.dataset or info.settings["dataset"]
-    ids = tokens_for(folder, info.tokenizer, name, s.split, s.text, s.tokens)
+    name, ids = load_tokens(s, info, folder)
     size = checkpoint.file_size(folder, model, info)  # first, because it may write a temporary file
     model.to(device)
     if s.protocol == "paper":
@@ -106,6 +109,12 @@ def measure(s: Settings, model: GPT, info: CheckpointInfo, folder: str, device: 
     }
 
 
+def load_tokens(s, info, folder):
+    """(name of the text, token ids) to measure the model of a folder on."""
+    name = s.text or s.dataset or info.settings["dataset"]
+    return name, tokens_for(folder, info.tokenizer, name, s.split, s.text, s.tokens)
+
+
 def load_reference(s, info, folder, device):
     """The float model to compare with, on the device; None if there is none at hand."""
     name = s.reference
@@ -113,11 +122,7 @@ def load_reference(s, info, folder, device):
         name = info.origin
     if name is None or name == folder:
         return None
-    model, reference_info = checkpoint.load_model(name)
-    same_size = reference_info.model_args.vocab_size == info.model_args.vocab_size  # a vocabulary may have padding
-    if reference_info.tokenizer != info.tokenizer or not same_size:
-        raise ValueError(f"{name} has another vocabulary than {folder}: pass another --reference")
-    return model.to(device)
+    return checkpoint.load_reference(name, info, folder).to(device)
 
 
 def print_sqnr(model: GPT, info: CheckpointInfo, folder: str):

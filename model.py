@@ -47,7 +47,7 @@ class GPTConfig:
                 raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
             self.head_size = self.n_embd // self.n_head
         for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_size", "n_inner"):
-            most = 1000 if key == "n_layer" else 2**28  # the deepest known models have fewer; each layer takes memory
+            most = 256 if key == "n_layer" else 2**28  # the deepest known models have fewer; each layer takes memory
             if type(getattr(self, key)) is not int or not 1 <= getattr(self, key) <= most:
                 raise ValueError(f"{key}={getattr(self, key)!r} must be an integer from 1 to {most}")
         for key, known in ("norm", ("layer", "rms")), ("position", ("learned", "rotary")), ("mlp", ("gelu", "swiglu")):

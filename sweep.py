@@ -25,7 +25,8 @@ from eval import Settings as EvalSettings
 from eval import check, measure
 from machine import keep_freed_memory, pick_device, provenance
 from metrics import WINDOW, perplexity
-from pot import PoTConfig, convert
+from model import GPT
+from pot import PoTConfig, convert, prepare
 
 METHODS = ("rtn", "gptq", "qat")
 GPTQ_TOKENS = 16384
@@ -83,6 +84,9 @@ def main(s: Settings):
     path = os.path.join(s.out_dir, "rows.jsonl")
     training = configure(train.Settings, [s.finetune])
     s = replace(s, max_iters=training.max_iters if s.max_iters is None else s.max_iters)
+    shape = checkpoint.load_float(folders[0])[1].model_args
+    for config in {str(c): c for _, c, *_ in plan if c}.values():  # notice a bad group size before any row
+        prepare(GPT.meta(shape), config)
     if s.max_iters < 1 and "qat" in methods:
         raise ValueError(f"max_iters={s.max_iters}: QAT takes at least 1 step; for PTQ only, pass --methods=rtn,gptq")
     if s.calibrate_tokens is not None:

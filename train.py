@@ -230,9 +230,16 @@ def set_up(s: Settings, lock: checkpoint.Lock) -> Job | None:
         print(f"{kind}: {millions:.2f} M parameters on {place}, {steps}{s.dataset}, to {s.out_dir}/", flush=True)
     if s.max_iters:
         check_memory(s, model, block_size, device, rank == 0)
+    source = {"scratch": os.path.join("data", s.dataset), "resume": s.out_dir}.get(s.init_from, s.init_from)
+    if state is None:  # these two only notice, before the long work, what would fail after it
+        checkpoint.tokenizer_folder(meta, source)
+        if s.pot:
+            checkpoint.prepare_gpt(GPT.meta(model.config), s.pot, s.table)
     wandb = start_wandb(s) if rank == 0 and s.wandb_log and s.max_iters else None  # may fail, so before long work
     model.to(device)
     job = Job(s, model, info, data, val[: s.eval_tokens], block_size, device, rank, world, info.step)
+    if s.max_iters and s.pot and s.distill:  # the float control learns from the text
+        job.teacher = checkpoint.load_reference(info.origin, info, source).to(device)
     compare = rank == 0 and s.pot and s.max_iters and info.origin == s.init_from  # it is still the float model
     float_loss = validate(job) if compare else None
     if s.pot and state is None:
@@ -248,7 +255,6 @@ def set_up(s: Settings, lock: checkpoint.Lock) -> Job | None:
         lock.acquire()
         if state is None:
             refuse_checkpoint(s.out_dir)  # another run may have been faster
-            source = os.path.join("data", s.dataset) if s.init_from == "scratch" else s.init_from
             checkpoint.keep_tokenizer(s.out_dir, meta, source)
         elif s.keep == "best" and checkpoint.exists(os.path.join(s.out_dir, "best")):
             best = checkpoint.load_model(os.path.join(s.out_dir, "best"))[1].val_loss
@@ -416,12 +422,10 @@ def quantize(model: GPT, s: Settings, data: np.ndarray, device: str, quiet: bool
 
 
 def prepare_steps(job: Job, state: checkpoint.TrainingState | None):
-    """What steps need: optimizer, scaler, precision, teacher, and the compiled or distributed model."""
+    """What steps need: optimizer, scaler, precision, and the compiled or distributed model."""
     s, device = job.settings, job.device
     cuda = device.startswith("cuda")
     job.optimizer = make_optimizer(job.model, s, device)
-    if s.pot and s.distill:  # the float control learns from the text
-        job.teacher = checkpoint.load_model(job.info.origin)[0].to(device)
     dtype = s.dtype
     if dtype == "auto":
         dtype = "float32" if not cuda else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"

@@ -57,11 +57,11 @@ def main(s: Settings):
     path = s.json or os.path.join("." if checkpoint.is_foreign(folders[-1]) else folders[-1], "bertscore.json")
     checkpoint.check_json(path)
     scorer = load_scorer(s.encoder, device)  # before any model, so that a bad encoder fails at once
+    for folder in folders[1:]:  # first, because the folders before it may take long
+        load(s, folder)
     rows, texts = [], []
     for folder in folders:
-        model, info = checkpoint.load_model(folder)
-        name = s.dataset or info.settings["dataset"]
-        ids = dataset.tokens_for(folder, info.tokenizer, name, s.split, s.text, s.tokens)
+        model, info, name, ids = load(s, folder)
         tokenizer = tokenizer_of(info.tokenizer, folder)
         texts.append(continuations(convert(model).to(device), tokenizer, ids, s.texts, s.seed, device))
         rows.append(
@@ -69,7 +69,7 @@ def main(s: Settings):
                 "ckpt": folder,
                 "method": info.method,
                 "weights": info.weights,
-                "dataset": s.text or name,
+                "dataset": name,
                 "split": None if s.text else s.split,
             }
         )
@@ -78,6 +78,13 @@ def main(s: Settings):
     result = {"rows": rows, "seed": s.seed, "temperature": TEMPERATURE, **machine.provenance()}
     checkpoint.write_json(path, result)
     print(f"written to {path}")
+
+
+def load(s, folder):
+    """(model, info, name of the text, token ids to draw prompts from) of a folder."""
+    model, info = checkpoint.load_model(folder)
+    name = s.text or s.dataset or info.settings["dataset"]
+    return model, info, name, dataset.tokens_for(folder, info.tokenizer, name, s.split, s.text, s.tokens)
 
 
 def load_scorer(encoder: str, device: str):

@@ -27,6 +27,7 @@ import eval
 import pot
 import sample
 import tokenizer
+import train
 
 
 def rows_of(workdir, done):
@@ -952,7 +953,7 @@ def test_models_that_do_not_fit_are_refused_before_the_first_step(workdir, sh, m
         ("sample.py --ckpt={float} --prompt_file=latin.txt", "latin.txt is not UTF-8 text"),
         ("sample.py --ckpt={float} --prompt=the\udcff", "is not UTF-8 text"),
         ("sample.py --ckpt={float} --temperature=1e-320", "temperature must be at least 0 (and 1e-6 if not 0)"),
-        ("train.py --dataset=tiny --n_layer=100000000 --out_dir=x", "n_layer=100000000 must be an integer from 1 to 1000"),
+        ("train.py --dataset=tiny --n_layer=100000000 --out_dir=x", "n_layer=100000000 must be an integer from 1 to 256"),
         ("train.py --dataset=tiny --n_embd=12000000 --out_dir=x", "the weights alone take"),
         ("train.py --dataset=tiny --block_size=200000000 --n_embd=1000008 --out_dir=x", "the weights alone take"),
         ("train.py --dataset=tiny --init_from={float} --batch_size=1000000000000 --out_dir=x", "the steps need at least"),
@@ -1139,8 +1140,50 @@ def test_reference_with_another_padding_of_the_vocabulary(workdir, float_run, qa
     monkeypatch.chdir(workdir)
     info = checkpoint.load_model(str(qat_run))[1]
     info = replace(info, model_args=replace(info.model_args, vocab_size=96))
-    with pytest.raises(ValueError, match="out-float has another vocabulary than padded: pass another --reference"):
+    with pytest.raises(ValueError, match="out-float has another vocabulary than padded"):
         eval.load_reference(eval.Settings(reference=str(float_run)), info, "padded", "cpu")
+
+
+def test_faults_are_noticed_before_the_long_work(workdir, sh, float_run, qat_run, monkeypatch):
+    """No model is validated, quantized or measured before. The float model to learn from is gone or another one."""
+
+    def long_work(*_, **__):
+        raise AssertionError("long work")
+
+    sh(
+        "train.py --dataset=openwebtext-llama --init_from=llama --block_size=8 --batch_size=1 --max_iters=1 --out_dir=bare"
+    )
+    (workdir / "bare" / "tokenizer.json").unlink()
+    (workdir / "empty").mkdir()
+    for module, name in ((train, "validate"), (train, "quantize"), (eval, "measure")):
+        monkeypatch.setattr(module, name, long_work)
+    start = "train.py --pot_bits=4 --max_iters=1 --out_dir=x"
+    tiny = f"{start} --dataset=tiny"
+    for command, message in (
+        (f"{tiny} --init_from={float_run} --pot_group_size=48", "group_size 48 does not divide"),
+        (f"{start} --dataset=openwebtext-llama --init_from=bare --pot_group_size=32", "bare has no tokenizer.json"),
+        (f"eval.py --ckpt={float_run},empty", "empty"),
+        (f"eval.py --ckpt={float_run},gpt2 --dataset=tiny", "another vocabulary"),
+    ):
+        assert message in sh(command, ok=False).stderr
+    load_training, load_float = checkpoint.load_training, checkpoint.load_float
+    for origin, message in (("gone", "no folder gone"), ("gpt2", "gpt2 has another vocabulary than out-qat")):
+
+        def moved(info, origin=origin):
+            return replace(info, origin=origin)
+
+        def training_of_moved(folder):
+            state = load_training(folder)
+            return replace(state, info=moved(state.info))
+
+        monkeypatch.setattr(checkpoint, "load_training", training_of_moved)
+        monkeypatch.setattr(
+            checkpoint, "load_float", lambda folder: (load_float(folder)[0], moved(load_float(folder)[1]))
+        )
+        assert message in sh(f"{tiny} --init_from={qat_run} --distill=1", ok=False).stderr
+        resume = f"train.py --init_from=resume --out_dir={qat_run} --distill=1 --max_iters=99"
+        assert message in sh(resume, ok=False).stderr
+    assert not (workdir / "x").exists()
 
 
 def test_folder_whose_name_looks_like_a_formula(workdir, float_run, monkeypatch):

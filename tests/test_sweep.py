@@ -259,10 +259,12 @@ def test_bad_weights(workdir, sh, float_run):
         ('[{"bits": 9}]', "bits=9"),
         ("[]", "nothing to do"),
         ("[4]", "weights: 4 is no dict"),
+        ('[{"bits": 4}, {"group_size": 48}]', "group_size 48 does not divide"),
         ('[{"papers": "1.5"}]', "is no dict"),
     ):
         (workdir / "bad.py").write_text(f'init_from = "out-float"\nweights = {weights}\n')
-        assert message in sh("sweep.py bad.py", ok=False).stderr
+        done = sh("sweep.py bad.py", ok=False)
+        assert message in done.stderr and "--- 1 of" not in done.stdout
 
 
 CONFIGS = sorted(p.name for pattern in ("sweep", "table") for p in ROOT.glob(f"config/{pattern}_*.py"))
