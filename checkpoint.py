@@ -438,7 +438,10 @@ def load_reference(name: str, info: CheckpointInfo, folder: str) -> GPT:
     model, reference = load_model(name)
     same_size = reference.model_args.vocab_size == info.model_args.vocab_size  # a vocabulary may have padding
     if reference.tokenizer != info.tokenizer or not same_size:
-        raise ValueError(f"{name} has another vocabulary than {folder}, so {folder} does not come from it")
+        raise ValueError(
+            f"{name} has another vocabulary than {folder}, so {folder} does not come from it: put its float model there "
+            "again, or pass another --reference to eval.py"
+        )
     return model
 
 

@@ -105,11 +105,13 @@ def load_scorer(encoder: str, device: str):
         # The layer that bert-score recommends, or the last layer of an encoder that it does not know.
         layers = bert_score.utils.model2layers.get(name) or AutoConfig.from_pretrained(encoder).num_hidden_layers
         rescale = {"rescale_with_baseline": os.path.isfile(baseline), "baseline_path": baseline}
-        return bert_score.BERTScorer(encoder, layers, device=device, lang="en", **rescale)
+        scorer = bert_score.BERTScorer(encoder, layers, device=device, lang="en", **rescale)
+        scorer.score(["a text"], ["a text"])  # its tokenizer may fail at the first text
+        return scorer
     except Exception as e:  # from transformers or the hub; the type depends on version, name and network
         raise ValueError(
             f"cannot load the encoder {encoder} ({type(e).__name__}): pass a name on the Hugging Face hub, with a "
-            "network, or a folder that holds an encoder and its tokenizer"
+            "network, or a folder that holds an encoder and its tokenizer, whose tokenizer_config.json has a model_max_length"
         ) from None
 
 

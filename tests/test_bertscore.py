@@ -119,8 +119,14 @@ def test_errors(sh, encoder, float_run, options, message):
     assert "error: " in done.stderr and message in done.stderr
 
 
-def test_bad_encoder_fails_before_a_model_is_loaded(sh, monkeypatch, float_run):
+def test_bad_encoder_fails_before_a_model_is_loaded(workdir, sh, monkeypatch, encoder, float_run):
     import checkpoint
 
+    shutil.copytree(encoder, workdir / "endless")
+    path = workdir / "endless" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 10**30}))
     monkeypatch.setattr(checkpoint, "load_model", lambda folder: pytest.fail("a model was loaded"))
-    sh(f"extras/bertscore.py --ckpt={float_run} --encoder=nowhere/bert", ok=False)
+    for name in ("nowhere/bert", "endless"):
+        assert (
+            f"the encoder {name} (" in sh(f"extras/bertscore.py --ckpt={float_run} --encoder={name}", ok=False).stderr
+        )
