@@ -673,21 +673,24 @@ def _train_block(block, calls, aims, aside, learning_rate):
     before, weights = loss_aside(), [p for p in block.parameters() if p.requires_grad]
     kept = [p.detach().clone() for p in weights]
     optimizer, steps = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.0), len(calls) - aside
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            decay = (1 + math.cos(math.pi * step / steps)) / 2
-            group["lr"] = learning_rate * min(1, (step + 1) / WARMUP) * decay
-        with torch.enable_grad():
-            loss(aside + step).backward()
-        optimizer.step()
+    after = math.nan
+    try:
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                decay = (1 + math.cos(math.pi * step / steps)) / 2
+                group["lr"] = learning_rate * min(1, (step + 1) / WARMUP) * decay
+            with torch.enable_grad():
+                loss(aside + step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        after = loss_aside()
+    finally:
         optimizer.zero_grad()
-    after = loss_aside()
-    if after < before:  # not NaN
-        return before, after
-    with torch.no_grad():
-        for p, old in zip(weights, kept):
-            p.copy_(old)
-    return before, before
+        if not after < before:  # also NaN, and a training that was interrupted
+            with torch.no_grad():
+                for p, old in zip(weights, kept):
+                    p.copy_(old)
+    return (before, after) if after < before else (before, before)
 
 
 def _block_inputs(model, blocks, batch):

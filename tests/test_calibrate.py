@@ -767,6 +767,22 @@ def test_train_blocks_in_another_order_or_without_a_call():
         train_blocks(model, reference, [*model.transformer.h, model.transformer.h[0]], [text, text])
 
 
+def test_train_blocks_interrupted_in_a_block():
+    model, reference, text = blocks_and_text()
+    before, calls = copy.deepcopy(model.state_dict()), []
+
+    def interrupt(grad):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    next(model.transformer.h[0].parameters()).register_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train_blocks(model, reference, model.transformer.h, text.split(8), progress=None)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_train_blocks_keeps_a_forward_of_a_block_itself():
     """accelerate puts such a forward on blocks that it moves between devices."""
     model, reference, text = blocks_and_text()
