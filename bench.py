@@ -400,7 +400,8 @@ def call(*command):
     """What a command prints. Raises ValueError if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"{os.path.basename(command[0])} fails: {done.stderr.strip().rpartition(chr(10))[2]}")
+        reason = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}, without a message"
+        raise ValueError(f"{os.path.basename(command[0])} fails: {reason}")
     return done.stdout
 
 
@@ -455,9 +456,15 @@ class LlamaCpp:
     def bench(self, prompt, new, depth):
         """Tokens/s of a prompt, or of new tokens after `depth` earlier ones. llama-bench warms up by itself."""
         sizes = f"-p {prompt} -n {new} -d {depth} -t {torch.get_num_threads()} -r 1 -o json"
-        [result] = json.loads(call(self.llama_bench, "-m", self.file, *sizes.split()))
-        self.build = {key: result[key] for key in ("build_commit", "build_number")}
-        return result["avg_ts"]
+        text = call(self.llama_bench, "-m", self.file, *sizes.split())
+        try:
+            [result] = json.loads(text)
+            self.build = {key: result[key] for key in ("build_commit", "build_number")}
+            return float(result["avg_ts"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{self.llama_bench} prints {text[:100]!r}, and no JSON of one result with its build: take a newer llama.cpp"
+            ) from None
 
 
 def load_llama(s, model, folder):
@@ -472,6 +479,7 @@ def load_llama(s, model, folder):
         raise ValueError("llama_bench needs the package gguf: pip install gguf") from None
     source = os.path.join(folder, "F32.gguf")
     write_gguf(gguf, model, source)
+    LlamaCpp(s.llama_bench, "F32", source, 0, 0).bench(0, 1, 1)  # may fail, so before the long work
     ways, left_out = [], {}
     for name in LLAMA:
         file, start = os.path.join(folder, f"{name}.gguf"), time.perf_counter()

@@ -107,7 +107,11 @@ def test_llama_cpp(workdir, tmp_path, sh, monkeypatch):
     assert results["llama_cpp"]["best"] == {"decode": "llama.cpp-MXFP4", "prompt": "llama.cpp-MXFP4"}
     assert rows["pot4"]["prompt_ratio_llama"] == pytest.approx(rows["pot4"]["prompt_tok_s"] / 2e5)
     assert "x llama.cpp-MXFP4" in done.stdout
-    expected = {"-p 0 -n 2 -d 32 -t 2 -r 1 -o json", "-p 8 -n 0 -d 0 -t 2 -r 1 -o json"}
+    expected = {
+        "-p 0 -n 1 -d 1 -t 2 -r 1 -o json",
+        "-p 0 -n 2 -d 32 -t 2 -r 1 -o json",
+        "-p 8 -n 0 -d 0 -t 2 -r 1 -o json",
+    }
     assert set((tmp_path / "llama-bench.log").read_text().splitlines()) == expected
 
     source = gguf.GGUFReader(tmp_path / "llama-quantize.source")
@@ -132,6 +136,14 @@ def test_llama_cpp(workdir, tmp_path, sh, monkeypatch):
     assert np.array_equal(tensors["position_embd.weight"], model.transformer.wpe.weight.detach().numpy())
     assert np.array_equal(tensors["output_norm.weight"], model.transformer.ln_f.weight.detach().numpy())
 
+    monkeypatch.setattr("bench.load_ways", lambda *_: pytest.fail("long work"))
+    for code, message in (
+        ("sys.exit(3)", "llama-bench fails: exit status 3, without a message"),
+        ("print('a table')", "prints 'a table\\n', and no JSON"),
+        ('print(json.dumps([{"avg_ts": 1}]))', "take a newer llama.cpp"),
+    ):
+        (tmp_path / "llama-bench").write_text(f"#!{sys.executable}\nimport json, sys\n{code}")
+        assert message in sh(command, ok=False).stderr
     done = sh(command.replace("vocab_multiple=64", "vocab_multiple=1"), ok=False)
     assert "a vocabulary of 50257 keeps llama.cpp from its fast code" in done.stderr
     monkeypatch.setitem(sys.modules, "gguf", None)
