@@ -217,21 +217,21 @@ def test_shapes():
 
 def test_rows(workdir, sh, monkeypatch):
     monkeypatch.setattr("bench.COPIES", 100_000)
-    command = "bench.py --what=rows --ckpt=gpt2 --rounds=2"
+    command = "bench.py --what=rows --ckpt=llama --rounds=2"
     done = sh(command)
     results = json.loads((workdir / "results" / "bench_rows.json").read_text())
     ways = [("float32", "eager")] + [(f, w) for f in ("int4", "pot4", "pot4-two") for w in ("float32", "int8")]
-    shapes = [[192, 64], [64, 64], [256, 64], [64, 256], [50257, 64]]
+    shapes = [[128, 64], [64, 64], [256, 64], [64, 128], [300, 64]]
     assert [r["shape"] for r in results["rows"]] == [shape for shape in shapes for _ in ways]
     assert [(r["format"], r["way"]) for r in results["rows"]] == ways * len(shapes)
     for row in results["rows"]:
         assert row["rows"] == [1, 2, 4, 8, 16, 32, 64, 128, 512] and len(row["us"]) == len(row["ratio"]) == 9
         assert all(0 < lower <= median <= upper for lower, median, upper in row["ratio"]) and min(row["us"]) > 0
         assert row["format"] != "float32" or row["ratio"] == 9 * [[1, 1, 1]]
-    assert "50257 x 64: times as fast as float32" in done.stdout and results["rounds"] == 2
+    assert "300 x 64: times as fast as float32" in done.stdout and results["rounds"] == 2
 
     monkeypatch.setitem(bench.WAYS, "pot4", {"float32": -1})
-    assert "pot4 float32: 1 rows of 192 x 64 are off by" in sh(command, ok=False).stderr
+    assert "pot4 float32: 1 rows of 128 x 64 are off by" in sh(command, ok=False).stderr
 
 
 def test_qat(workdir, sh):
