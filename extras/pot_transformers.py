@@ -59,7 +59,7 @@ class PoTQuantizationConfig(QuantizationConfigMixin):
     layers: fields of PoTConfig that differ in single layers: {"lm_head": {"terms": 2}}.
     prepared: True keeps float weights that are fake-quantized, to train; False packs them.
     base_model, losses: what the model card shows. from_pretrained fills them in.
-    Raises ValueError for a combination that PoTConfig refuses.
+    Raises ValueError for a combination that PoTConfig refuses, and for calibrate that is no list or has no text.
     """
 
     def __init__(
@@ -67,6 +67,8 @@ class PoTQuantizationConfig(QuantizationConfigMixin):
         layers: dict[str, dict] | None = None, prepared: bool = False, base_model: str | None = None,
         losses: dict | None = None, quant_method: str = "pot", **fields,
     ):  # fmt: skip
+        if isinstance(calibrate, str) or calibrate is not None and not len(calibrate):
+            raise ValueError(f"calibrate={calibrate!r} must be a list of texts, or None to round to the nearest level")
         self.quant_method = quant_method
         vars(self).update(asdict(PoTConfig(bits=bits, **fields)))
         self.calibrate, self.modules_to_not_convert, self.layers = calibrate, modules_to_not_convert, layers or {}

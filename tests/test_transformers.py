@@ -169,6 +169,9 @@ def test_calibrate_lowers_the_loss_and_the_card_reports_it(folders, tmp_path):
     assert f"{losses['float']:.4f} in float" in model_card(load(tmp_path)).content
     with pytest.raises(ValueError, match="pass more text"):
         load(folders / "tied", quantization_config=PoTQuantizationConfig(calibrate=["the cat"]))
+    for texts in ("the cat", []):
+        with pytest.raises(ValueError, match="must be a list of texts"):
+            PoTQuantizationConfig(calibrate=texts)
 
 
 def test_push_to_hub_uploads_the_packed_folder(folders, monkeypatch):
