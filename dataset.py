@@ -78,10 +78,14 @@ OPENWEBTEXT = {"hub": "Skylion007/openwebtext", "revision": "refs/convert/parque
 
 
 def folder(here: str, name: str | None) -> str:
-    """Where a prepare.py in the folder `here` writes: there, or to its neighbour `name`."""
+    """Where a prepare.py in the folder `here` writes: there, or to its neighbour `name`. Raises ValueError for a name that
+    is a path, and for a neighbour that has its own prepare.py."""
     if name is not None and (os.path.basename(name) != name or name in ("", ".", "..")):
         raise ValueError(f"{name!r} must be the name of a folder under data/, without slashes")
-    return here if name is None else os.path.join(os.path.dirname(here), name)
+    target = here if name is None else os.path.join(os.path.dirname(here), name)
+    if target != here and os.path.exists(os.path.join(target, "prepare.py")):
+        raise ValueError(f"data/{name} is made by its own prepare.py: choose another name")
+    return target
 
 
 def token_dtype(meta: dict) -> type:

@@ -381,8 +381,10 @@ def test_bad_own_text(tmp_path, prepare_text):
     assert not list((tmp_path / "data" / "small").iterdir())
     (tmp_path / "data" / "other").mkdir()
     (tmp_path / "data" / "other" / "prepare.py").touch()
-    with pytest.raises(ValueError, match="data/other is made by its own prepare.py: choose another --name"):
+    with pytest.raises(ValueError, match="data/other is made by its own prepare.py: choose another name"):
         prepare_text(input=f"{tmp_path}/a.txt", name="other")
+    with pytest.raises(ValueError, match="made by its own prepare.py"):
+        dataset.folder(str(tmp_path / "data" / "openwebtext"), "other")
 
 
 def test_openwebtext_from_the_hub(tmp_path, monkeypatch):

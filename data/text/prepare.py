@@ -38,8 +38,6 @@ def main(s: Settings):
     if not s.input:
         raise ValueError("there is no text: pass --input=FILE, or several files with commas between them")
     folder = dataset.folder(here, s.name)
-    if folder != here and os.path.exists(os.path.join(folder, "prepare.py")):
-        raise ValueError(f"data/{s.name} is made by its own prepare.py: choose another --name")
     files = read(s.input)
     named = named_tokenizer(s.tokenizer, files)
     pieces = (piece for path in files for piece in split(path, files[path], named))

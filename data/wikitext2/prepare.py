@@ -32,17 +32,17 @@ class Settings:
 
 
 def main(s: Settings):
+    folder = dataset.folder(here, s.out)
     paths = s.input.split(",") if s.input else []
     if len(paths) == 1:
         articles = re.split(r"^(?= = [^=])", dataset.read_text(paths[0]), flags=re.MULTILINE)
-        dataset.write_documents(dataset.folder(here, s.out), articles, s.tokenizer)
+        dataset.write_documents(folder, articles, s.tokenizer)
         return
     if len(paths) not in (0, 3):
         raise ValueError(f"--input names {len(paths)} files: pass train, valid and test, or one file")
     named = tokenizer.named(s.tokenizer)
     texts = [dataset.read_text(path) for path in paths] or download()
     pieces = ((split, named.encode(text)) for split, text in zip(dataset.SPLITS, texts))
-    folder = dataset.folder(here, s.out)
     dataset.write(folder, named.meta, pieces, s.tokenizer)
 
 
