@@ -9,6 +9,7 @@ all. GPT-2 is also read from a folder in Hugging Face's format, or from the hub 
 """
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -49,6 +50,7 @@ class CheckpointInfo:
     pot: PoTConfig | None = None  # None: float weights
     table: PoTConfig | None = None  # of embeddings and head; None: as pot
     origin: str | None = None  # folder of the float model that it comes from
+    origin_digest: str | None = None  # see digest_of; tells whether the folder still holds that model
     step: int = 0  # optimizer steps
     # settings of train.py; "dataset" and "seed" are always there
     settings: dict = field(default_factory=lambda: {"dataset": None, "seed": None})
@@ -57,7 +59,7 @@ class CheckpointInfo:
 
     def to_dict(self) -> dict:
         """For json and torch.save."""
-        optional = ("table", "val_loss", "provenance")
+        optional = ("table", "origin_digest", "val_loss", "provenance")
         return {k: v for k, v in asdict(self).items() if v is not None or k not in optional}
 
     @classmethod
@@ -78,8 +80,8 @@ class CheckpointInfo:
             raise ValueError("its step is negative")
         info = cls(
             d["tokenizer"], d["method"], GPTConfig(**d["model_args"]),
-            *(PoTConfig(**d[key]) if d.get(key) else None for key in ("pot", "table")), d["origin"], d["step"],
-            d["settings"], d.get("val_loss"), d.get("provenance"),
+            *(PoTConfig(**d[key]) if d.get(key) else None for key in ("pot", "table")), d["origin"],
+            d.get("origin_digest"), d["step"], d["settings"], d.get("val_loss"), d.get("provenance"),
         )  # fmt: skip
         if vocab_size(info.tokenizer) > info.model_args.vocab_size:
             raise ValueError(f"its tokenizer has more than the {info.model_args.vocab_size} tokens of the model")
@@ -432,9 +434,31 @@ def prepare_gpt(model: GPT, pot: PoTConfig, table: PoTConfig | None) -> None:
     prepare(model, pot, lambda module, name: table if table and name in tables else True)
 
 
+def digest_of(model: GPT) -> str:
+    """A digest of a float model's weights. It reads at most 2,000 values of each tensor, because all of them take seconds."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        values = p.detach().flatten()
+        values = values[:: max(1, len(values) // 1000)]
+        digest.update(f"{name} {tuple(p.shape)}".encode() + values.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_origin(info: CheckpointInfo, folder: str) -> GPT:
+    """The float model that the model of a folder, which info describes, comes from. Raises ValueError as load_reference
+    does, and if its folder holds another model by now."""
+    model = load_reference(info.origin, info, folder)
+    if info.origin_digest not in (None, digest_of(model)):
+        raise ValueError(
+            f"{info.origin} is not the float model that {folder} comes from: its weights have changed. Put that model there "
+            "again, or pass --reference to eval.py"
+        )
+    return model
+
+
 def load_reference(name: str, info: CheckpointInfo, folder: str) -> GPT:
-    """The float model `name`, which the model of a folder, which info describes, is compared with or learns from. Raises
-    ValueError as load_model does, and for another vocabulary."""
+    """The float model `name`, to compare with the model of a folder, which info describes. Raises ValueError as load_model
+    does, and for another vocabulary."""
     model, reference = load_model(name)
     same_size = reference.model_args.vocab_size == info.model_args.vocab_size  # a vocabulary may have padding
     if reference.tokenizer != info.tokenizer or not same_size:

@@ -117,12 +117,13 @@ def load_tokens(s, info, folder):
 
 def load_reference(s, info, folder, device):
     """The float model to compare with, on the device; None if there is none at hand."""
-    name = s.reference
-    if name is None and info.origin and checkpoint.is_at_hand(info.origin):
-        name = info.origin
-    if name is None or name == folder:
+    if s.reference == folder:
         return None
-    return checkpoint.load_reference(name, info, folder).to(device)
+    if s.reference is not None:
+        return checkpoint.load_reference(s.reference, info, folder).to(device)
+    if info.origin in (None, folder) or not checkpoint.is_at_hand(info.origin):
+        return None
+    return checkpoint.load_origin(info, folder).to(device)
 
 
 def print_sqnr(model: GPT, info: CheckpointInfo, folder: str):
@@ -130,7 +131,7 @@ def print_sqnr(model: GPT, info: CheckpointInfo, folder: str):
     model that it comes from."""
     pairs = [(n, m.weight, m.quantizer(m.weight)) for n, m in model.named_modules() if is_prepared(m)]
     if info.method.startswith("PTQ") and info.origin and checkpoint.is_at_hand(info.origin):
-        floats = dict(checkpoint.load_model(info.origin)[0].named_modules())
+        floats = dict(checkpoint.load_origin(info, folder).named_modules())
         packed = (PackedPoTLinear, PackedPoTEmbedding)
         pairs = [(n, floats[n].weight, m.weight) for n, m in model.named_modules() if isinstance(m, packed)]
     if not pairs:

@@ -33,7 +33,7 @@ GPTQ_TOKENS = 16384
 NUMBERS = {"tokens", "block_size", "loss", "bits_per_weight", "bytes", "steps", "seconds", "seed"}  # of a row
 TYPES = dict.fromkeys(NUMBERS, int | float) | dict.fromkeys(("name", "kind", "weights", "dataset", "split"), str)
 TYPES |= {"papers": object, "tokens_seen": int | None, "config": dict | None}
-OPTIONAL = {"shared": dict, "kl": int | float, "top1_agreement": int | float}
+OPTIONAL = {"shared": dict, "float": str, "kl": int | float, "top1_agreement": int | float}
 # Settings that all rows of an out_dir share: of this script, and of train.py in the config `finetune`. A row's name
 # holds the others.
 SHARED = ("init_from", "calibrate_tokens", "split", "tokens", "protocol")
@@ -84,7 +84,10 @@ def main(s: Settings):
     path = os.path.join(s.out_dir, "rows.jsonl")
     training = configure(train.Settings, [s.finetune])
     s = replace(s, max_iters=training.max_iters if s.max_iters is None else s.max_iters)
-    shape = checkpoint.load_float(folders[0])[1].model_args
+    digests = {}
+    for folder in folders:
+        model, info = checkpoint.load_float(folder)
+        digests[folder], shape = checkpoint.digest_of(model), info.model_args
     for config in {str(c): c for _, c, *_ in plan if c}.values():  # notice a bad group size before any row
         prepare(GPT.meta(shape), config)
     if s.max_iters < 1 and "qat" in methods:
@@ -97,6 +100,9 @@ def main(s: Settings):
         if "shared" not in row:
             raise ValueError(f"{s.out_dir} holds rows of an older version of sweep.py: choose another --out_dir")
         refuse_other_settings(s, row["shared"], shared)
+        base = s.init_from.replace("{seed}", str(row["seed"]))
+        if base in digests and row.get("float") not in (None, digests[base]):
+            raise ValueError(f"{s.out_dir} holds rows of another model than {base} holds now: choose another --out_dir")
     for i, (method, config, papers, seed) in enumerate(plan, start=1):
         name, kept = name_of(s, method, config, seed), read(path)
         if name in kept:
@@ -106,6 +112,7 @@ def main(s: Settings):
         print(time_left(left, kept.values()), flush=True)
         row = {"name": name, "kind": method, "papers": papers} | make_row(s, method, config, seed, name)
         row |= {"seed": seed, "config": asdict(config) if config else None}
+        row["float"] = digests[s.init_from.replace("{seed}", str(seed))]
         append(path, row | {"shared": shared, "provenance": provenance()})
         state = os.path.join(s.out_dir, name, checkpoint.TRAINING)
         if os.path.exists(state):  # as large as three float models, and no longer needed

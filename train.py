@@ -239,7 +239,7 @@ def set_up(s: Settings, lock: checkpoint.Lock) -> Job | None:
     model.to(device)
     job = Job(s, model, info, data, val[: s.eval_tokens], block_size, device, rank, world, info.step)
     if s.max_iters and s.pot and s.distill:  # the float control learns from the text
-        job.teacher = checkpoint.load_reference(info.origin, info, source).to(device)
+        job.teacher = checkpoint.load_origin(info, source).to(device)
     compare = rank == 0 and s.pot and s.max_iters and info.origin == s.init_from  # it is still the float model
     float_loss = validate(job) if compare else None
     if s.pot and state is None:
@@ -351,8 +351,9 @@ def build(s: Settings, meta: dict) -> tuple[GPT, CheckpointInfo, checkpoint.Trai
     info = replace(source, tokenizer=meta, model_args=model.config, settings=asdict(s), val_loss=None, provenance=None)
     if state is None:
         # The float model to compare with: the source, or the model that the source itself comes from.
-        origin = source.origin if source.pot else folder
-        return model, replace(info, method="float control", pot=None, table=None, origin=origin, step=0), None
+        origin, digest = (source.origin, source.origin_digest) if source.pot else (folder, checkpoint.digest_of(model))
+        kept = {"origin": origin, "origin_digest": digest, "step": 0}
+        return model, replace(info, method="float control", pot=None, table=None, **kept), None
     if (source.pot, source.table) != (s.pot, s.table):
         raise ValueError(
             f"{folder} was trained with {source.weights}, the settings ask for {replace(source, pot=s.pot, table=s.table).weights}: "

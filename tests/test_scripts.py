@@ -1,5 +1,6 @@
 """train.py, eval.py and sample.py as a user runs them."""
 
+import copy
 import importlib
 import json
 import math
@@ -1144,6 +1145,20 @@ def test_reference_with_another_padding_of_the_vocabulary(workdir, float_run, qa
         eval.load_reference(eval.Settings(reference=str(float_run)), info, "padded", "cpu")
 
 
+def test_a_float_model_that_was_replaced_is_no_reference(workdir, float_run, qat_run, monkeypatch):
+    monkeypatch.chdir(workdir)
+    model, info = checkpoint.load_float(str(float_run))
+    changed = copy.deepcopy(model)
+    changed.transformer.h[-1].mlp.c_proj.weight.data *= 1.01
+    assert checkpoint.load_model(str(qat_run))[1].origin_digest == checkpoint.digest_of(model)
+    assert checkpoint.digest_of(changed) != checkpoint.digest_of(model)
+    info = replace(info, origin=str(float_run), origin_digest=checkpoint.digest_of(changed))
+    with pytest.raises(ValueError, match="its weights have changed. Put that model there again, or pass --reference"):
+        eval.load_reference(eval.Settings(), info, "x", "cpu")
+    assert eval.load_reference(eval.Settings(reference=str(float_run)), info, "x", "cpu")
+    assert eval.load_reference(eval.Settings(), replace(info, origin_digest=None), "x", "cpu")  # of an older version
+
+
 def test_faults_are_noticed_before_the_long_work(workdir, sh, float_run, qat_run, monkeypatch):
     """No model is validated, quantized or measured before. The float model to learn from is gone or another one."""
 
@@ -1167,10 +1182,14 @@ def test_faults_are_noticed_before_the_long_work(workdir, sh, float_run, qat_run
     ):
         assert message in sh(command, ok=False).stderr
     load_training, load_float = checkpoint.load_training, checkpoint.load_float
-    for origin, message in (("gone", "no folder gone"), ("gpt2", "gpt2 has another vocabulary than out-qat")):
+    for change, message in (
+        ({"origin": "gone"}, "no folder gone"),
+        ({"origin": "gpt2"}, "gpt2 has another vocabulary than out-qat"),
+        ({"origin_digest": "of another"}, "out-float is not the float model that out-qat comes from"),
+    ):
 
-        def moved(info, origin=origin):
-            return replace(info, origin=origin)
+        def moved(info, change=change):
+            return replace(info, **change)
 
         def training_of_moved(folder):
             state = load_training(folder)

@@ -253,6 +253,14 @@ def test_rows_of_another_finetuning_config_are_not_mixed(workdir, sh, sweep_run)
     assert "measured with {'finetune.distill': 0.0}, the settings say {'finetune.distill': 1.0}" in error
 
 
+def test_rows_of_a_float_model_that_was_replaced_are_not_mixed(sh, sweep_run, monkeypatch):
+    monkeypatch.setattr("checkpoint.digest_of", lambda model: "another")
+    assert (
+        "out-sweep holds rows of another model than out-float holds now"
+        in sh("sweep.py sweep_tiny.py", ok=False).stderr
+    )
+
+
 def test_bad_weights(workdir, sh, float_run):
     for weights, message in (
         ('[{"bit": 4}]', "'bit'"),

@@ -271,5 +271,5 @@ def test_tokenizer_is_kept_beside_a_checkpoint(folder, tmp_path_factory):
     characters = tmp_path_factory.mktemp("characters")
     checkpoint.keep_tokenizer(str(characters), {"tokenizer": "char", "chars": "abc"})
     assert not list(characters.iterdir())
-    with pytest.raises(ValueError, match="has no tokenizer.json to keep"):
+    with pytest.raises(ValueError, match="has no tokenizer.json: copy it there"):
         checkpoint.keep_tokenizer(str(kept), own.meta, str(characters))
