@@ -711,7 +711,8 @@ def _block_inputs(model, blocks, batch):
 
         return forward
 
-    own = [vars(block).get("forward") for block in blocks]  # of a library that wraps a block, such as accelerate
+    # A library that wraps blocks, such as accelerate, sets a forward of its own.
+    forwards = [vars(block).get("forward") for block in blocks]
     for block in blocks:
         block.forward = record(block)
     try:
@@ -720,7 +721,7 @@ def _block_inputs(model, blocks, batch):
     except _Stop:
         return inputs[0], rest
     finally:
-        for block, forward in zip(blocks, own):
+        for block, forward in zip(blocks, forwards):
             del block.forward
             if forward is not None:
                 block.forward = forward

@@ -240,12 +240,12 @@ def save_model(folder: str, model: GPT, info: CheckpointInfo) -> int:
 def tokenizer_folder(meta: dict, source: str | None) -> str | None:
     """The folder with the tokenizer.json that meta describes, from `source`: a folder or a name on the hub. None if it
     needs none, or if GPT-2's comes from tiktoken. Raises ValueError if the source has none."""
-    folder = (
-        None if source is None or meta.get("tokenizer") == "char" else tokenizer.local_folder(source, tokenizer.FILES)
-    )
+    if meta.get("tokenizer") == "char":
+        return None
+    folder = None if source is None else tokenizer.local_folder(source, tokenizer.FILES)
     if folder is not None and os.path.exists(os.path.join(folder, "tokenizer.json")):
         return folder
-    if meta != GPT2 and meta.get("tokenizer") != "char":
+    if meta != GPT2:
         raise ValueError(f"{source} has no tokenizer.json: copy it there, from the model that it comes from")
     return None
 
@@ -256,9 +256,9 @@ def keep_tokenizer(folder: str, meta: dict, source: str | None = None) -> None:
 
     Raises OSError if it cannot be written, and ValueError if the source has none.
     """
-    source = tokenizer_folder(meta, source)
     if meta.get("tokenizer") == "char":
         return
+    source = tokenizer_folder(meta, source)
     if source is not None:
         if os.path.isdir(folder) and os.path.samefile(source, folder):
             return

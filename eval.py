@@ -49,7 +49,7 @@ def main(s: Settings):
     check(s, folders)
     path = s.json or os.path.join("." if checkpoint.is_foreign(folders[-1]) else folders[-1], "eval.json")
     checkpoint.check_json(path)
-    for folder in folders[1:]:  # first, because the folders before it may take long
+    for folder in folders[1:]:  # a check alone: measuring the folders before them may take long
         info = checkpoint.load_model(folder)[1]
         load_tokens(s, info, folder)
         load_reference(s, info, folder, "cpu")

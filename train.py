@@ -231,7 +231,7 @@ def set_up(s: Settings, lock: checkpoint.Lock) -> Job | None:
     if s.max_iters:
         check_memory(s, model, block_size, device, rank == 0)
     source = {"scratch": os.path.join("data", s.dataset), "resume": s.out_dir}.get(s.init_from, s.init_from)
-    if state is None:  # these two only notice, before the long work, what would fail after it
+    if state is None:  # checks alone: without them, these faults would show only after the long work
         checkpoint.tokenizer_folder(meta, source)
         if s.pot:
             checkpoint.prepare_gpt(GPT.meta(model.config), s.pot, s.table)

@@ -57,7 +57,7 @@ def main(s: Settings):
     path = s.json or os.path.join("." if checkpoint.is_foreign(folders[-1]) else folders[-1], "bertscore.json")
     checkpoint.check_json(path)
     scorer = load_scorer(s.encoder, device)  # before any model, so that a bad encoder fails at once
-    for folder in folders[1:]:  # first, because the folders before it may take long
+    for folder in folders[1:]:  # a check alone: the work on the folders before them may take long
         load(s, folder)
     rows, texts = [], []
     for folder in folders:

@@ -59,7 +59,7 @@ class PoTQuantizationConfig(QuantizationConfigMixin):
     layers: fields of PoTConfig that differ in single layers: {"lm_head": {"terms": 2}}.
     prepared: True keeps float weights that are fake-quantized, to train; False packs them.
     base_model, losses: what the model card shows. from_pretrained fills them in.
-    Raises ValueError for a combination that PoTConfig refuses, and for calibrate that is no list or has no text.
+    Raises ValueError for a combination that PoTConfig refuses, and for calibrate that is a string or empty.
     """
 
     def __init__(
