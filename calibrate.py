@@ -260,7 +260,8 @@ class _Asking(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if getattr(function, "__name__", None) == "__get__":  # of an attribute
+        # Of an attribute; and whether gradients are on, which each thread says for itself.
+        if getattr(function, "__name__", None) in ("__get__", "_set_grad_enabled"):
             return function(*args, **kwargs)
         state = self.forward_pass.autocast_state()
 
@@ -492,7 +493,7 @@ def calibrate_layer(layer: PreparedLayer, fitted: torch.Tensor, aside: torch.Ten
         return max(0.0, noise.item()) / signal if signal > 0 else 0.0
 
     before = error()
-    if before == 0:
+    if before == 0 or not fitted[0].any():  # nothing to win, or nothing to learn from
         return before, before
     target, squares, unit = (old + correction(old, fitted, aside)).to(w.dtype), fitted[0].diagonal(), q.unit
     if q.config.scale == "mse":  # an input feature counts by its mean square

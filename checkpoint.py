@@ -56,10 +56,11 @@ class CheckpointInfo:
     settings: dict = field(default_factory=lambda: {"dataset": None, "seed": None})
     val_loss: float | None = None  # in nats, at the end of training
     provenance: dict | None = None  # see machine.provenance
+    dataset_digest: str | None = None  # see dataset.digest; in ckpt.pt only, for a run that resumes
 
     def to_dict(self) -> dict:
         """For json and torch.save."""
-        optional = ("table", "origin_digest", "val_loss", "provenance")
+        optional = ("table", "origin_digest", "val_loss", "provenance", "dataset_digest")
         return {k: v for k, v in asdict(self).items() if v is not None or k not in optional}
 
     @classmethod
@@ -82,6 +83,7 @@ class CheckpointInfo:
             d["tokenizer"], d["method"], GPTConfig(**d["model_args"]),
             *(PoTConfig(**d[key]) if d.get(key) else None for key in ("pot", "table")), d["origin"],
             d.get("origin_digest"), d["step"], d["settings"], d.get("val_loss"), d.get("provenance"),
+            d.get("dataset_digest"),
         )  # fmt: skip
         if vocab_size(info.tokenizer) > info.model_args.vocab_size:
             raise ValueError(f"its tokenizer has more than the {info.model_args.vocab_size} tokens of the model")

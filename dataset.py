@@ -230,6 +230,12 @@ def load(folder: str, *splits: str) -> tuple:
     return *loaded, meta
 
 
+def digest(folder: str) -> str | None:
+    """A digest of the token ids in a data set that `load` accepts. None for an older one, whose meta.json has none."""
+    digests = json.loads(tokenizer.read_small(os.path.join(folder, "meta.json"))).get("digests")
+    return digests and hashlib.blake2b(json.dumps(digests, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def _subfolders(folder):
     return os.listdir(folder) if os.path.isdir(folder) else []
 

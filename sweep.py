@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import checkpoint
+import dataset
 import train
 from configurator import CONTROL, check_minimum, check_names, configure, run
 from eval import Settings as EvalSettings
@@ -33,7 +34,7 @@ GPTQ_TOKENS = 16384
 NUMBERS = {"tokens", "block_size", "loss", "bits_per_weight", "bytes", "steps", "seconds", "seed"}  # of a row
 TYPES = dict.fromkeys(NUMBERS, int | float) | dict.fromkeys(("name", "kind", "weights", "dataset", "split"), str)
 TYPES |= {"papers": object, "tokens_seen": int | None, "config": dict | None}
-OPTIONAL = {"shared": dict, "float": str, "kl": int | float, "top1_agreement": int | float}
+OPTIONAL = {"shared": dict, "float": str, "data": str | None, "kl": int | float, "top1_agreement": int | float}
 # Settings that all rows of an out_dir share: of this script, and of train.py in the config `finetune`. A row's name
 # holds the others.
 SHARED = ("init_from", "calibrate_tokens", "split", "tokens", "protocol")
@@ -96,6 +97,9 @@ def main(s: Settings):
         training = replace(training, calibrate_tokens=s.calibrate_tokens)
     shared = {key: getattr(s, key) for key in SHARED} | {"calibrate_tokens": s.calibrate_tokens or GPTQ_TOKENS}
     shared |= {f"finetune.{key}": getattr(training, key) for key in SHARED_TRAINING}
+    data = os.path.join("data", training.dataset)
+    dataset.load(data, "train", s.split)  # notices a data set that is missing or damaged before any row
+    digest = dataset.digest(data)
     for row in read(path).values():
         if "shared" not in row:
             raise ValueError(f"{s.out_dir} holds rows of an older version of sweep.py: choose another --out_dir")
@@ -103,6 +107,8 @@ def main(s: Settings):
         base = s.init_from.replace("{seed}", str(row["seed"]))
         if base in digests and row.get("float") not in (None, digests[base]):
             raise ValueError(f"{s.out_dir} holds rows of another model than {base} holds now: choose another --out_dir")
+        if row.get("data") not in (None, digest):
+            raise ValueError(f"{s.out_dir} holds rows of another text than {data} holds now: choose another --out_dir")
     for i, (method, config, papers, seed) in enumerate(plan, start=1):
         name, kept = name_of(s, method, config, seed), read(path)
         if name in kept:
@@ -112,7 +118,7 @@ def main(s: Settings):
         print(time_left(left, kept.values()), flush=True)
         row = {"name": name, "kind": method, "papers": papers} | make_row(s, method, config, seed, name)
         row |= {"seed": seed, "config": asdict(config) if config else None}
-        row["float"] = digests[s.init_from.replace("{seed}", str(seed))]
+        row |= {"float": digests[s.init_from.replace("{seed}", str(seed))], "data": digest}
         append(path, row | {"shared": shared, "provenance": provenance()})
         state = os.path.join(s.out_dir, name, checkpoint.TRAINING)
         if os.path.exists(state):  # as large as three float models, and no longer needed

@@ -205,6 +205,13 @@ def set_up(s: Settings, lock: checkpoint.Lock) -> Job | None:
     data, val, meta = dataset.load(os.path.join("data", s.dataset), "train", "val")
     torch.manual_seed(s.seed)
     model, info, state = build(s, meta)
+    info.dataset_digest = dataset.digest(os.path.join("data", s.dataset))
+    if state is not None and state.info.settings["dataset"] == s.dataset:
+        if state.info.dataset_digest not in (None, info.dataset_digest):
+            raise ValueError(
+                f"data/{s.dataset} holds another text than {s.out_dir} was trained on: make it again from the old text, or "
+                "make the new text under another name and pass that name as --dataset"
+            )
     block_size = min(model.config.block_size, WINDOW) if s.block_size is None else s.block_size
     for split, ids in (("train", data), ("val", val)):
         if len(ids) <= block_size:
@@ -257,8 +264,9 @@ def set_up(s: Settings, lock: checkpoint.Lock) -> Job | None:
             refuse_checkpoint(s.out_dir)  # another run may have been faster
             checkpoint.keep_tokenizer(s.out_dir, meta, source)
         elif s.keep == "best" and checkpoint.exists(os.path.join(s.out_dir, "best")):
-            best = checkpoint.load_model(os.path.join(s.out_dir, "best"))[1].val_loss
-            job.best_loss = math.inf if best is None else best
+            best = checkpoint.load_model(os.path.join(s.out_dir, "best"))[1]
+            if best.val_loss is not None and best.settings["dataset"] == s.dataset:
+                job.best_loss = best.val_loss
         job.log = Log(s, info.step, wandb) if s.max_iters else None
         if compare:
             job.log(f"float model  validation loss {float_loss:.4f}", step=0, float_loss=float_loss)
@@ -755,7 +763,7 @@ def save_finished(job: Job, folder: str, model: GPT) -> int:
         convert(model)
     # Without these, the same run elsewhere, or a run that was cut, leaves the same bytes.
     settings = {k: v for k, v in job.info.settings.items() if k not in ("out_dir", "init_from", "keep")}
-    info = replace(job.info, step=job.step, settings=settings, val_loss=job.val_loss)
+    info = replace(job.info, step=job.step, settings=settings, val_loss=job.val_loss, dataset_digest=None)
     return checkpoint.save_model(folder, model, info)
 
 

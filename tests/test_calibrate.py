@@ -455,6 +455,11 @@ class ControlFlow(nn.Module):
         y = self.a(x)
         return self.e(self.d(torch.tanh(self.c(self.b(y)))) + y)
 
+    def gradients_on(self, x):
+        with torch.enable_grad():
+            y = torch.tanh(self.a(x))
+        return self.b(y)
+
     def one_dimension(self, x):
         return torch.stack([self.b(torch.tanh(self.a(row))) for row in x])
 
@@ -479,7 +484,7 @@ class Inside(nn.Module):
     "case",
     [
         "second_input", "skipped", "called_again", "nested", "modifies_output", "modifies_shared_input",
-        "adds_in_place", "modifies_batch", "routed", "one_dimension", "used_again",
+        "adds_in_place", "modifies_batch", "routed", "one_dimension", "used_again", "gradients_on",
     ],
 )  # fmt: skip
 def test_control_flow_against_reference(case, act_bits, monkeypatch):
@@ -652,6 +657,16 @@ def test_disabled_layers_do_not_change():
     before = net.blocks[0]["c"].weight.clone()
     assert "blocks.0.c" not in calibrate(net, [x])
     assert torch.equal(net.blocks[0]["c"].weight, before)
+
+
+def test_layer_without_text_to_learn_from_stays_rounded():
+    """All its inputs are zero but those that are kept aside."""
+    net = torch.nn.Sequential(nn.Linear(16, 8))
+    prepare(net, PoTConfig(group_size=16))
+    before, x = net[0].weight.clone(), torch.zeros(64, 16)
+    x[56:] = torch.randn(8, 16)
+    ((error, same),) = calibrate(net, [x]).values()
+    assert error == same > 0 and torch.equal(net[0].weight, before)
 
 
 def test_hooks_and_replaced_forwards_are_restored():

@@ -1205,6 +1205,30 @@ def test_faults_are_noticed_before_the_long_work(workdir, sh, float_run, qat_run
     assert not (workdir / "x").exists()
 
 
+def test_run_does_not_go_on_with_another_text(workdir, sh):
+    def write(name, line):
+        (workdir / "data" / name).mkdir(exist_ok=True)
+        texts = {"train": line * 60, "val": line * 9, "test": line * 9}
+        dataset.write_chars(str(workdir / "data" / name), texts)
+
+    write("story", "a cat and a dog sat on the mat.\n")
+    small = "--n_layer=1 --n_head=1 --n_embd=32 --block_size=16 --batch_size=2 --eval_tokens=50 --keep=best"
+    sh(f"train.py --dataset=story {small} --max_iters=2 --out_dir=out-story")
+    resume = "train.py --init_from=resume --out_dir=out-story --max_iters=3"
+    write("story", "a dog and a cat sat on the mat.\n")
+    write("other", "a mat sat on the dog and a cat.\n")
+    done = sh(resume, ok=False)
+    assert "data/story holds another text than out-story was trained on" in done.stderr
+    # Another name says that the text changes. Its validation losses are not compared with those before.
+    best = str(workdir / "out-story" / "best")
+    model, info = checkpoint.load_model(best)
+    checkpoint.save_model(best, model, replace(info, val_loss=0.0))
+    sh(f"{resume} --dataset=other")
+    assert checkpoint.load_model(best)[1].val_loss > 0
+    write("story", "a cat and a dog sat on the mat.\n")
+    assert "dataset_digest" not in checkpoint.load_model(str(workdir / "out-story"))[1].to_dict()
+
+
 def test_folder_whose_name_looks_like_a_formula(workdir, float_run, monkeypatch):
     from extras.plot import draw_training
 

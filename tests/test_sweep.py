@@ -1,5 +1,6 @@
 """sweep.py as a user runs it. The rows equal those of train.py and eval.py."""
 
+import hashlib
 import json
 import math
 import statistics
@@ -259,6 +260,21 @@ def test_rows_of_a_float_model_that_was_replaced_are_not_mixed(sh, sweep_run, mo
         "out-sweep holds rows of another model than out-float holds now"
         in sh("sweep.py sweep_tiny.py", ok=False).stderr
     )
+
+
+def test_rows_of_another_text_are_not_mixed(workdir, sh, sweep_run):
+    text = (workdir / "data" / "tiny" / "meta.json").read_text()
+    meta, ids = json.loads(text), (workdir / "data" / "tiny" / "test.bin").read_bytes()
+    meta["digests"]["test"] = hashlib.blake2b(ids[:-2], digest_size=16).hexdigest()
+    try:
+        (workdir / "data" / "tiny" / "meta.json").write_text(json.dumps(meta))
+        (workdir / "data" / "tiny" / "test.bin").write_bytes(ids[:-2])
+        done = sh("sweep.py sweep_tiny.py", ok=False)
+    finally:
+        (workdir / "data" / "tiny" / "meta.json").write_text(text)
+        (workdir / "data" / "tiny" / "test.bin").write_bytes(ids)
+    assert "out-sweep holds rows of another text than data/tiny holds now: choose another --out_dir" in done.stderr
+    assert "float-s1" not in done.stdout
 
 
 def test_bad_weights(workdir, sh, float_run):
