@@ -445,7 +445,10 @@ def prepare_steps(job: Job, state: checkpoint.TrainingState | None):
         load_optimizer(job.optimizer, job.scaler, state)
     job.training = torch.compile(job.model) if s.compile and cuda else job.model
     if job.world > 1:
-        job.training = DistributedDataParallel(job.training, [device] if cuda else None)
+        for unit in job.model.buffers():  # once, because DDP sends them before each step, and fails under autocast
+            dist.broadcast(unit, 0)
+        devices = [device] if cuda else None
+        job.training = DistributedDataParallel(job.training, devices, broadcast_buffers=False)
     job.first_step = job.step
 
 

@@ -512,7 +512,7 @@ def test_one_seed_gives_the_same_file(workdir, sh, float_run):
 
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="needs /proc to find the workers")
 def test_job_ends_when_a_worker_dies(workdir, sh):
-    command = f"train.py {TINY} --max_iters=100000 --out_dir=out-dying"
+    command = f"train.py {TINY} --max_iters=100000 --out_dir=out-dying --pot_bits=4 --dtype=bfloat16"
     args = [sys.executable, *f"-m torch.distributed.run --standalone --nproc_per_node=2 {command}".split()]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     job = subprocess.Popen(args, cwd=workdir, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
