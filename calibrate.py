@@ -75,8 +75,8 @@ def calibrate(
     execution. Weighted least squares gives new units, and GPTQ gives codes to what a linear layer uses.
     Afterwards `weight` holds compensated values that are not rounded yet; the layer's own rounding gives the codes. So
     convert the model, or train on. An eighth of the rows that a layer sees is kept aside. A layer that the batches do
-    not reach, or whose error on these rows would grow, stays as it was. If the whole model's error there would grow,
-    all layers stay as they were, and a warning says so. Another warning says that the text is too short for the width
+    not reach, or whose error on these rows would grow, stays as it was. If the error of the last
+    linear layer would grow, all layers stay as they were, and a warning says so. Another warning says that the text is too short for the width
     of a layer.
 
     Returns {name: (before, after)}: squared distance of a linear layer's output from the float model's, relative to the
@@ -142,7 +142,7 @@ def calibrate(
                 f"{rows} tokens are few for the {n} input features of {name}: calibrate on {8 * n} or more",
                 stacklevel=3,
             )
-        if checked and _distance(ends, aims, twins[last]) > _distance(rounded, aims, twins[last]):
+        if checked and _grows(rounded, ends, aims, last, twins[last]):
             warnings.warn(
                 "calibration made the error of the model grow, so it stays rounded to the nearest levels: pass more text",
                 stacklevel=3,
@@ -447,12 +447,20 @@ def _moments(inputs, targets, n):
     return fitted, aside, rows
 
 
-def _distance(inputs, targets, twin):
-    """Squared distance between the outputs of layer twin for inputs and for targets, on the rows kept aside. Both hold a
-    list of (rows, in) for each batch."""
-    pairs = [(x, y) for xs, ys in zip(inputs, targets) for x, y in zip(xs, ys) if x.shape == y.shape]
-    w, kept = weight_matrix(twin).float(), [_aside(len(x), i) for i, (x, _) in enumerate(pairs)]
-    return sum(((y - x)[rows] @ w.t()).square().sum().item() for (x, y), rows in zip(pairs, kept))
+def _grows(before, after, targets, layer, twin):
+    """Whether the outputs of the last layer, on the rows kept aside, are farther from the float model's than they were
+    when everything was rounded. twin: the float layer, whose quantizer still has the units of that. before, after,
+    targets: the inputs at these times, and the float model's: a list of (rows, in) for each batch."""
+
+    def distance(inputs, w):
+        pairs = [(x, y) for xs, ys in zip(inputs, targets) for x, y in zip(xs, ys) if x.shape == y.shape]
+        kept = [_aside(len(x), i) for i, (x, _) in enumerate(pairs)]
+        return sum((y[r] @ exact.t() - x[r] @ w.t()).square().sum().item() for (x, y), r in zip(pairs, kept))
+
+    exact = weight_matrix(twin).float()
+    twin.quantizer.enabled = True
+    rounded, calibrated = (q(w).float() for q, w in ((m.quantizer, weight_matrix(m)) for m in (twin, layer)))
+    return distance(after, calibrated) > distance(before, rounded)
 
 
 # -----------------------------------------------------------------------------

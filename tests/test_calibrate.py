@@ -364,7 +364,7 @@ def assert_same_weights(actual_net, expected_net, names):
 
 
 def test_model_against_reference(monkeypatch):
-    monkeypatch.setattr(calibrate_module, "_distance", lambda *_: 0.0)
+    monkeypatch.setattr(calibrate_module, "_grows", lambda *_: False)
     net, x = trained_net()
     config = PoTConfig(group_size=16)
     calibrated, reference = copy.deepcopy(net), copy.deepcopy(net)
@@ -488,7 +488,7 @@ class Inside(nn.Module):
     ],
 )  # fmt: skip
 def test_control_flow_against_reference(case, act_bits, monkeypatch):
-    monkeypatch.setattr(calibrate_module, "_distance", lambda *_: 0.0)  # 4 rows would decide
+    monkeypatch.setattr(calibrate_module, "_grows", lambda *_: False)  # 4 rows would decide
     torch.manual_seed(0)
     net, batches = ControlFlow(case).eval(), list(correlated_inputs(32, 96).split(8))
     config = PoTConfig(group_size=16, act_bits=act_bits)
@@ -552,7 +552,7 @@ class ByName(nn.Module):
 
 
 def test_inputs_passed_by_name(monkeypatch):
-    monkeypatch.setattr(calibrate_module, "_distance", lambda *_: 0.0)
+    monkeypatch.setattr(calibrate_module, "_grows", lambda *_: False)
     torch.manual_seed(0)
     net, ids = ByName(), torch.randint(9, (4, 100))
     prepare(net, PoTConfig(granularity="channel"))
@@ -608,7 +608,7 @@ def test_a_terminal_sees_one_line_of_progress(monkeypatch, capsys):
 
 
 def test_llama_shares_passes_among_layers_with_one_input(monkeypatch):
-    monkeypatch.setattr(calibrate_module, "_distance", lambda *_: 0.0)
+    monkeypatch.setattr(calibrate_module, "_grows", lambda *_: False)
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
