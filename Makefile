@@ -17,7 +17,7 @@ demo: $(VENV)/ready
 	@PATH="$(abspath $(BIN)):$$PATH" sh demo.sh
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 NATIVE := $(or $(if $(filter x86_64,$(shell uname -m)),-march=native),$(if $(filter arm64 aarch64,$(shell uname -m)),-mcpu=native))
 

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn as nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from pot import (
     PoTConfig,
@@ -74,10 +75,12 @@ def calibrate(
     First come embeddings and weights that several layers share (a tied head), then linear layers in the order of
     execution. Weighted least squares gives new units, and GPTQ gives codes to what a linear layer uses.
     Afterwards `weight` holds compensated values that are not rounded yet; the layer's own rounding gives the codes. So
-    convert the model, or train on. An eighth of the rows that a layer sees is kept aside. A layer that the batches do
-    not reach, or whose error on these rows would grow, stays as it was. If the error of the last
-    linear layer would grow, all layers stay as they were, and a warning says so. Another warning says that the text is too short for the width
-    of a layer.
+    convert the model, or train on.
+
+    An eighth of the rows that a layer sees is kept aside. A layer that the batches do not reach, or whose error on these
+    rows would grow, stays as it was. If the error of the model's output (its largest tensor) on those rows of two
+    batches would grow, all layers stay, and a warning says so. Another warning says that the text is too short for the
+    width of a layer.
 
     Returns {name: (before, after)}: squared distance of a linear layer's output from the float model's, relative to the
     squared output, on rows kept aside. Raises ValueError if there is nothing to calibrate, if there is no batch, or if
@@ -106,8 +109,9 @@ def calibrate(
         sets, calls, importance, last = _record(reference, batches, {t: layer for layer, t in twins.items()}, shared)
         for q, moment in importance.items():
             _check_finite(names[shared[q][0]], moment)
-        checked = range(0, len(batches), -(-len(batches) // 2)) if last else ()  # batches that check the model
-        rounded = [_inputs(model, batches[i], last, calls.get((i, last))) for i in checked]
+        half = -(-len(batches) // 2)
+        checked = {i: batches[i] for i in range(0, len(batches), half)}  # at most two, to compare the whole model
+        aims, rounded = _outputs(reference, checked), _outputs(model, checked)
         for q, moment in importance.items():
             calibrate_shared(weight_matrix(shared[q][0]), q, moment)
         stops, errors, short = {layer for layers in sets for layer in layers} | {last} - {None}, {}, {}
@@ -134,15 +138,13 @@ def calibrate(
                 float_walk.finish({twins[layer] for layer in layers if layer is not last})
                 if progress:
                     progress(done, len(sets))
-            if checked:
-                ends, aims = ([xs[i] for i in checked] for xs in map(list, inputs([last])))
         if short:
             name, (rows, n) = max(short.items(), key=lambda item: item[1][1] / (item[1][0] + 1))
             warnings.warn(
                 f"{rows} tokens are few for the {n} input features of {name}: calibrate on {8 * n} or more",
                 stacklevel=3,
             )
-        if checked and _grows(rounded, ends, aims, last, twins[last]):
+        if _distance(_outputs(model, checked), aims) > _distance(rounded, aims):
             warnings.warn(
                 "calibration made the error of the model grow, so it stays rounded to the nearest levels: pass more text",
                 stacklevel=3,
@@ -173,11 +175,31 @@ class _Stop(BaseException):
 def _call(model, batch):
     batch = copy.deepcopy(batch)  # a model may change it
     if isinstance(batch, (tuple, list)):
-        model(*batch)
-    elif hasattr(batch, "keys"):
-        model(**batch)
-    else:
-        model(batch)
+        return model(*batch)
+    if hasattr(batch, "keys"):
+        return model(**batch)
+    return model(batch)
+
+
+def _outputs(model, batches):
+    """The rows kept aside of the model's largest output, (rows, n) float32, for each of batches, {number: batch}. None if
+    the model gives no tensor."""
+    outputs = []
+    for i, batch in batches.items():
+        tensors = [t for t in tree_leaves(_call(model, batch)) if torch.is_tensor(t) and t.is_floating_point()]
+        x = max(tensors, key=torch.numel, default=None)
+        if x is not None:
+            x = torch.cat(x.unbind()) if x.is_nested else x
+            x = x.float().reshape(-1, x.shape[-1] if x.dim() else 1)
+            x = x[_aside(len(x), i)].clone()
+        outputs.append(x)
+    return outputs
+
+
+def _distance(outputs, aims):
+    """Squared distance of two results of _outputs. Logits of -inf say that a token is left out."""
+    pairs = [(x, y) for x, y in zip(outputs, aims) if x is not None and y is not None and x.shape == y.shape]
+    return sum((x - y).nan_to_num(0, 0, 0).square().sum().item() for x, y in pairs)
 
 
 class _Pass(threading.Thread):
@@ -445,22 +467,6 @@ def _moments(inputs, targets, n):
                 sums[1].addmm_(d[part].t(), x[part])
             aside[2].addmm_(d[kept].t(), d[kept])
     return fitted, aside, rows
-
-
-def _grows(before, after, targets, layer, twin):
-    """Whether the outputs of the last layer, on the rows kept aside, are farther from the float model's than they were
-    when everything was rounded. twin: the float layer, whose quantizer still has the units of that. before, after,
-    targets: the inputs at these times, and the float model's: a list of (rows, in) for each batch."""
-
-    def distance(inputs, w):
-        pairs = [(x, y) for xs, ys in zip(inputs, targets) for x, y in zip(xs, ys) if x.shape == y.shape]
-        kept = [_aside(len(x), i) for i, (x, _) in enumerate(pairs)]
-        return sum((y[r] @ exact.t() - x[r] @ w.t()).square().sum().item() for (x, y), r in zip(pairs, kept))
-
-    exact = weight_matrix(twin).float()
-    twin.quantizer.enabled = True
-    rounded, calibrated = (q(w).float() for q, w in ((m.quantizer, weight_matrix(m)) for m in (twin, layer)))
-    return distance(after, calibrated) > distance(before, rounded)
 
 
 # -----------------------------------------------------------------------------

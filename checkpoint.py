@@ -147,8 +147,13 @@ def check_json(path: str) -> None:
     """Raises ValueError unless path is the name of a .json file, so that no model is overwritten, and can be written."""
     if not path.endswith(".json"):
         raise ValueError(f"json={path} must be the name of a .json file, which is replaced if it exists")
+    check_file(path)
+
+
+def check_file(path: str) -> None:
+    """Raises ValueError if `write` cannot write a file of this name."""
     if os.path.isdir(path):
-        raise ValueError(f"json={path} is a folder, and must be the name of a file")
+        raise ValueError(f"{path} is a folder, and must be the name of a file")
     check_writable(os.path.dirname(path))
     check_writable(f"{path}.{threading.get_native_id()}.tmp")  # its name may be too long
 

@@ -30,6 +30,7 @@ from model import GPT
 from pot import PoTConfig, convert, prepare
 
 METHODS = ("rtn", "gptq", "qat")
+RESULTS = (".json", ".md", ".png")
 GPTQ_TOKENS = 16384
 NUMBERS = {"tokens", "block_size", "loss", "bits_per_weight", "bytes", "steps", "seconds", "seed"}  # of a row
 TYPES = dict.fromkeys(NUMBERS, int | float) | dict.fromkeys(("name", "kind", "weights", "dataset", "split"), str)
@@ -77,8 +78,9 @@ def main(s: Settings):
     plan = plan_of(s, methods)
     folders = sorted({s.init_from.replace("{seed}", str(seed)) for *_, seed in plan})
     check(EvalSettings(split=s.split, tokens=s.tokens, protocol=s.protocol), folders)
-    for folder in (s.out_dir, os.path.dirname(s.results)):
-        checkpoint.check_writable(folder)
+    checkpoint.check_writable(s.out_dir)
+    for suffix in RESULTS:
+        checkpoint.check_file(s.results + suffix)
     if pick_device(s.device) == "cpu":
         keep_freed_memory()
     os.makedirs(s.out_dir, exist_ok=True)

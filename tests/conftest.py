@@ -12,6 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # must precede the import of torch; test processes share the cores
 import torch
 
 ROOT = Path(__file__).parent.parent

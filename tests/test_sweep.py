@@ -277,6 +277,13 @@ def test_rows_of_another_text_are_not_mixed(workdir, sh, sweep_run):
     assert "float-s1" not in done.stdout
 
 
+def test_results_that_cannot_be_written_are_noticed_first(workdir, sh, sweep_run):
+    (workdir / "kept" / "folder.png").mkdir()
+    for name, message in (("kept/folder", "folder.png is a folder"), ("kept/" + "n" * 248, "name is too long")):
+        done = sh(f"sweep.py sweep_tiny.py --results={name}", ok=False)
+        assert message in done.stderr and "written" not in done.stdout
+
+
 def test_bad_weights(workdir, sh, float_run):
     for weights, message in (
         ('[{"bit": 4}]', "'bit'"),
