@@ -51,6 +51,7 @@ DAMPING = 0.01
 # The same for a tied table. Its rows are also looked up as they are, where no other feature makes up for an error.
 TABLE_DAMPING = 0.3
 RECORDED = 4  # batches that show which layers a model calls
+CHECKED = 256  # rows kept aside on which the whole model is compared before and after
 SWEEPS = 2  # of coordinate descent after GPTQ; more lower the error by less than 1 %
 
 
@@ -78,8 +79,8 @@ def calibrate(
     convert the model, or train on.
 
     An eighth of the rows that a layer sees is kept aside. A layer that the batches do not reach, or whose error on these
-    rows would grow, stays as it was. If the error of the model's output (its largest tensor) on those rows of two
-    batches would grow, all layers stay, and a warning says so. Another warning says that the text is too short for the
+    rows would grow, stays as it was. If the error of the model's output (its largest tensor) on 256 of those rows
+    would grow, all layers stay, and a warning says so. Another warning says that the text is too short for the
     width of a layer.
 
     Returns {name: (before, after)}: squared distance of a linear layer's output from the float model's, relative to the
@@ -109,9 +110,8 @@ def calibrate(
         sets, calls, importance, last = _record(reference, batches, {t: layer for layer, t in twins.items()}, shared)
         for q, moment in importance.items():
             _check_finite(names[shared[q][0]], moment)
-        half = -(-len(batches) // 2)
-        checked = {i: batches[i] for i in range(0, len(batches), half)}  # at most two, to compare the whole model
-        aims, rounded = _outputs(reference, checked), _outputs(model, checked)
+        checked, aims = _aims(reference, batches)
+        rounded = _outputs(model, checked)
         for q, moment in importance.items():
             calibrate_shared(weight_matrix(shared[q][0]), q, moment)
         stops, errors, short = {layer for layers in sets for layer in layers} | {last} - {None}, {}, {}
@@ -194,6 +194,16 @@ def _outputs(model, batches):
             x = x[_aside(len(x), i)].clone()
         outputs.append(x)
     return outputs
+
+
+def _aims(reference, batches):
+    """(batches on which the whole model is compared, {number: batch}; what the float model gives for them). They are
+    spread evenly, and have CHECKED rows kept aside if there is enough text."""
+    first = _outputs(reference, {0: batches[0]})
+    rows = CHECKED if first[0] is None else max(1, len(first[0]))
+    count = min(len(batches), -(-CHECKED // rows))
+    checked = {i * len(batches) // count: batches[i * len(batches) // count] for i in range(count)}
+    return checked, first + _outputs(reference, {i: batch for i, batch in checked.items() if i})
 
 
 def _distance(outputs, aims):

@@ -16,9 +16,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-import matplotlib
-
-matplotlib.use("Agg")
+os.environ["MPLBACKEND"] = "Agg"  # a notebook sets another one, which need not be installed
 import matplotlib.pyplot as plt  # noqa: E402
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

@@ -1,6 +1,9 @@
 """extras/plot.py draws each picture from the files of the other scripts."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -149,3 +152,10 @@ def test_log_of_a_killed_run(draw, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     assert draw(curves=str(tmp_path / "run"))
+
+
+def test_backend_of_a_notebook_is_not_needed():
+    command = [sys.executable, "-c", "import extras.plot"]
+    environment = os.environ | {"MPLBACKEND": "module://matplotlib_of_a_notebook.backend"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
