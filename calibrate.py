@@ -79,8 +79,8 @@ def calibrate(
     convert the model, or train on.
 
     An eighth of the rows that a layer sees is kept aside. A layer that the batches do not reach, or whose error on these
-    rows would grow, stays as it was. If the error of the model's output (its largest tensor) on 256 of those rows
-    would grow, all layers stay, and a warning says so. Another warning says that the text is too short for the
+    rows would grow, stays as it was. If the error of the model's output (of its largest tensor) would grow on 256 of
+    them, all layers stay as they were, and a warning says so. Another warning says that the text is too short for the
     width of a layer.
 
     Returns {name: (before, after)}: squared distance of a linear layer's output from the float model's, relative to the
