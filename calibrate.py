@@ -183,14 +183,14 @@ def _call(model, batch):
 
 def _outputs(model, batches):
     """The rows kept aside of the model's largest output, (rows, n) float32, for each of batches, {number: batch}. None if
-    the model gives no tensor."""
+    the model gives no dense tensor of floats but scalars, such as a loss."""
     outputs = []
     for i, batch in batches.items():
         tensors = [t for t in tree_leaves(_call(model, batch)) if torch.is_tensor(t) and t.is_floating_point()]
+        tensors = [t for t in tensors if t.layout == torch.strided and not t.is_nested and t.dim() and t.numel()]
         x = max(tensors, key=torch.numel, default=None)
         if x is not None:
-            x = torch.cat(x.unbind()) if x.is_nested else x
-            x = x.float().reshape(-1, x.shape[-1] if x.dim() else 1)
+            x = x.float().reshape(-1, x.shape[-1])
             x = x[_aside(len(x), i)].clone()
         outputs.append(x)
     return outputs

@@ -56,7 +56,7 @@ class CheckpointInfo:
     settings: dict = field(default_factory=lambda: {"dataset": None, "seed": None})
     val_loss: float | None = None  # in nats, at the end of training
     provenance: dict | None = None  # see machine.provenance
-    dataset_digest: str | None = None  # see dataset.digest; in ckpt.pt only, for a run that resumes
+    dataset_digest: str | None = None  # see dataset.load_and_digest; in ckpt.pt only, for a run that resumes
 
     def to_dict(self) -> dict:
         """For json and torch.save."""

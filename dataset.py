@@ -187,7 +187,13 @@ HELD_OUT = 500_000  # tokens of val and of test
 
 
 def load(folder: str, *splits: str) -> tuple:
-    """(token ids of each split, ..., meta). The ValueError for a missing data set names the command that makes it.
+    """(token ids of each split, ..., meta). See load_and_digest."""
+    return load_and_digest(folder, *splits)[:-1]
+
+
+def load_and_digest(folder: str, *splits: str) -> tuple:
+    """(token ids of each split, ..., meta, digest of the token ids of all splits). The digest is None for older data sets,
+    which have none. The ValueError for a missing data set names the command that makes it.
 
     If the data set is replaced meanwhile, this gives the old one, or raises ValueError: meta.json is read once, and each
     file is opened once.
@@ -209,31 +215,27 @@ def load(folder: str, *splits: str) -> tuple:
     again = f"make the data set again{f' with `python {script}`' if os.path.exists(script) else ''}"
     try:
         meta = json.loads(tokenizer.read_small(meta_path))
-        digests = meta.pop("digests", {})  # older data sets have none
-        digests = [digests.get(split) for split in splits]
+        all_digests = meta.pop("digests", {})
+        digests = [all_digests.get(split) for split in splits]
+        content = json.dumps(all_digests, sort_keys=True).encode()
+        digest = hashlib.blake2b(content, digest_size=16).hexdigest() if all_digests else None
         dtype = token_dtype(meta)
     except (ValueError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{meta_path} is damaged ({type(e).__name__}): {again}") from None
     loaded = []
-    for path, digest in zip(paths, digests):
+    for path, expected in zip(paths, digests):
         with open(path, "rb") as f:
             size = os.fstat(f.fileno()).st_size
             if size % np.dtype(dtype).itemsize:
                 raise ValueError(f"{path} is cut short: {again}")
-            if digest is not None and digest != hashlib.file_digest(f, _digest).hexdigest():
+            if expected is not None and expected != hashlib.file_digest(f, _digest).hexdigest():
                 raise ValueError(f"{path} is not the file that {meta_path} was written for: {again}")
             f.seek(0)
             ids = np.fromfile(f, dtype=dtype) if size < 2**20 else np.memmap(f, dtype=dtype, mode="r")
         if len(ids) and ids.max() >= vocab_size(meta):
             raise ValueError(f"{path} holds the token {ids.max()}, unknown to {meta_path}: {again}")
         loaded.append(ids)
-    return *loaded, meta
-
-
-def digest(folder: str) -> str | None:
-    """A digest of the token ids in a data set that `load` accepts. None for an older one, whose meta.json has none."""
-    digests = json.loads(tokenizer.read_small(os.path.join(folder, "meta.json"))).get("digests")
-    return digests and hashlib.blake2b(json.dumps(digests, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return *loaded, meta, digest
 
 
 def _subfolders(folder):

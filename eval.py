@@ -8,10 +8,13 @@ Measures checkpoints: loss and perplexity over a whole split or text, distance t
     python eval.py --ckpt out/ --reference gpt2                 # distance to another model than the one it comes from
 """
 
+import hashlib
 import math
 import os
 import statistics
 from dataclasses import dataclass
+
+import numpy as np
 
 import checkpoint
 from checkpoint import CheckpointInfo
@@ -59,6 +62,9 @@ def main(s: Settings):
         if s.sqnr:
             print_sqnr(model, info, folder)
         rows.append(measure(s, convert(model), info, folder, device))
+        same = (r["text_digest"] for r in rows if r["dataset"] == rows[-1]["dataset"])
+        if not s.text and len(set(same)) > 1:
+            raise ValueError(f"data/{rows[-1]['dataset']} was replaced while models were measured on it: start again")
     seeds = over_seeds(rows)
     checkpoint.write_json(path, {"rows": rows, "seeds": seeds, **provenance()})
     print_table(s, rows)
@@ -104,6 +110,7 @@ def measure(s: Settings, model: GPT, info: CheckpointInfo, folder: str, device: 
         **result,
         "bits_per_weight": round(8 * size / parameters, 3),
         "bytes": size,
+        "text_digest": hashlib.blake2b(np.ascontiguousarray(ids), digest_size=16).hexdigest(),
         "steps": info.step,
         "seed": info.settings["seed"],
     }

@@ -100,8 +100,7 @@ def main(s: Settings):
     shared = {key: getattr(s, key) for key in SHARED} | {"calibrate_tokens": s.calibrate_tokens or GPTQ_TOKENS}
     shared |= {f"finetune.{key}": getattr(training, key) for key in SHARED_TRAINING}
     data = os.path.join("data", training.dataset)
-    dataset.load(data, "train", s.split)  # notices a data set that is missing or damaged before any row
-    digest = dataset.digest(data)
+    digest = dataset.load_and_digest(data, "train", s.split)[-1]  # a data set may be missing or damaged, too
     for row in read(path).values():
         if "shared" not in row:
             raise ValueError(f"{s.out_dir} holds rows of an older version of sweep.py: choose another --out_dir")
@@ -118,9 +117,12 @@ def main(s: Settings):
         left = [m for m, c, _, r in plan if name_of(s, m, c, r) not in kept]
         print(f"--- {i} of {len(plan)}: {method}, {config or 'float32'}, seed {seed}", end="")
         print(time_left(left, kept.values()), flush=True)
-        row = {"name": name, "kind": method, "papers": papers} | make_row(s, method, config, seed, name)
-        row |= {"seed": seed, "config": asdict(config) if config else None}
-        row |= {"float": digests[s.init_from.replace("{seed}", str(seed))], "data": digest}
+        float_digest = digests[s.init_from.replace("{seed}", str(seed))]
+        row = {"name": name, "kind": method, "papers": papers}
+        row |= make_row(s, method, config, seed, name, float_digest)
+        row |= {"seed": seed, "config": asdict(config) if config else None, "float": float_digest, "data": digest}
+        if dataset.load_and_digest(data, s.split)[-1] != digest:
+            raise ValueError(f"{data} was replaced while a row was measured: choose another --out_dir")
         append(path, row | {"shared": shared, "provenance": provenance()})
         state = os.path.join(s.out_dir, name, checkpoint.TRAINING)
         if os.path.exists(state):  # as large as three float models, and no longer needed
@@ -160,6 +162,8 @@ def plan_of(s, methods):
             raise ValueError(f"weights: {given!r} is no dict of PoTConfig's keys (and papers = {{method: loss}})")
         given = dict(given)
         row_seeds, papers = _seeds(given.pop("seeds", s.seeds)), given.pop("papers", {})
+        if not all(isinstance(p, int | float | str) and not CONTROL.search(str(p)) for p in papers.values()):
+            raise ValueError(f"weights: papers={papers!r} must hold numbers or short texts")
         try:
             config = PoTConfig(**given)
         except TypeError as e:
@@ -188,6 +192,8 @@ def _seeds(text):
         raise ValueError(f"seeds={text}: expected integers with commas between them") from None
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={text}: a seed is there twice, and would say nothing new")
+    if not all(0 <= seed < 2**53 for seed in seeds):
+        raise ValueError(f"seeds={text}: a seed must be from 0 to 2^53 - 1")
     return seeds
 
 
@@ -229,8 +235,9 @@ def append(path, row):
         f.write(b"\n" * cut + json.dumps(row).encode() + b"\n")
 
 
-def make_row(s, method, config, seed, name):
-    """Makes the checkpoint of a row by train.py, unless it exists, and measures it by eval.py."""
+def make_row(s, method, config, seed, name, digest):
+    """Makes the checkpoint of a row by train.py, unless it exists, and measures it by eval.py. digest: of the float model,
+    see checkpoint.digest_of."""
     start, base = time.time(), s.init_from.replace("{seed}", str(seed))
     folder = base if method == "float" else os.path.join(s.out_dir, name)
     steps = s.max_iters if method in ("qat", "control") else 0
@@ -247,6 +254,8 @@ def make_row(s, method, config, seed, name):
     if method != "float" and not os.path.exists(os.path.join(folder, checkpoint.MODEL)):
         train.main(settings)
     model, info = checkpoint.load_model(folder)
+    if (checkpoint.digest_of(model) if method == "float" else info.origin_digest) not in (None, digest):
+        raise ValueError(f"{base} was replaced while a row was measured: choose another --out_dir")
     seconds = time.time() - start
     measuring = EvalSettings(dataset=settings.dataset, split=s.split, tokens=s.tokens, protocol=s.protocol, seed=seed)
     row = measure(measuring, convert(model), info, folder, pick_device(s.device))

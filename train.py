@@ -202,10 +202,10 @@ def set_up(s: Settings, lock: checkpoint.Lock) -> Job | None:
         keep_freed_memory()
     if rank == 0 and os.path.isdir(s.out_dir):
         lock.acquire()  # before reading the folder
-    data, val, meta = dataset.load(os.path.join("data", s.dataset), "train", "val")
+    data, val, meta, digest = dataset.load_and_digest(os.path.join("data", s.dataset), "train", "val")
     torch.manual_seed(s.seed)
     model, info, state = build(s, meta)
-    info.dataset_digest = dataset.digest(os.path.join("data", s.dataset))
+    info.dataset_digest = digest
     if state is not None and state.info.settings["dataset"] == s.dataset:
         if state.info.dataset_digest not in (None, info.dataset_digest):
             raise ValueError(

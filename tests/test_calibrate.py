@@ -306,6 +306,28 @@ def test_layer_stays_if_gptq_makes_it_worse(monkeypatch):
     assert before == after > 0 and torch.equal(layer[0].weight, w)
 
 
+@pytest.mark.parametrize("kind", ["none", "empty", "sparse", "nested", "integers", "scalar"])
+def test_outputs_that_cannot_be_compared(kind):
+    """The layers are calibrated all the same."""
+    make = {"none": lambda y: None, "empty": lambda y: y[..., :0], "sparse": lambda y: y[0].to_sparse()}
+    make |= {"nested": lambda y: torch.nested.nested_tensor([y[0, 0], y[0, 1, :3]])}
+    make |= {"integers": lambda y: y.argmax(-1), "scalar": lambda y: y.sum()}
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return make[kind](self.a(x))
+
+    torch.manual_seed(0)
+    net = Net()
+    prepare(net, PoTConfig(group_size=16))
+    ((before, after),) = calibrate(net, list(correlated_inputs(32, 512).view(2, 4, 64, 32))).values()
+    assert after < before
+
+
 def test_finished_modules_are_not_computed_again(monkeypatch):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=5, n_head=2, n_embd=64))

@@ -1229,6 +1229,13 @@ def test_run_does_not_go_on_with_another_text(workdir, sh):
     assert "dataset_digest" not in checkpoint.load_model(str(workdir / "out-story"))[1].to_dict()
 
 
+def test_text_that_is_replaced_while_models_are_measured(sh, float_run, qat_run, monkeypatch):
+    tokens = iter([None, None, 300, 290])  # of the check, and of each model
+    monkeypatch.setattr(eval, "tokens_for", lambda *args: dataset.tokens_for(*args)[: next(tokens)])
+    done = sh(f"eval.py --ckpt={float_run},{qat_run} --json=replaced.json", ok=False)
+    assert "data/tiny was replaced while models were measured on it: start again" in done.stderr
+
+
 def test_folder_whose_name_looks_like_a_formula(workdir, float_run, monkeypatch):
     from extras.plot import draw_training
 

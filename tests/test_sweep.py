@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 import configurator
+import dataset
 import sweep
 from extras import plot
 from pot import PoTConfig
@@ -163,7 +164,7 @@ def test_calibrate_tokens(monkeypatch, tmp_path):
         )
         for method in ("gptq", "qat"):
             with pytest.raises(InterruptedError):
-                sweep.make_row(s, method, PoTConfig(), 1, "row")
+                sweep.make_row(s, method, PoTConfig(), 1, "row", "digest")
     assert made == [16384, 0, 300, 300]
 
 
@@ -277,6 +278,25 @@ def test_rows_of_another_text_are_not_mixed(workdir, sh, sweep_run):
     assert "float-s1" not in done.stdout
 
 
+@pytest.mark.parametrize("replaced", ["data/tiny", "out-float"])
+def test_text_or_model_that_is_replaced_during_a_sweep(workdir, sh, sweep_run, monkeypatch, replaced):
+    digests = {"data/tiny": "a", "out-float": "a"}
+    load, measure = dataset.load_and_digest, sweep.measure
+
+    def measure_and_replace(*args):
+        digests[replaced] = "b"
+        return measure(*args)
+
+    monkeypatch.setattr(dataset, "load_and_digest", lambda *args: (*load(*args)[:-1], digests["data/tiny"]))
+    monkeypatch.setattr("checkpoint.digest_of", lambda model: digests["out-float"])
+    monkeypatch.setattr(sweep, "measure", measure_and_replace)
+    out = replaced.replace("/", "-")
+    done = sh(f"sweep.py sweep_tiny.py --out_dir=out-of-{out} --results=kept/{out} --methods=rtn", ok=False)
+    assert f"{replaced} was replaced while a row was measured" in done.stderr
+    rows = (workdir / f"out-of-{out}" / "rows.jsonl").exists()
+    assert rows == (replaced == "out-float")  # its float row is of the old model
+
+
 def test_results_that_cannot_be_written_are_noticed_first(workdir, sh, sweep_run):
     (workdir / "kept" / "folder.png").mkdir()
     for name, message in (("kept/folder", "folder.png is a folder"), ("kept/" + "n" * 248, "name is too long")):
@@ -292,6 +312,9 @@ def test_bad_weights(workdir, sh, float_run):
         ("[4]", "weights: 4 is no dict"),
         ('[{"bits": 4}, {"group_size": 48}]', "group_size 48 does not divide"),
         ('[{"papers": "1.5"}]', "is no dict"),
+        ('[{"papers": {"rtn": "a\\nb"}}]', "must hold numbers or short texts"),
+        ('[{"papers": {"rtn": {1}}}]', "must hold numbers or short texts"),
+        ('[{"seeds": "9007199254740993"}]', "must be from 0 to"),
     ):
         (workdir / "bad.py").write_text(f'init_from = "out-float"\nweights = {weights}\n')
         done = sh("sweep.py bad.py", ok=False)
