@@ -204,12 +204,7 @@ def load_and_digest(folder: str, *splits: str) -> tuple:
         raise ValueError(f"unknown split {unknown[0]!r}: choose one of {', '.join(SPLITS)}")
     script = os.path.join(folder, "prepare.py")
     if not all(map(os.path.exists, [*paths, meta_path])):
-        if os.path.exists(script):
-            raise ValueError(f"the data set {folder} is not there yet: make it with `python {script}`")
-        known = sorted(d for d in _subfolders("data") if os.path.exists(f"data/{d}/prepare.py"))
-        hint = f": choose one of {', '.join(known)}" if known else ""
-        own = f"or make it from your text with `python data/text/prepare.py --input=FILE --name={os.path.basename(folder)}`"
-        raise ValueError(f"no data set {folder}{hint}, {own}")
+        raise _missing(folder, script)
     for path in paths:
         tokenizer.require_file(path)
     again = f"make the data set again{f' with `python {script}`' if os.path.exists(script) else ''}"
@@ -220,6 +215,8 @@ def load_and_digest(folder: str, *splits: str) -> tuple:
         content = json.dumps(all_digests, sort_keys=True).encode()
         digest = hashlib.blake2b(content, digest_size=16).hexdigest() if all_digests else None
         dtype = token_dtype(meta)
+    except FileNotFoundError:  # another process replaces it at this moment
+        raise _missing(folder, script) from None
     except (ValueError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{meta_path} is damaged ({type(e).__name__}): {again}") from None
     loaded = []
@@ -236,6 +233,15 @@ def load_and_digest(folder: str, *splits: str) -> tuple:
             raise ValueError(f"{path} holds the token {ids.max()}, unknown to {meta_path}: {again}")
         loaded.append(ids)
     return *loaded, meta, digest
+
+
+def _missing(folder, script):
+    if os.path.exists(script):
+        return ValueError(f"the data set {folder} is not there yet: make it with `python {script}`")
+    known = sorted(d for d in _subfolders("data") if os.path.exists(f"data/{d}/prepare.py"))
+    hint = f": choose one of {', '.join(known)}" if known else ""
+    own = f"or make it from your text with `python data/text/prepare.py --input=FILE --name={os.path.basename(folder)}`"
+    return ValueError(f"no data set {folder}{hint}, {own}")
 
 
 def _subfolders(folder):

@@ -8,16 +8,19 @@ file; quantized weights become float32 numbers of the same value.
 """
 
 import importlib.util
+import math
 import os
 import struct
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import checkpoint  # noqa: E402
 from configurator import run  # noqa: E402
-from model import GPT, huggingface_config, huggingface_names  # noqa: E402
+from model import GPT, ROPE_SCALING, GPTConfig, huggingface_config, huggingface_names, rotary_frequencies  # noqa: E402
 
 VALUES = 2**20  # most values in a header; the largest vocabularies take 800,000
 
@@ -36,14 +39,13 @@ def main(s: Settings):
     missing = [name for name in ("transformers", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"a GGUF file needs more packages: pip install {' '.join(missing)}")
-    import torch
     import transformers
 
     check_header(s.gguf)
     folder, name = os.path.split(os.path.abspath(s.gguf))
     try:
         config = transformers.AutoConfig.from_pretrained(folder, gguf_file=name).to_dict()
-        check_tensors(s.gguf, config)
+        scaling = check_tensors(s.gguf, config)
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=name, dtype=torch.float32, output_loading_info=True
         )
@@ -57,6 +59,8 @@ def main(s: Settings):
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    if scaling:  # transformers does not read it
+        model.config.rope_parameters |= {"rope_type": "llama3", **scaling}
     if (end := tokenizer.eos_token_id) is not None:
         model.generation_config.eos_token_id = end
     parent = os.path.dirname(os.path.abspath(s.out))
@@ -107,13 +111,21 @@ def check_header(path: str):
         raise ValueError(f"{path} is truncated or damaged: its header cannot be read ({type(e).__name__})") from None
 
 
-def check_tensors(path: str, config: dict):
+def check_tensors(path: str, config: dict) -> dict | None:
     """Raises ValueError if the tensors of the file are not those of the model that it describes. transformers would build
-    the model first, fill missing tensors with random numbers, and leave out unknown ones."""
+    the model first, fill missing tensors with random numbers, and leave out unknown ones. Returns the scaling of rotary
+    positions."""
     import gguf
 
-    shape = huggingface_config(config)
-    tensors = [t for t in gguf.GGUFReader(path).tensors if t.name != "rope_freqs.weight"]
+    shape, reader = huggingface_config(config), gguf.GGUFReader(path)
+    tensors, scaling = [t for t in reader.tensors if t.name != "rope_freqs.weight"], None
+    for t in reader.tensors:
+        if t.name == "rope_freqs.weight":
+            scaling = rope_scaling(torch.from_numpy(t.data.copy()).float(), shape)
+    for key, expected in (("rope.scaling.type", "none"), ("rope.scale_linear", 1)):  # transformers reads neither
+        field = reader.fields.get(f"{config['model_type']}.{key}")
+        if field is not None and shape.position == "rotary" and field.contents() != expected:
+            raise ValueError(f"its {key} is {field.contents()!r}, and only {expected!r} is known here")
     if shape.n_layer > len(tensors):
         raise ValueError(f"it holds {len(tensors)} tensors, and says that it has {shape.n_layer} layers")
     parameters = dict(GPT.meta(shape).named_parameters())
@@ -123,6 +135,31 @@ def check_tensors(path: str, config: dict):
     weights, needed = sum(int(t.n_elements) for t in tensors), sum(p.numel() for p in parameters.values())
     if weights != needed:
         raise ValueError(f"it holds {weights} weights, and its model has {needed}")
+    return scaling
+
+
+def rope_scaling(divisors: torch.Tensor, config: GPTConfig) -> dict | None:
+    """Llama 3's scaling of rotary positions, from the numbers (head size / 2) by which llama.cpp divides the frequencies.
+    Raises ValueError for another scaling. The numbers do not say all: Llama's low and high factors are taken for granted.
+    """
+    factor, low, high = divisors.max().item(), 1.0, 4.0
+    if config.position != "rotary" or len(divisors) != config.head_size // 2:
+        raise ValueError("its rope_freqs.weight does not fit its heads")
+    if factor == 1 == divisors.min():
+        return None
+    if not (divisors.min() >= 1 and factor < math.inf):
+        raise ValueError("its rope_freqs.weight holds numbers that are no divisors")
+    frequencies = rotary_frequencies(config)
+    kept = (1 / divisors - 1 / factor) / (1 - 1 / factor)  # 1: not scaled, 0: divided by the factor
+    first = int((kept > 0.9999).sum())  # the highest frequency that is scaled
+    turns = low + (high - low) * kept[first].clamp(0, 1).item()  # in the original context
+    original = 2 * math.pi * turns / frequencies[first].item()
+    original = round(original) if abs(original - round(original)) < 1e-3 * original else original
+    scaling = dict(zip(ROPE_SCALING, (factor, low, high, original)))
+    scaled = rotary_frequencies(replace(config, rope_scaling=scaling))
+    if not torch.allclose(frequencies / divisors, scaled, rtol=1e-3, atol=0):
+        raise ValueError("its rope_freqs.weight is not the scaling of Llama 3, the only one that is known here")
+    return scaling
 
 
 if __name__ == "__main__":

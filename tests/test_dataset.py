@@ -17,6 +17,7 @@ from conftest import added_memory, write_tokenizer
 
 import checkpoint
 import dataset
+import tokenizer
 from tokenizer import BPETokenizer, tokenizer_of
 
 ROOT = Path(__file__).parent.parent
@@ -112,6 +113,14 @@ def test_data_set_that_is_replaced_while_it_is_read(tmp_path, monkeypatch, diges
         assert "val.bin is not the file that" in str(e) and digest == 1
     else:
         assert (train.tolist(), val.tolist(), meta["chars"]) == ([0, 1, 2], [2, 1, 0], "abc") and digest == 2
+
+
+def test_data_set_that_is_removed_while_it_is_read(tmp_path, monkeypatch):
+    dataset.write_chars(str(tmp_path), dict.fromkeys(dataset.SPLITS, "abc"))
+    read = tokenizer.read_small
+    monkeypatch.setattr(tokenizer, "read_small", lambda path: os.remove(path) or read(path))
+    with pytest.raises(ValueError, match="no data set .*: choose one of"):
+        dataset.load(str(tmp_path), "train")
 
 
 def test_two_processes_write_one_data_set(tmp_path):

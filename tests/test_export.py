@@ -17,7 +17,7 @@ from conftest import ROOT, transformers_model, write_tokenizer
 import checkpoint
 import pot
 from extras import export
-from model import GPTConfig
+from model import ROPE_SCALING, GPTConfig, rotary_frequencies
 from pot import PoTConfig
 from tokenizer import FileTokenizer
 
@@ -214,6 +214,7 @@ def test_gguf_of_other_families(tmp_path, kind, family):
     back, back_info = checkpoint.load_model(str(tmp_path / "back"))
     keys = ("n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_inner", "block_size", "tie", "qkv_bias")
     assert [getattr(back.config, k) for k in keys] == [getattr(model.config, k) for k in keys]
+    assert torch.allclose(*map(rotary_frequencies, (back.config, model.config)), rtol=1e-5)
     weights = model.state_dict() | {f"{n}.weight": m.weight for n, m in model.named_modules() if hasattr(m, "packed")}
     for name, tensor in back.state_dict().items():
         assert same_bits(tensor, weights[name]), name
@@ -341,10 +342,15 @@ def test_gguf_with_other_tensors(tmp_path, monkeypatch, change):
 @pytest.mark.parametrize(
     "method, value, message",
     [
-        ("add_block_count", 1000, "holds 21 tensors, and says that it has 1000 layers"),
+        ("add_block_count", 200, "holds 21 tensors, and says that it has 200 layers"),
         ("add_context_length", 0, "block_size=0"),
         ("add_rope_freq_base", math.nan, "rope_theta=nan"),
         ("add_feed_forward_length", 2**20, "weights, and its model has"),
+        (
+            "add_vocab_size",
+            {"llama.rope.scaling.type": "yarn"},
+            "rope.scaling.type is 'yarn', and only 'none' is known",
+        ),
         ("add_quantization_version", [0] * 2**20, "values in its header"),
     ],
 )
@@ -358,6 +364,10 @@ def test_gguf_header_that_would_take_memory_or_minutes(tmp_path, monkeypatch, me
     def add(self, *_):
         if isinstance(value, list):
             self.add_array("general.large", value)
+        elif isinstance(value, dict):
+            original(self, 300)
+            for key, text in value.items():
+                self.add_string(key, text)
         else:
             original(self, value)
 
@@ -380,6 +390,24 @@ def test_gguf_header_with_lengths_beyond_the_file(tmp_path, length):
     path.write_bytes(struct.pack("<4sIQQQ", b"GGUF", 3, 1, 1, length) + bytes(100))
     with pytest.raises(ValueError, match="model.gguf is truncated or damaged: its header cannot be read"):
         import_gguf.check_header(str(path))
+
+
+@pytest.mark.parametrize("head_size, theta", [(64, 5e5), (128, 5e5), (16, 1e4)])
+@pytest.mark.parametrize("factor, original", [(8.0, 8192), (32.0, 8192), (4.0, 16), (2.0, 1)])
+def test_scaling_of_rotary_positions_in_a_gguf(head_size, theta, factor, original):
+    """llama.cpp keeps divisors of the frequencies, and no parameters."""
+    from extras import import_gguf
+
+    plain = GPTConfig(position="rotary", n_embd=2 * head_size, n_head=2, rope_theta=theta)
+    given = dict(zip(ROPE_SCALING, (factor, 1.0, 4.0, original)))
+    scaled = rotary_frequencies(replace(plain, rope_scaling=given))
+    divisors = rotary_frequencies(plain) / scaled
+    scaling = import_gguf.rope_scaling(divisors, plain)
+    assert torch.allclose(rotary_frequencies(replace(plain, rope_scaling=scaling)), scaled, rtol=1e-5)
+    assert import_gguf.rope_scaling(torch.ones(head_size // 2), plain) is None
+    for bad in (divisors + torch.arange(head_size // 2), divisors[:-1], -divisors, divisors * math.nan):
+        with pytest.raises(ValueError, match="rope_freqs.weight"):
+            import_gguf.rope_scaling(bad, plain)
 
 
 def test_models_that_gguf_cannot_hold(workdir, tmp_path, qat_run):
