@@ -134,7 +134,7 @@ def write(path: str, save: Callable[[str], object], stale: str | None = None) ->
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def write_json(path: str, value: object) -> None:
@@ -167,7 +167,7 @@ def sync(path: str) -> None:
         os.close(fd)
 
 
-def _sync_folder(folder):
+def sync_folder(folder):
     with suppress(OSError):  # Windows and some network drives cannot do this
         sync(folder)
 
@@ -286,11 +286,11 @@ def publish(source: str, target: str) -> None:
     """Gives a finished file or folder its name. Both outlive a loss of power after that. Raises OSError."""
     for path in [source, *(os.path.join(d, name) for d, folders, files in os.walk(source) for name in folders + files)]:
         if os.path.isdir(path):
-            _sync_folder(path)
+            sync_folder(path)
         else:
             sync(path)
     os.rename(source, target)
-    _sync_folder(os.path.dirname(target) or ".")
+    sync_folder(os.path.dirname(target) or ".")
 
 
 # --- reading ---

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
@@ -102,13 +103,14 @@ def write(folder: str, meta: dict, pieces: Iterable[tuple[str, np.ndarray]], sou
     """
     counts, dtype = dict.fromkeys(SPLITS, 0), token_dtype(meta)
     digests = {split: _digest() for split in SPLITS}
-    paths = {split: os.path.join(folder, f"{split}.bin") for split in SPLITS}
-    meta_path, tokenizer_is_here = os.path.join(folder, "meta.json"), False
+    new = os.path.join(folder, "new.tmp")  # all files, until the disk has them
     with checkpoint.Lock(folder) as lock:
         lock.acquire()
+        shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
         try:
+            os.mkdir(new)
             with ExitStack() as stack:
-                files = {split: stack.enter_context(open(f"{path}.tmp", "wb")) for split, path in paths.items()}
+                files = {split: stack.enter_context(open(os.path.join(new, f"{split}.bin"), "wb")) for split in SPLITS}
                 for split, ids in pieces:
                     content = np.array(ids, dtype=dtype).tobytes()
                     files[split].write(content)
@@ -122,21 +124,19 @@ def write(folder: str, meta: dict, pieces: Iterable[tuple[str, np.ndarray]], sou
                     f"too little text to split into train, val and test; the tokens would be {counts}: pass at least 11 "
                     "documents, or a shorter text to data/text/prepare.py, which cuts it at any place"
                 )
-            if source is not None and os.path.isdir(source):
-                tokenizer_is_here = os.path.samefile(source, folder)
+            tokenizer_is_here = source is not None and os.path.isdir(source) and os.path.samefile(source, folder)
+            if source is not None and meta != GPT2 and not tokenizer_is_here:
+                checkpoint.keep_tokenizer(new, meta, source)
+            content = json.dumps(meta | {"digests": {split: d.hexdigest() for split, d in digests.items()}})
+            checkpoint.write(os.path.join(new, "meta.json"), lambda tmp: Path(tmp).write_text(content))
             for name in ("meta.json", *(() if tokenizer_is_here else tokenizer.FILES)):  # of the data set before
                 if os.path.exists(os.path.join(folder, name)):
                     os.remove(os.path.join(folder, name))
-            for path in paths.values():
-                os.replace(f"{path}.tmp", path)
-            if source is not None and meta != GPT2:
-                checkpoint.keep_tokenizer(folder, meta, source)
-            content = json.dumps(meta | {"digests": {split: d.hexdigest() for split, d in digests.items()}})
-            checkpoint.write(meta_path, lambda tmp: Path(tmp).write_text(content))
+            for name in sorted(os.listdir(new), key="meta.json".__eq__):
+                os.replace(os.path.join(new, name), os.path.join(folder, name))
+            checkpoint.sync_folder(folder)
         finally:
-            for path in paths.values():
-                if os.path.exists(f"{path}.tmp"):
-                    os.remove(f"{path}.tmp")
+            shutil.rmtree(new, ignore_errors=True)
     shown = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     print(f"{os.path.relpath(folder)}: vocabulary of {vocab_size(meta):,}; tokens: {shown}")
 

@@ -123,6 +123,28 @@ def test_data_set_that_is_removed_while_it_is_read(tmp_path, monkeypatch):
         dataset.load(str(tmp_path), "train")
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "meta.json"])
+def test_full_disk_leaves_the_old_data_set(tmp_path, monkeypatch, name):
+    """The ids are the largest, and the first to be written. The tokenizer follows."""
+    for folder in ("model", "set"):
+        (tmp_path / folder).mkdir()
+    write_tokenizer(tmp_path / "model")
+    documents = [f"{i} men went to mow" for i in range(40)]
+    dataset.write_documents(str(tmp_path / "set"), documents, str(tmp_path / "model"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()}
+    write = checkpoint.write
+
+    def write_until_full(path, save):
+        if os.path.basename(path) == name:
+            raise OSError(f"cannot write {path}: no space left; what was there before is untouched")
+        write(path, save)
+
+    monkeypatch.setattr(checkpoint, "write", write_until_full)
+    with pytest.raises(OSError, match="untouched"):
+        dataset.write_documents(str(tmp_path / "set"), documents[::-1], str(tmp_path / "model"))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()} == before
+
+
 def test_two_processes_write_one_data_set(tmp_path):
     texts = {"train": "abc", "val": "ab", "test": "bc"}
     dataset.write_chars(str(tmp_path), texts)
