@@ -965,7 +965,7 @@ def test_models_that_do_not_fit_are_refused_before_the_first_step(workdir, sh, m
         ("train.py --dataset=tiny --out_dir=latin.txt/x", "latin.txt/x cannot be written to"),
         ("eval.py --ckpt={float} --json={float}/model.safetensors", "must be the name of a .json file"),
         ("eval.py --ckpt={float} --json=latin.txt/x.json", "cannot be written to"),
-        ("eval.py --ckpt={float} --json=folder.json", "json=folder.json is a folder"),
+        ("eval.py --ckpt={float} --json=folder.json", "folder.json is a folder, and must be"),
         ("eval.py --ckpt={float} --json=" + 246 * "x" + ".json", "its name is too long: choose another"),
         ("train.py --dataset=tiny --out_dir=" + 256 * "x", "its name is too long: choose another"),
         ("eval.py --ckpt=folder.json", "folder.json/model.safetensors is a folder, and must be a file"),
