@@ -445,10 +445,9 @@ def prepare_steps(job: Job, state: checkpoint.TrainingState | None):
         load_optimizer(job.optimizer, job.scaler, state)
     job.training = torch.compile(job.model) if s.compile and cuda else job.model
     if job.world > 1:
-        for unit in job.model.buffers():  # once, because DDP sends them before each step, and fails under autocast
-            dist.broadcast(unit, 0)
+        # Units are the same in all processes. Under autocast to bfloat16, DDP cannot send these float16 numbers each step.
         devices = [device] if cuda else None
-        job.training = DistributedDataParallel(job.training, devices, broadcast_buffers=False)
+        job.training = DistributedDataParallel(job.training, devices, forward_sync_buffers=False)
     job.first_step = job.step
 
 
