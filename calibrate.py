@@ -182,8 +182,8 @@ def _call(model, batch):
 
 
 def _outputs(model, batches):
-    """The rows kept aside of the model's largest output, (rows, n) float32, for each of batches, {number: batch}. None if
-    the model gives no dense tensor of floats but scalars, such as a loss."""
+    """Runs the model on each of batches, {number: batch}, and returns the rows kept aside of its largest output, (rows, n)
+    float32. None stands for a batch without a dense float tensor. Scalars, such as a loss, do not count."""
     outputs = []
     for i, batch in batches.items():
         tensors = [t for t in tree_leaves(_call(model, batch)) if torch.is_tensor(t) and t.is_floating_point()]
@@ -197,8 +197,8 @@ def _outputs(model, batches):
 
 
 def _aims(reference, batches):
-    """(batches on which the whole model is compared, {number: batch}; what the float model gives for them). They are
-    spread evenly, and have CHECKED rows kept aside if there is enough text."""
+    """Chooses the batches on which the whole model is compared. They are spread evenly, and together have CHECKED rows
+    kept aside if there is enough text. Returns ({number: batch}, the float model's _outputs)."""
     first = _outputs(reference, {0: batches[0]})
     rows = CHECKED if first[0] is None else max(1, len(first[0]))
     count = min(len(batches), -(-CHECKED // rows))
@@ -292,7 +292,7 @@ class _Asking(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        # Of an attribute; and whether gradients are on, which each thread says for itself.
+        # These run here: reading an attribute, and switching gradients on or off, which counts for one thread only.
         if getattr(function, "__name__", None) in ("__get__", "_set_grad_enabled"):
             return function(*args, **kwargs)
         state = self.forward_pass.autocast_state()

@@ -100,7 +100,8 @@ def main(s: Settings):
     shared = {key: getattr(s, key) for key in SHARED} | {"calibrate_tokens": s.calibrate_tokens or GPTQ_TOKENS}
     shared |= {f"finetune.{key}": getattr(training, key) for key in SHARED_TRAINING}
     data = os.path.join("data", training.dataset)
-    digest = dataset.load_and_digest(data, "train", s.split)[-1]  # a data set may be missing or damaged, too
+    # Before any row, because the data set may be missing or damaged.
+    digest = dataset.load_and_digest(data, "train", s.split)[-1]
     for row in read(path).values():
         if "shared" not in row:
             raise ValueError(f"{s.out_dir} holds rows of an older version of sweep.py: choose another --out_dir")

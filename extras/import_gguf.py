@@ -139,9 +139,8 @@ def check_tensors(path: str, config: dict) -> dict | None:
 
 
 def rope_scaling(divisors: torch.Tensor, config: GPTConfig) -> dict | None:
-    """Llama 3's scaling of rotary positions, from the numbers (head size / 2) by which llama.cpp divides the frequencies.
-    Raises ValueError for another scaling. The numbers do not say all: Llama's low and high factors are taken for granted.
-    """
+    """Finds Llama 3's scaling of rotary positions. divisors (head size / 2): llama.cpp divides the frequencies by them. They
+    do not tell the low and the high factor, so these are Llama 3's 1 and 4. Raises ValueError for another scaling."""
     factor, low, high = divisors.max().item(), 1.0, 4.0
     if config.position != "rotary" or len(divisors) != config.head_size // 2:
         raise ValueError("its rope_freqs.weight does not fit its heads")
