@@ -37,6 +37,7 @@ from pot import (  # noqa: E402
     PackedPoTLinear,
     PackedWeight,
     PoTConfig,
+    PoTConv1D,
     convert,
     is_prepared,
     packed_state,
@@ -287,10 +288,17 @@ def _untie(model):
 
 
 # -----------------------------------------------------------------------------
-# Methods of the model that transformers offers no other way to change
+# Methods and classes that transformers offers no other way to change
+
+
+class _PoTConv1D(PoTConv1D, Conv1D):
+    """A prepared Conv1D that PEFT knows as one, so that it puts LoRA beside the layers of a GPT-2."""
 
 
 def _add_methods(model):
+    for module in model.modules():
+        if type(module) is PoTConv1D:
+            module.__class__ = _PoTConv1D
     model.save_pretrained = functools.partial(_save_pretrained, model)
     model.num_parameters = functools.partial(_num_parameters, model)
     model.resize_token_embeddings = functools.partial(_resize_token_embeddings, model)

@@ -341,20 +341,21 @@ def test_trainer_trains_saves_resumes_and_loads_the_best(folders, tmp_path, atta
             trainer(packed, tmp_path / "no")
 
 
-def test_peft_trains_lora_on_a_prepared_model(folders, tmp_path):
+@pytest.mark.parametrize("name, layers", [("tied", ["q_proj", "up_proj"]), ("gpt2", ["c_attn", "c_fc"])])
+def test_peft_trains_lora_on_a_prepared_model(folders, tmp_path, name, layers):
     peft = pytest.importorskip("peft")
-    model = load(folders / "tied", quantization_config=PoTQuantizationConfig(prepared=True))
+    model = load(folders / name, quantization_config=PoTQuantizationConfig(prepared=True))
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     before = logits(model)
-    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
-    assert isinstance(model.model.layers[0].mlp.up_proj.base_layer, pot.PoTLinear)
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=layers))
+    assert sum(pot.is_prepared(m.base_layer) for m in lora.modules() if hasattr(m, "base_layer")) >= 2
     assert torch.equal(logits(lora), before)  # B starts at zero
     trainer(lora, tmp_path / "run", load_best_model_at_end=False).train()
     after = logits(lora.eval())
     assert not torch.equal(after, before)
     lora.save_pretrained(tmp_path / "adapter")
     assert os.path.getsize(tmp_path / "adapter" / "adapter_model.safetensors") < 20_000
-    again = load(folders / "tied", quantization_config=PoTQuantizationConfig(prepared=True))
+    again = load(folders / name, quantization_config=PoTQuantizationConfig(prepared=True))
     again = peft.PeftModel.from_pretrained(again, str(tmp_path / "adapter"))
     assert torch.equal(logits(again), after)
     base = again.unload()
