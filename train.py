@@ -549,8 +549,9 @@ def loss_of(job: Job, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, t
         target = job.teacher(x, last=s.last_position).flatten(0, 1).float().softmax(-1).mul_(s.distill)
         text = y[:, -1] if s.last_position else y.flatten()
         target[torch.arange(len(text), device=x.device), text] += 1 - s.distill
-    logits = job.training(x, last=s.last_position).flatten(0, 1).float()
-    return F.cross_entropy(logits, target), F.cross_entropy(logits.detach(), text)
+    # one log-softmax serves both losses: with a large vocabulary it takes as long as several layers
+    logp = job.training(x, last=s.last_position).flatten(0, 1).float().log_softmax(-1)
+    return -(target * logp).sum() / len(logp), F.nll_loss(logp.detach(), text)
 
 
 def learning_rate(step, s):
