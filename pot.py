@@ -357,6 +357,8 @@ def fake_quantize_activations(x: torch.Tensor) -> torch.Tensor:
     q = round(x / scale) + zero_point in 0 ... 255, half to even. The range of a token is widened to contain 0, so that
     0 stays 0. The gradient is the identity.
     """
+    if x.is_nested and x.layout == torch.strided:  # nn.TransformerEncoder makes such a tensor of a padded batch
+        return torch.nested.as_nested_tensor([fake_quantize_activations(t) for t in x.unbind()])
     if _in_transform(x) or _has_derivative(x):  # torch.func and forward-mode derivatives know no autograd.Function
         return x + (_round_activations(x) - x).detach()
     return _FakeQuantizeActivations.apply(x)

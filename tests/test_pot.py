@@ -743,6 +743,32 @@ def test_transformer_encoder_layer_does_not_bypass_forward():
         assert torch.allclose(convert(layer)(x), prepared, atol=1e-6)
 
 
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_transformer_encoder_with_a_padded_batch(act_bits):
+    """In eval mode it makes a nested tensor of the tokens that are no padding."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 2, 128, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    pot.prepare(encoder, PoTConfig(act_bits=act_bits))
+    x, padding = torch.randn(3, 7, 64), torch.arange(7) >= torch.tensor([[7], [5], [3]])
+    with torch.no_grad():
+        nested = encoder(x, src_key_padding_mask=padding)
+        for row, length in enumerate([7, 5, 3]):
+            alone = encoder(x[row : row + 1, :length])[0]
+            torch.testing.assert_close(nested[row, :length], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_activations_of_nested_tensors(layout):
+    torch.manual_seed(0)
+    rows = [torch.randn(3, 64), torch.randn(5, 64)]
+    x = torch.nested.nested_tensor(rows, layout=layout, requires_grad=True)
+    y = pot.fake_quantize_activations(x)
+    assert all(torch.equal(a, pot.fake_quantize_activations(row)) for a, row in zip(y.unbind(), rows, strict=True))
+    sum(t.sum() for t in y.unbind()).backward()
+    assert all(torch.equal(g, torch.ones_like(g)) for g in x.grad.unbind())
+
+
 def test_paper_layer_used_twice_and_cast():
     layer = PoTLinear(64, 64, config=PAPER_CONFIGS[2]).train()
     layer(layer(torch.randn(1, 64))).sum().backward()
