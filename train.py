@@ -362,10 +362,10 @@ def build(s: Settings, meta: dict) -> tuple[GPT, CheckpointInfo, checkpoint.Trai
         origin, digest = (source.origin, source.origin_digest) if source.pot else (folder, checkpoint.digest_of(model))
         kept = {"origin": origin, "origin_digest": digest, "step": 0}
         return model, replace(info, method="float control", pot=None, table=None, **kept), None
-    if (source.pot, source.table) != (s.pot, s.table):
+    asked = replace(source, pot=s.pot, table=s.table).weights
+    if source.weights != asked:
         raise ValueError(
-            f"{folder} was trained with {source.weights}, the settings ask for {replace(source, pot=s.pot, table=s.table).weights}: "
-            "resume with the same"
+            f"{folder} was trained with {source.weights}, the settings ask for {asked}: resume with the same"
         )
     if source.step > s.max_iters:
         raise ValueError(f"{folder} is at step {source.step} already: max_iters={s.max_iters} must be at least that")
