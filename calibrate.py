@@ -675,10 +675,15 @@ def train_blocks(
 
 def _run(block, x, rest):
     args, kwargs = rest
-    out = block(x, *args, **kwargs)
+    out = block(x, *map(_own, args), **{key: _own(value) for key, value in kwargs.items()})
     if not isinstance(out, torch.Tensor):
         raise ValueError(f"a block gives a {type(out).__name__}, and must give a tensor, the input of the next block")
     return out
+
+
+def _own(argument):
+    """A copy that a block may change: a cache of keys and values grows with each call."""
+    return argument if isinstance(argument, torch.Tensor) else copy.deepcopy(argument)
 
 
 def _train_block(block, calls, aims, aside, learning_rate):

@@ -874,17 +874,27 @@ def test_train_blocks_that_give_no_tensor():
         train_blocks(model, reference, [model[1]], [torch.arange(9), torch.arange(9)])
 
 
-def test_train_blocks_of_transformers():
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_train_blocks_of_transformers(kind, attention):
+    """A cache of keys and values, the default, makes no difference."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=65)
-    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
-    model = copy.deepcopy(reference)
-    prepare(model)
-    text = torch.randint(65, (48, 16))
-    batches = [{"input_ids": x, "use_cache": False} for x in text[:40].split(4)]
-    with torch.no_grad():
-        aim = reference(text[40:]).logits
-        before = (model(text[40:]).logits - aim).square().mean()
-        train_blocks(model, reference, model.model.layers, batches, progress=None)
-        assert (model(text[40:]).logits - aim).square().mean() < before
+    if kind == "llama":
+        sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=65)
+        config = transformers.LlamaConfig(**sizes, attn_implementation=attention)
+    else:
+        config = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=65, attn_implementation=attention)
+    reference = transformers.AutoModelForCausalLM.from_config(config).eval()
+    text, errors = torch.randint(65, (48, 16)), []
+    for options in ({"use_cache": False}, {}):
+        model = copy.deepcopy(reference)
+        prepare(model)
+        blocks = model.model.layers if kind == "llama" else model.transformer.h
+        batches = [{"input_ids": x} | options for x in text[:40].split(4)]
+        with torch.no_grad():
+            aim = reference(text[40:]).logits
+            before = (model(text[40:]).logits - aim).square().mean()
+            errors.append(train_blocks(model, reference, blocks, batches, progress=None))
+            assert (model(text[40:]).logits - aim).square().mean() < before
+    assert errors[0] == errors[1]
