@@ -64,7 +64,10 @@ class Output:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        self._try(self.stream.write, text)
+        try:
+            self._try(self.stream.write, text)
+        except UnicodeEncodeError as e:  # a terminal may know ASCII only
+            self._try(self.stream.write, text.encode(e.encoding, "backslashreplace").decode(e.encoding))
         return len(text)
 
     def flush(self) -> None:

@@ -103,7 +103,15 @@ class BPETokenizer(_Bytes):
 
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
         """An end-of-text token follows each. <|endoftext|> inside of one is plain text."""
-        return [ids + [self.end_of_text] for ids in self.bpe.encode_ordinary_batch(texts)]
+        try:
+            encoded = self.bpe.encode_ordinary_batch(texts)
+        except BaseException as e:
+            if type(e).__name__ != "PanicException":
+                raise
+            raise ValueError(
+                "GPT-2's byte pairs cannot encode a document with a million white-space characters in a row: remove them"
+            ) from None
+        return [ids + [self.end_of_text] for ids in encoded]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         # A model may have more rows than tokens, so that the vocabulary is a multiple of 64 or 128.

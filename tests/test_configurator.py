@@ -167,6 +167,14 @@ def test_script_ends_its_work_though_nobody_reads_it(monkeypatch, tmp_path):
     assert done[3:] == [False] * 3
 
 
+def test_characters_that_a_terminal_does_not_know(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    with open(tmp_path / "shown", "w", encoding="ascii") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        run(lambda s: print("0.5 ± 0.1"), Settings)
+    assert (tmp_path / "shown").read_text() == "0.5 \\xb1 0.1\n"
+
+
 def test_long_values_make_no_long_error(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["script.py", "--seed=" + "9" * 100_000])
     with pytest.raises(SystemExit) as e:

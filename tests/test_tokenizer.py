@@ -10,7 +10,7 @@ from conftest import CHAT, write_tokenizer
 import checkpoint
 import machine
 import tokenizer
-from tokenizer import FileTokenizer, tokenizer_of
+from tokenizer import BPETokenizer, FileTokenizer, tokenizer_of
 
 MESSAGES = [
     {"role": "user", "content": "Why is the sky blue?"},
@@ -131,6 +131,21 @@ def test_panic_of_the_package_tokenizers_is_an_error(folder, monkeypatch):
     monkeypatch.setattr(tokenizers, "Tokenizer", SimpleNamespace(from_file=from_file))
     with pytest.raises(ValueError, match="tokenizer.json is damaged: range end index"):
         FileTokenizer(str(folder))
+
+
+def test_panic_of_tiktoken_is_an_error():
+    """Its pattern runs out of stack at a million white-space characters in a row."""
+
+    class PanicException(BaseException):
+        pass
+
+    def encode_ordinary_batch(texts):
+        raise PanicException("called `Result::unwrap()` on an `Err` value: StackOverflow")
+
+    tokenizer = BPETokenizer.__new__(BPETokenizer)
+    tokenizer.bpe = SimpleNamespace(encode_ordinary_batch=encode_ordinary_batch)
+    with pytest.raises(ValueError, match="a million white-space characters in a row"):
+        tokenizer.encode_documents(["text"])
 
 
 def replaced(text, times):
