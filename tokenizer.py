@@ -235,7 +235,7 @@ class FileTokenizer:
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Tokens of a conversation and of the beginning of the answer. messages: {"role", "content"} each.
 
-        Raises ValueError without a chat template, and if the template refuses the conversation.
+        Raises ValueError without a chat template, and if the template refuses the conversation or leaves nothing of it.
         """
         if self.template is None:
             raise ValueError(f"{self.folder} has no chat template, so it is no instruct model: leave chat out")
@@ -243,7 +243,10 @@ class FileTokenizer:
             text = _render(self.template, dict(messages=messages, add_generation_prompt=True, **self.special))
         except ValueError as e:
             raise ValueError(f"the chat template of {self.folder} fails ({e})") from None
-        return self.encode(text, special=False)
+        ids = self.encode(text, special=False)
+        if not ids:
+            raise ValueError(f"the chat template of {self.folder} makes no tokens of the conversation: leave chat out")
+        return ids
 
 
 # --- chat templates ---

@@ -58,6 +58,9 @@ def test_chat_template_that_fails_or_is_missing(folder):
     (folder / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match="the chat template of .* fails .TemplateError: roles must alternate"):
         FileTokenizer(str(folder)).encode_chat(MESSAGES)
+    (folder / "chat_template.jinja").write_text("{% if false %}x{% endif %}")
+    with pytest.raises(ValueError, match="makes no tokens of the conversation"):
+        FileTokenizer(str(folder)).encode_chat(MESSAGES)
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="has no chat template"):
         FileTokenizer(str(folder)).encode_chat(MESSAGES)
