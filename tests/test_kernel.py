@@ -916,7 +916,7 @@ def test_models_without_a_decoder(kernel):
 
 
 @needs_compiler
-def test_loss_and_text_of_a_packed_model(kernel, workdir, sh, qat_run):
+def test_loss_and_text_of_a_packed_model(kernel, workdir, sh, qat_run, monkeypatch):
     """The kernel computes what PyTorch computes, up to the order of summation."""
     import checkpoint
 
@@ -926,9 +926,12 @@ def test_loss_and_text_of_a_packed_model(kernel, workdir, sh, qat_run):
     fast, _ = checkpoint.load_model(str(workdir / qat_run))
     assert fast.lm_head.packed.on_kernel and not plain.lm_head.packed.on_kernel
     x = torch.randint(0, 28, (3, 32))
+    calls, linear = [], pot_kernel.linear
+    monkeypatch.setattr(pot_kernel, "linear", lambda *args: calls.append(args) or linear(*args))
     with torch.no_grad():
         a, b = plain(x), fast(x)
-    assert not torch.equal(a, b) and (a - b).abs().max() <= 1e-5 * a.abs().max()
+    # On some processors PyTorch sums in the same order, and both are equal to the bit.
+    assert len(calls) == 1 + 4 * fast.config.n_layer and (a - b).abs().max() <= 1e-5 * a.abs().max()
     assert len(sh(f"sample.py --ckpt={qat_run} --max_new_tokens=50 --prompt=the").stdout) == 54
 
 
