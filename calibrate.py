@@ -682,7 +682,7 @@ def _run(block, x, rest):
 
 
 def _own(argument):
-    """A copy that a block may change: a cache of keys and values grows with each call."""
+    """A copy of an argument, because a block may change it: a cache of keys and values grows with each call."""
     return argument if isinstance(argument, torch.Tensor) else copy.deepcopy(argument)
 
 

@@ -66,7 +66,7 @@ class Output:
     def write(self, text: str) -> int:
         try:
             self._try(self.stream.write, text)
-        except UnicodeEncodeError as e:  # a terminal may know ASCII only
+        except UnicodeEncodeError as e:  # the terminal takes ASCII only, for example
             self._try(self.stream.write, text.encode(e.encoding, "backslashreplace").decode(e.encoding))
         return len(text)
 

@@ -292,7 +292,7 @@ def _untie(model):
 
 
 class _PoTConv1D(PoTConv1D, Conv1D):
-    """A prepared Conv1D that PEFT knows as one, so that it puts LoRA beside the layers of a GPT-2."""
+    """A prepared layer of a GPT-2. PEFT puts LoRA beside instances of transformers' Conv1D, which this is, too."""
 
 
 def _add_methods(model):

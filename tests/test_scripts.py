@@ -146,7 +146,7 @@ def test_resume_takes_the_settings_of_the_run(workdir, sh, float_run):
     expected = {"batch_size": 4, "distill": 0.5, "seed": 3, "eval_interval": 7, "init_from": "resume"}
     expected |= {"max_iters": 20, "learning_rate": 5e-4, "log_interval": 100}  # passed, the last one is the default
     assert expected.items() <= settings.items() and settings["pot"]["granularity"] == "channel"
-    # a setting that has no meaning for these weights makes no difference; one that has says so
+    # Per-channel weights use neither a group size nor eps, so these may differ. Bits may not.
     resume = "train.py --init_from=resume --out_dir=out-own --max_iters=21"
     sh(f"{resume} --pot_group_size=16 --pot_eps=0.5")
     assert "settings ask for PoT 4 bits, per channel: resume" in sh(f"{resume} --pot_bits=4", ok=False).stderr
