@@ -307,8 +307,17 @@ def start_processes(device):
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     backend = "nccl" if device.startswith("cuda") else "gloo"
+    from torch.distributed import nn  # noqa: F401  DDP imports it too: after init_process_group, it keeps the group alive
+
     dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first process validates
     return rank, world, device
+
+
+def end_processes(job: "Job"):
+    """Ends the process group and its threads. A thread of gloo that outlives Python aborts the process."""
+    if job.world > 1:
+        job.training = job.model  # DDP holds the group, too
+        dist.destroy_process_group()
 
 
 @contextmanager
@@ -660,8 +669,7 @@ def stop_early(job: Job, losses, stop: "Stop"):
         save(job)
         folder = job.settings.out_dir
         print(f"stopped at step {job.step}, which {folder}/ keeps: --init_from=resume goes on", flush=True)
-    if job.world > 1:
-        dist.destroy_process_group()
+    end_processes(job)
     sys.exit(128 + stop.signal)
 
 
@@ -728,8 +736,7 @@ def check_losses(losses, step, out_dir):
 def finish(job: Job):
     """Validates PTQ, writes the finished model, prints the table, and draws the losses."""
     s, seconds = job.settings, time.time() - job.start
-    if job.world > 1:
-        dist.destroy_process_group()
+    end_processes(job)
     if job.rank > 0:
         return
     if not s.max_iters:
