@@ -555,8 +555,8 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_codes(packed: torch.Tensor, bits: int, shape: tuple[int, int]) -> torch.Tensor:
-    """The inverse of pack_codes -> codes (rows, n) = shape, uint8. Raises TypeError for packed codes of another dtype,
-    whose signs would become bits."""
+    """The inverse of pack_codes -> codes (rows, n) = shape, uint8; code 128 of 8 bits, minus zero, becomes 0. Raises
+    TypeError for packed codes of another dtype, whose signs would become bits."""
     if packed.dtype != torch.uint8:
         raise TypeError(f"packed codes are {packed.dtype}, and must be torch.uint8")
     rows, n = shape
@@ -881,7 +881,7 @@ def prepare(model: nn.Module, config: PoTConfig = PoTConfig(), filter_fn: Filter
     The layers keep their Parameters, so an optimizer that holds them stays valid. Returns the names of the layers.
     filter_fn(module, name) returns False (leave it), True, or a PoTConfig for this layer. A warning says if no layer is
     left. Grid "paper" leaves embeddings in float, as the papers' code does. On a meta model no unit is computed;
-    load_state_dict brings the units.
+    load_state_dict brings the units. Code that reads layer.weight without calling the layer gets the float weight.
 
     Raises ValueError, and changes nothing, for a weight that is empty, holds NaN or inf, or does not divide into
     groups, and for layers that share a weight but not a config.
