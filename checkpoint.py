@@ -129,7 +129,7 @@ def write(path: str, save: Callable[[str], object], stale: str | None = None) ->
         if stale and os.path.exists(stale):
             os.remove(stale)
         os.replace(tmp, path)
-    except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors report a full disk in their own ways
+    except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors have errors of their own
         raise OSError(f"cannot write {path}: {e}; what was there before is untouched") from None
     finally:
         if os.path.exists(tmp):
@@ -229,7 +229,15 @@ def save_training(folder: str, model: GPT, info: CheckpointInfo, optimizer: dict
     Raises OSError if it cannot be written.
     """
     state = {"info": info.to_dict(), "model": model.state_dict(), "optimizer": optimizer, "scaler": scaler}
-    write(os.path.join(folder, TRAINING), lambda path: torch.save(state, path), stale=os.path.join(folder, MODEL))
+
+    def save(path):
+        with open(path, "wb") as f:  # a name alone would hide why a write fails
+            try:
+                torch.save(state, f)
+            except RuntimeError as e:
+                raise e.__context__ if isinstance(e.__context__, OSError) else e from None
+
+    write(os.path.join(folder, TRAINING), save, stale=os.path.join(folder, MODEL))
 
 
 def save_model(folder: str, model: GPT, info: CheckpointInfo) -> int:

@@ -581,8 +581,8 @@ def _pack_unit(unit, bits):
     """(rows, groups) -> (ceil(rows / 16), groups, 16), if the codes lie in tiles and rows have units of their own."""
     if bits not in _TILE_COLUMNS or len(unit) == 1:
         return unit.contiguous()
-    padded = torch.cat([unit, unit[-1:].expand(-len(unit) % 16, -1)])
-    return padded.unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
+    rows = torch.arange(len(unit) + -len(unit) % 16, device=unit.device).clamp(max=len(unit) - 1)
+    return unit[rows].unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
 
 
 def _has_derivative(x):

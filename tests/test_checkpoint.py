@@ -81,9 +81,8 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     checkpoint.save_training(folder, gpt(), INFO, optimizer={}, scaler={})
     old = (tmp_path / "ckpt.pt").read_bytes()
 
-    def full(state, path):
-        with open(path, "wb") as f:
-            f.write(b"half")
+    def full(state, f):
+        f.write(b"half")
         raise RuntimeError("PytorchStreamWriter failed: no space left")
 
     monkeypatch.setattr(torch, "save", full)

@@ -998,3 +998,14 @@ def test_state_dict_of_another_grid_is_refused(tmp_path):
             else:
                 with pytest.raises(RuntimeError, match="holds codes of the grid .*, but this layer has"):
                     target.load_state_dict(state, assign=assign)
+
+
+@pytest.mark.parametrize(
+    "config", [PoTConfig(bits=2), PoTConfig(bits=3), PoTConfig(), PoTConfig(bits=8, grid="uniform")]
+)
+def test_convert_inside_autocast(config):
+    layer = nn.Linear(64, 20)
+    expected = pot.quantize_(copy.deepcopy(layer), config).state_dict()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = pot.quantize_(copy.deepcopy(layer), config).state_dict()
+    assert all(torch.equal(value, actual[key]) for key, value in expected.items())
