@@ -604,7 +604,10 @@ def _tensors(folder, config):
     for name in names:
         tokenizer.require_file(os.path.join(folder, name))
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(os.path.join(folder, name), "pt")) for name in names]
+        paths = [os.path.join(folder, name) for name in names]
+        for path in paths:
+            stack.enter_context(open(path, "rb"))  # safetensors calls a file that may not be read missing
+        files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
         _check_count(config, sum(len(f.keys()) for f in files))
         return {key: f.get_tensor(key) for f in files for key in f.keys()}
 

@@ -223,7 +223,7 @@ def huggingface_config(config: dict) -> GPTConfig:
         bias = config.get("attention_bias", False)
         if kind == "llama" and bias != config.get("mlp_bias", False):
             raise ValueError("attention_bias and mlp_bias differ, and only both or none is known here")
-        rope = config.get("rope_parameters") or (config.get("rope_scaling") or {})  # transformers 5, or before
+        rope = config.get("rope_scaling") or (config.get("rope_parameters") or {})  # before transformers 5, or since
         rope_type, scaling = rope.get("rope_type", rope.get("type", "default")), None
         if rope_type == "llama3":
             scaling = {key: rope[key] for key in ROPE_SCALING}

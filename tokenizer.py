@@ -240,7 +240,10 @@ class FileTokenizer:
         if self.template is None:
             raise ValueError(f"{self.folder} has no chat template, so it is no instruct model: leave chat out")
         try:
-            text = _render(self.template, dict(messages=messages, add_generation_prompt=True, **self.special))
+            text = _render(
+                self.template,
+                dict(messages=messages, tools=None, documents=None, add_generation_prompt=True, **self.special),
+            )
         except ValueError as e:
             raise ValueError(f"the chat template of {self.folder} fails ({e})") from None
         ids = self.encode(text, special=False)
@@ -307,6 +310,8 @@ def _check_steps(file):
     stranger's program: 60 steps that double a text make 10^18 letters of one."""
     if (kind := file.get("model", {}).get("type")) == "Unigram":  # overflows the stack at a long token
         raise ValueError(f"its model is {kind}; known are those of GPT-2, Llama and Qwen2, which merge pairs")
+    if file.get("model", {}).get("continuing_subword_prefix"):  # of one byte, it aborts the process
+        raise ValueError("its model has a continuing_subword_prefix, which byte-level tokenizers leave empty")
     for key in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
         growth, steps, repeats, waiting = 1, 0, 0, [file.get(key)]
         while waiting:

@@ -376,6 +376,8 @@ def build(s: Settings, meta: dict) -> tuple[GPT, CheckpointInfo, checkpoint.Trai
         raise ValueError(
             f"{folder} was trained with {source.weights}, the settings ask for {asked}: resume with the same"
         )
+    for key in ("calibrate_tokens", "block_tokens"):  # work of the start, which a resumed run does not do again
+        info.settings[key] = source.settings.get(key, info.settings[key])
     if source.step > s.max_iters:
         raise ValueError(f"{folder} is at step {source.step} already: max_iters={s.max_iters} must be at least that")
     return model, info, state

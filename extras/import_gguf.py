@@ -95,8 +95,20 @@ def check_header(path: str):
             if magic != b"GGUF" or version not in (2, 3):
                 raise ValueError(f"{path} is no GGUF file of version 2 or 3")
             for _ in range(min(pairs, VALUES + 1)):
-                skip(numbers("Q")[0])  # the key
+                (length,) = numbers("Q")
+                key = f.read(min(length, 256))
+                skip(length - len(key))
                 (kind,), count = numbers("I"), 1
+                if key.endswith(b".block_count") and kind in (
+                    4,
+                    5,
+                    10,
+                    11,
+                ):  # transformers makes a list of so many layers
+                    layers = int.from_bytes(f.read(sizes[kind]), "little")
+                    if layers > 256:
+                        raise ValueError(f"{path} says that it has {layers:,} layers, and at most 256 are known")
+                    continue
                 if kind == array:
                     kind, count = numbers("IQ")
                 values += count

@@ -352,6 +352,7 @@ def test_gguf_with_other_tensors(tmp_path, monkeypatch, change):
             "rope.scaling.type is 'yarn', and only 'none' is known",
         ),
         ("add_quantization_version", [0] * 2**20, "values in its header"),
+        ("add_block_count", 2**32 - 1, "4,294,967,295 layers"),
     ],
 )
 def test_gguf_header_that_would_take_memory_or_minutes(tmp_path, monkeypatch, method, value, message):

@@ -6,7 +6,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from conftest import FAMILIES, transformers_model
 
-from model import GPT, ROPE_SCALING, GPTConfig, KVCache, rotary_frequencies
+from model import GPT, ROPE_SCALING, GPTConfig, KVCache, huggingface_config, rotary_frequencies
 
 LLAMA = dict(norm="rms", position="rotary", mlp="swiglu", bias=False, n_head=4, n_kv_head=2, tie=False)
 
@@ -178,3 +178,16 @@ def test_invalid_config(bad):
 def test_input_longer_than_the_context():
     with pytest.raises(ValueError, match="17 tokens do not fit into the context or cache of 16"):
         gpt()(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_rope_scaling_wins_over_rope_parameters():
+    """transformers 5 obeys the old key, too, if a file has both."""
+    import transformers
+
+    config = transformers_model("llama").config.to_dict()
+    assert config["rope_parameters"]["rope_type"] == "default"
+    assert huggingface_config(config).rope_scaling is None
+    with pytest.raises(ValueError, match="rotary scaling is 'linear'"):
+        huggingface_config(config | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}})
+    both = transformers.LlamaConfig.from_dict(config | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}})
+    assert both.rope_parameters["rope_type"] == "linear"

@@ -1252,3 +1252,15 @@ def test_folder_whose_name_looks_like_a_formula(workdir, float_run, monkeypatch)
     entries = checkpoint.read_log(str(workdir / float_run))
     draw_training(entries, r"out-$\frac{$", str(workdir / "formula.png"))
     assert (workdir / "formula.png").stat().st_size > 1000
+
+
+def test_resumed_run_says_how_it_was_calibrated(workdir, sh, float_run):
+    """GPTQ is work of the start. A resumed run does not do it again, whatever its settings say."""
+    import checkpoint
+
+    common = f"train.py --dataset=tiny --init_from={float_run} --pot_bits=4 --batch_size=4 --out_dir=out-calibrated"
+    sh(f"{common} --calibrate_tokens=500 --max_iters=2")
+    resume = common.replace(f"init_from={float_run}", "init_from=resume")
+    sh(f"{resume} --calibrate_tokens=1000 --max_iters=3")
+    settings = checkpoint.load_model(str(workdir / "out-calibrated"))[1].settings
+    assert settings["calibrate_tokens"] == 500 and settings["max_iters"] == 3

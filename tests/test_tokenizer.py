@@ -193,6 +193,11 @@ def surround(ids, texts=1):
             {"type": "Unigram", "unk_id": 0, "vocab": [["a" * 10**6, 0], ["a", 0]]},
             "Unigram",
         ),  # kills the process
+        (
+            "model",  # kills the process
+            {"type": "BPE", "vocab": {"x": 0, "a": 1}, "merges": [], "continuing_subword_prefix": "x"},
+            "continuing_subword_prefix",
+        ),
         ("model", {"type": "WordLevel", "vocab": {"the": 4 * 10**9}, "unk_token": "the"}, "an id of 4000000000"),
         (
             "model",
