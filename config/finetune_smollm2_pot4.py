@@ -8,7 +8,7 @@
 #        takes it from the hub), and `python data/openwebtext/prepare.py --tokenizer=smollm2 --out=openwebtext-smollm2`
 # Gives: out-smollm2-pot4 with model.safetensors (packed, 72 MB instead of 538 MB) and ckpt.pt (to resume).
 # Takes: GPTQ, then 500 steps of 1,024 tokens, each 25 s on one core with AVX2, and 6.7 GiB. On a core with AMX,
-#        --dtype=bfloat16 makes it 7 s. README.md's losses come from 190 steps, and with two terms from 500 in bfloat16.
+#        --dtype=bfloat16 makes it 5 to 7 s. README.md's losses come from bfloat16: 1,000 steps at 5e-4; two terms: 500.
 init_from = "smollm2"
 out_dir = "out-smollm2-pot4"
 dataset = "openwebtext-smollm2"
