@@ -66,8 +66,8 @@ class GPTConfig:
                 raise ValueError(
                     f"rope_scaling={self.rope_scaling} must be a dict of {ROPE_SCALING}, with rotary positions"
                 )
-            factor, low, high, original = (self.rope_scaling[key] for key in ROPE_SCALING)
-            if not (factor > 0 and 0 < low < high and original > 0):
+            factor, low, high, original = numbers = [self.rope_scaling[key] for key in ROPE_SCALING]
+            if bool in map(type, numbers) or not (factor > 0 and 0 < low < high and original > 0):
                 raise ValueError(f"rope_scaling={self.rope_scaling} must be positive, the low factor below the high")
 
 

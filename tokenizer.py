@@ -134,18 +134,19 @@ class FileTokenizer:
             _check_ids(file, self.tokenizer)
         del file
         config = _read_json(folder, "tokenizer_config.json")
-        self.special = {key: _content(config.get(key)) or "" for key in ("bos_token", "eos_token", "pad_token")}
+        kinds = [f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+        self.special = {kind: _content(config[kind]) for kind in kinds if config.get(kind) is not None}
         for key, token in self.special.items():
             if not isinstance(token, str):
                 raise ValueError(f"{folder}/tokenizer_config.json is damaged: {key} is {token!r:.50}, and must be text")
-        known = self.tokenizer.token_to_id
-        ends = ("<|endoftext|>", "<|end_of_text|>", self.special["eos_token"])  # an instruct model's eos ends an answer
+        known, end = self.tokenizer.token_to_id, self.special.get("eos_token", "")
+        ends = ("<|endoftext|>", "<|end_of_text|>", end)  # an instruct model's eos ends an answer
         self.end_of_text = next((known(t) for t in ends if known(t) is not None), None)
         stops = _read_json(folder, "generation_config.json").get("eos_token_id")
         stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
         if not all(type(token) is int for token in stops):
             raise ValueError(f"{folder}/generation_config.json is damaged: eos_token_id must be token ids")
-        self.stops = frozenset([*stops, known(self.special["eos_token"]), self.end_of_text]) - {None}
+        self.stops = frozenset([*stops, known(end), self.end_of_text]) - {None}
         self.template = config.get("chat_template")
         if isinstance(self.template, list):  # several by name
             named = [t for t in self.template if isinstance(t, dict) and t.get("name") == "default"]
@@ -200,7 +201,8 @@ class FileTokenizer:
 
     def special_ids(self) -> dict[str, int | None]:
         """{"bos_token_id", "eos_token_id"}, as a config.json has them."""
-        return {f"{name}_id": self.tokenizer.token_to_id(self.special[name]) for name in ("bos_token", "eos_token")}
+        names = ("bos_token", "eos_token")
+        return {f"{name}_id": self.tokenizer.token_to_id(self.special.get(name, "")) for name in names}
 
     def byte_pairs(self) -> tuple[list[str], list[str], set[int], str]:
         """(tokens by id, merges, ids of special tokens, llama.cpp's name of the way to cut text into words).
@@ -282,15 +284,30 @@ def _render_from_stdin():
     text, error, work = "", None, sys.stdin.buffer.read()
     try:
         from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
+        from jinja2.ext import Extension, loopcontrols
+        from jinja2.nodes import Scope
         from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        class Generation(Extension):
+            """{% generation %} marks what a model learns to say. It changes no text."""
+
+            tags = {"generation"}
+
+            def parse(self, parser):
+                line = next(parser.stream).lineno
+                return Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
 
         def refuse(message):
             raise TemplateError(message)
 
+        def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+            return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
         # The environment that transformers gives to a template.
-        jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        jinja.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+        jinja = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        )
+        jinja.filters["tojson"] = to_json
         jinja.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
         template, values = json.loads(work)
         text = jinja.from_string(template).render(**values)

@@ -36,6 +36,8 @@ def main(s: Settings):
         raise ValueError(f"{s.out} exists already: remove it, or choose another --out")
     if not os.path.isfile(s.gguf):
         raise ValueError(f"no file {s.gguf}: pass --gguf=FILE")
+    parent = os.path.dirname(os.path.abspath(s.out))
+    checkpoint.check_writable(parent)
     missing = [name for name in ("transformers", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"a GGUF file needs more packages: pip install {' '.join(missing)}")
@@ -63,7 +65,6 @@ def main(s: Settings):
         model.config.rope_parameters |= {"rope_type": "llama3", **scaling}
     if (end := tokenizer.eos_token_id) is not None:
         model.generation_config.eos_token_id = end
-    parent = os.path.dirname(os.path.abspath(s.out))
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent) as temporary:  # the folder appears whole or not at all
         path = os.path.join(temporary, "imported")
@@ -99,12 +100,8 @@ def check_header(path: str):
                 key = f.read(min(length, 256))
                 skip(length - len(key))
                 (kind,), count = numbers("I"), 1
-                if key.endswith(b".block_count") and kind in (
-                    4,
-                    5,
-                    10,
-                    11,
-                ):  # transformers makes a list of so many layers
+                # transformers makes a list of so many layers
+                if key.endswith(b".block_count") and kind in (4, 5, 10, 11):
                     layers = int.from_bytes(f.read(sizes[kind]), "little")
                     if layers > 256:
                         raise ValueError(f"{path} says that it has {layers:,} layers, and at most 256 are known")

@@ -312,6 +312,8 @@ def test_files_that_gguf_cannot_import(tmp_path):
             import_gguf.main(import_gguf.Settings(str(file), str(tmp_path / "out")))
     with pytest.raises(ValueError, match="exists already"):
         import_gguf.main(import_gguf.Settings(str(file), str(tmp_path)))
+    with pytest.raises(ValueError, match="cannot be written to, because .* is no folder"):  # before it reads the file
+        import_gguf.main(import_gguf.Settings(str(file), str(file / "out")))
     assert not (tmp_path / "out").exists()
 
 

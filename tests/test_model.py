@@ -166,6 +166,7 @@ BAD = [
     dict(n_embd=33), dict(n_layer=0), dict(n_layer=1001), dict(dropout=1.0), dict(n_kv_head=5), dict(n_head=0), dict(norm="batch"),
     dict(norm_eps=0.0), dict(norm_eps=10**39), dict(rope_theta=10**39), dict(n_inner=0), dict(n_inner=2**40), dict(position="rotary", head_size=15),
     dict(rope_scaling=dict.fromkeys(ROPE_SCALING, 1.0)), dict(position="rotary", rope_scaling={"factor": 8.0}),
+    dict(position="rotary", rope_scaling=dict(zip(ROPE_SCALING, (8.0, True, 4.0, 16)))),
 ]  # fmt: skip
 
 

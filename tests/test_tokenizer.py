@@ -43,6 +43,9 @@ def test_encoding_equals_transformers(folder):
         CHAT,
         "{%- for m in messages -%}\n  {% if m.role == 'user' %}\n[{{ m['content'] | tojson }}]\n  {% continue %}\n  {% endif %}\n"
         "{{ m.content | trim }}{{ eos_token }}\n{%- endfor %}{{ bos_token }}",
+        "{% for m in messages %}{% generation %}{% set seen = m.role %}{{ m.content }}{% endgeneration %}{{ seen }}\n"
+        "{% endfor %}{{ messages[0] | tojson(ensure_ascii=False) }}{{ messages[0] | tojson(true, indent=1) }}"
+        "{% for t in (bos_token, pad_token, unk_token) %}{{ t is defined }}{% endfor %}{{ tools is none }}",
     ],
 )
 def test_chat_equals_transformers(folder, template):
